@@ -1,0 +1,53 @@
+"""Exceptions of the package: a few types, each message naming the argument, its value, what is allowed and the next step."""
+
+from __future__ import annotations
+
+
+class MuterError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ArgumentError(MuterError, ValueError):
+    """An argument has a value that cannot be used.
+
+    Args:
+        argument: the argument's name as the caller wrote it.
+        value: what came.
+        allowed: what is allowed.
+        advice: the next step.
+
+    >>> raise ArgumentError("eps", -1.0, "a number above 0", "Pass the radius of the norm ball, e.g. eps=8/255.")
+    Traceback (most recent call last):
+        ...
+    lightning_muter.errors.ArgumentError: eps: got -1.0; allowed: a number above 0. Pass the radius of the norm ball, e.g. eps=8/255.
+    """
+
+    def __init__(self, argument: str, value: object, allowed: str, advice: str = "") -> None:
+        self.argument, self.value, self.allowed, self.advice = argument, value, allowed, advice
+        super().__init__(argument, value, allowed, advice)
+
+    def __str__(self) -> str:
+        shown = repr(self.value)
+        if len(shown) > 200:
+            shown = shown[:197] + "..."
+        return f"{self.argument}: got {shown}; allowed: {self.allowed}." + (f" {self.advice}" if self.advice else "")
+
+
+class UnsuitableError(MuterError):
+    """Model, loss, data or optimiser cannot be handled; the message lists every reason with its way out."""
+
+
+class MismatchError(MuterError):
+    """A snapshot, a model, a dataset or a file do not belong together; the message prints both sides."""
+
+
+class SolveError(MuterError):
+    """A linear system was not solved well enough to touch a model; the message carries status, residual and a way out."""
+
+
+class CorruptFileError(MuterError):
+    """A file is truncated, altered or of an unknown format; nothing in it was used."""
+
+
+class RequestError(MuterError):
+    """A deletion request cannot be carried out (already forgotten, nothing left, another one running, ...)."""

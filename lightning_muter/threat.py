@@ -1,0 +1,116 @@
+"""Threat model: the set of perturbations an adversary may choose from, and its projections.
+
+    B(x) = { delta : ||delta||_p <= eps,  lo <= x + delta <= hi }          p in {2, infinity}
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_muter.errors import ArgumentError
+
+Norm = Literal["l2", "linf"]
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """Norm ball of radius ``eps`` around a sample, intersected with the input box (``None``: no box).
+
+    >>> ThreatModel("linf", eps=8 / 255).box
+    (0.0, 1.0)
+    """
+
+    norm: Norm
+    eps: float
+    box: tuple[float, float] | None = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("l2", "linf"):
+            raise ArgumentError("norm", self.norm, "'l2' or 'linf'", "Other norms have no response formula here.")
+        if not (isinstance(self.eps, (int, float)) and math.isfinite(self.eps) and self.eps >= 0):
+            raise ArgumentError("eps", self.eps, "a finite number, 0 or larger", "Pass the radius of the ball, e.g. 8/255.")
+        object.__setattr__(self, "eps", float(self.eps))
+        if self.box is not None:
+            lo, hi = (float(b) for b in self.box)
+            if not lo < hi:
+                raise ArgumentError("box", self.box, "(low, high) with low < high, or None", "Images use (0.0, 1.0).")
+            object.__setattr__(self, "box", (lo, hi))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, safe for any file."""
+        out = asdict(self)
+        out["box"] = list(self.box) if self.box is not None else None
+        return out
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> ThreatModel:
+        box = state["box"]
+        return cls(state["norm"], state["eps"], None if box is None else (box[0], box[1]))
+
+    # -- geometry, all on flattened samples: x, v (n, D) ----------------------------------------------------------
+
+    def bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Elementwise range of delta, (n, D) each: the box as seen from x, cut to [-eps, eps] for both norms."""
+        lo, hi = torch.full_like(x, -self.eps), torch.full_like(x, self.eps)
+        if self.box is not None:
+            # a sample outside the box (checked by the callers) may still sit there by rounding: keep 0 admissible
+            lo = torch.maximum(lo, (self.box[0] - x).clamp(max=0.0))
+            hi = torch.minimum(hi, (self.box[1] - x).clamp(min=0.0))
+        return lo, hi
+
+    def project(self, v: Tensor, x: Tensor) -> Tensor:
+        """Euclidean projection of v onto B(x): clip(v / (1 + nu), lo, hi) with the multiplier nu >= 0 of the ball.
+
+        >>> t = ThreatModel("l2", 5.0, None)
+        >>> t.project(torch.tensor([[6.0, 8.0]]), torch.zeros(1, 2))
+        tensor([[3., 4.]])
+        """
+        lo, hi = self.bounds(x)
+        if self.norm == "linf":
+            return torch.minimum(torch.maximum(v, lo), hi)
+        return _ball_box(v, lo, hi, self.eps, at_most_one=True)
+
+    def linear_maximiser(self, g: Tensor, x: Tensor) -> Tensor:
+        """argmax over B(x) of <g, delta>: the vertex picked by the signs (linf), clip(g / mu, lo, hi) (l2).
+
+        Coordinates where g = 0 stay at 0.
+        """
+        lo, hi = self.bounds(x)
+        if self.norm == "linf":
+            return torch.where(g > 0, hi, torch.where(g < 0, lo, torch.zeros_like(g)))
+        return _ball_box(g, lo, hi, self.eps, at_most_one=False)
+
+
+def _ball_box(v: Tensor, lo: Tensor, hi: Tensor, eps: float, *, at_most_one: bool) -> Tensor:
+    """clip(t v, lo, hi) with the scalar t per row such that the norm is eps (t <= 1 for a projection).
+
+    ||clip(t v)||^2 = sum of the saturated bounds^2 + t^2 * (sum of the free v^2) is increasing and piecewise quadratic in
+    t: sort the break points, find the piece, solve it in closed form. Exact, and the same for every batch size.
+    """
+    bound = torch.where(v >= 0, hi, -lo)  # >= 0: room in the direction of v
+    mag = v.abs()
+    # t at which a coordinate saturates; coordinates with v = 0 never do
+    knot = torch.where(mag > 0, bound / mag.clamp(min=torch.finfo(v.dtype).tiny), torch.full_like(v, math.inf))
+    order = knot.argsort(dim=1)
+    knot_s = knot.gather(1, order)
+    b2, m2 = bound.gather(1, order).square(), mag.gather(1, order).square()
+    m2 = torch.where(torch.isinf(knot_s), torch.zeros_like(m2), m2)
+    saturated = b2.cumsum(1) - b2  # squares of the bounds of the coordinates before this one
+    free = m2.flip(1).cumsum(1).flip(1)  # squares of the magnitudes from this one on
+    finite = ~torch.isinf(knot_s)
+    at_knot = torch.where(finite, saturated + knot_s.where(finite, torch.zeros_like(knot_s)).square() * free, math.inf)
+    piece = (at_knot < eps * eps).sum(1, keepdim=True)  # number of knots passed before the ball binds
+    never = piece >= finite.sum(1, keepdim=True)  # every coordinate saturates inside the ball
+    at = piece.clamp(max=v.shape[1] - 1)
+    s, f = saturated.gather(1, at), free.gather(1, at)
+    t = ((eps * eps - s).clamp(min=0.0) / f.clamp(min=torch.finfo(v.dtype).tiny)).sqrt()
+    t = torch.where(never, torch.full_like(t, torch.finfo(v.dtype).max), t)
+    if at_most_one:
+        t = t.clamp(max=1.0)
+    clipped = torch.minimum(torch.maximum((t * v).nan_to_num(), lo), hi)
+    return torch.where(mag > 0, clipped, torch.zeros_like(v))
