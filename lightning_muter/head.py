@@ -1,0 +1,227 @@
+"""The head of a classifier or regressor: the last trainable ``nn.Linear`` whose output *is* the logits.
+
+    z = W phi(x) + b,     W (K, f),  b (K,),  phi(x) (n, f): input of the head
+
+Plain torch: this file knows nothing of Lightning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from lightning_muter.errors import UnsuitableError
+
+
+@dataclass(frozen=True)
+class Head:
+    """Where the head is: ``name`` as in ``module.named_modules()`` and the layer itself."""
+
+    name: str
+    linear: nn.Linear
+
+
+@dataclass
+class _Call:
+    """What one forward call of a linear layer took (copied, later layers may work in place) and gave, and the version
+    counter of what it gave: it counts later in-place changes, also those that happen to change no value."""
+
+    name: str
+    linear: nn.Linear
+    inputs: Tensor
+    output: Tensor
+    version: int
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Every submodule in eval mode inside; every submodule's own ``.training`` back afterwards, come what may."""
+    modes = [(m, m.training) for m in module.modules()]
+    try:
+        module.eval()
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
+@contextmanager
+def eager(module: nn.Module) -> Iterator[None]:
+    """Compiled parts of ``module`` run as they were written (hooks and second derivatives need that)."""
+    in_place = [m for m in module.modules() if getattr(m, "_compiled_call_impl", None) is not None]
+    wrapped = any(type(m).__name__ == "OptimizedModule" for m in module.modules())
+    with ExitStack() as stack:
+        set_stance = getattr(torch.compiler, "set_stance", None)
+        if wrapped and set_stance is not None:
+            stack.enter_context(set_stance("force_eager"))
+        compiled = [(m, m._compiled_call_impl) for m in in_place]
+        try:
+            for m in in_place:
+                m._compiled_call_impl = None
+            yield
+        finally:
+            for m, impl in compiled:
+                m._compiled_call_impl = impl
+
+
+def find_head(module: nn.Module, example_input: Tensor) -> Head:
+    """Find and verify the head by one forward pass of ``example_input`` in eval mode.
+
+    Args:
+        module: the model; ``module(example_input)`` returns logits, (n, K), or (n, 1) or (n,) for one logit.
+        example_input: a few samples, on the module's device.
+
+    Returns:
+        The ``nn.Linear`` whose output is returned unchanged; a trailing ``squeeze(-1)`` of one logit is allowed.
+
+    Raises:
+        UnsuitableError: nothing qualifies; the message lists every reason with its way out.
+
+    >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> find_head(net, torch.rand(5, 4)).name
+    '2'
+    """
+    linears = {m: name for name, m in module.named_modules() if isinstance(m, nn.Linear)}
+    calls: list[_Call] = []
+
+    def record(linear: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        inputs = args[0] if args else kwargs.get("input")
+        if isinstance(inputs, Tensor) and isinstance(output, Tensor) and isinstance(linear, nn.Linear):
+            calls.append(_Call(linears[linear], linear, inputs.clone(), output, output._version))
+
+    handles = [m.register_forward_hook(record, with_kwargs=True) for m in linears]
+    try:
+        with eval_mode(module), eager(module), torch.no_grad():
+            logits = module(example_input)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not isinstance(logits, Tensor):
+        raise UnsuitableError(
+            f"The model has no head that can be unlearned: forward returns {type(logits).__name__}, not one tensor of "
+            "logits. Return the logits alone from forward (other outputs from a second method)."
+        )
+    last = next((c for c in reversed(calls) if _is_output(c, logits)), None)
+    if last is None:
+        raise UnsuitableError(_why_no_head(module, calls, logits))
+    reasons = _unsuitable(module, last, sum(c.linear is last.linear for c in calls))
+    if reasons:
+        raise UnsuitableError(
+            f"The layer {last.name!r} gives the logits but cannot serve as the head:\n"
+            + "\n".join(f"- {r}" for r in reasons)
+        )
+    return Head(last.name, last.linear)
+
+
+def features(module: nn.Module, head: Head, x: Tensor) -> Tensor:
+    """The head's input phi(x), (n, f), with its autograd graph; the mode (train or eval) is the caller's.
+
+    Raises:
+        UnsuitableError: the head is not reached, reached twice, or takes another shape than (n, f).
+
+    >>> net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    >>> x = torch.rand(5, 4)
+    >>> torch.equal(features(net, find_head(net, x), x), net[1](net[0](x)))
+    True
+    """
+    taken: list[Tensor] = []
+
+    def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        taken.append(args[0] if args else kwargs["input"])
+
+    handle = head.linear.register_forward_pre_hook(take, with_kwargs=True)
+    try:
+        with eager(module):
+            module(x)
+    finally:
+        handle.remove()
+    if len(taken) != 1:
+        raise UnsuitableError(
+            f"The head {head.name!r} was called {len(taken)} times in one forward pass; it must be called exactly once."
+        )
+    if taken[0].shape != (x.shape[0], head.linear.in_features):
+        raise UnsuitableError(_shape_reason(head.name, taken[0], x.shape[0]))
+    return taken[0]
+
+
+def _is_output(call: _Call, logits: Tensor) -> bool:
+    """Whether the logits are this call's output, unchanged: the same memory, or a mere change of dtype."""
+    out = call.output
+    if out._version != call.version:
+        return False
+    if logits.dim() == 1 and out.dim() == 2 and out.shape[1] == 1:
+        out = out.squeeze(-1)
+    if out.shape != logits.shape or not torch.equal(out.to(logits.dtype), logits):
+        return False
+    return out.dtype != logits.dtype or logits.data_ptr() == out.data_ptr()
+
+
+def _unsuitable(module: nn.Module, call: _Call, times: int) -> list[str]:
+    """Every reason why the layer that gives the logits is no free, plain, untied W phi + b."""
+    name, linear, reasons = call.name, call.linear, []
+    if call.inputs.dim() != 2:
+        reasons.append(_shape_reason(name, call.inputs, call.output.shape[0]))
+    if times > 1:
+        reasons.append(f"it is called {times} times in one forward pass; use one layer per call.")
+    if "weight" not in linear._parameters or parametrize.is_parametrized(linear):
+        reasons.append(
+            "its weight is computed from other parameters (weight norm, spectral norm, pruning, ...); "
+            "fold it into a plain weight (torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, "
+            "prune.remove) before training the head."
+        )
+    else:
+        if not linear.weight.requires_grad:
+            reasons.append("its weight is frozen (requires_grad=False); set requires_grad=True and train it.")
+        elif linear.bias is not None and not linear.bias.requires_grad:
+            reasons.append("its bias is frozen while its weight is trained; train both, or build it with bias=False.")
+        if not torch.allclose(F.linear(call.inputs, linear.weight, linear.bias), call.output, equal_nan=True):
+            reasons.append(
+                f"its output is not W x + b ({type(linear).__name__}: an adapter such as LoRA, or a hook, adds to it); "
+                "merge the adapter into the weight, or remove the hook."
+            )
+        own = {id(p) for p in linear.parameters(recurse=False)}
+        prefix = f"{name}." if name else ""
+        mine = {prefix + n for n, _ in linear.named_parameters(recurse=False)}
+        tied = [n for n, p in module.named_parameters(remove_duplicate=False) if id(p) in own and n not in mine]
+        if tied:
+            reasons.append(f"its parameters are tied to {', '.join(tied)}; give the head parameters of its own.")
+    return reasons
+
+
+def _why_no_head(module: nn.Module, calls: list[_Call], logits: Tensor) -> str:
+    reasons = []
+    adapters = sorted(
+        {n for n, m in module.named_modules() if "lora" in type(m).__module__.lower() or hasattr(m, "lora_A")}
+    )
+    if adapters:
+        reasons.append(
+            f"LoRA adapters at {', '.join(adapters)}: merge them (merge_and_unload) before training the head."
+        )
+    if not calls:
+        reasons.append("no nn.Linear is called in the forward pass: end the model with one.")
+    elif calls[-1].output.numel() != logits.numel():
+        reasons.append(
+            f"the last nn.Linear called, {calls[-1].name!r}, gives {tuple(calls[-1].output.shape)} but "
+            f"the model returns {tuple(logits.shape)}: return the layer's output itself (only squeeze(-1) of one logit "
+            "is allowed)."
+        )
+    else:
+        reasons.append(
+            f"the last nn.Linear called, {calls[-1].name!r}, is followed by something that changes its output "
+            "(softmax, sigmoid, scaling, normalisation, ...): return its output unchanged and move that into the loss."
+        )
+    return "No trainable nn.Linear gives the logits:\n" + "\n".join(f"- {r}" for r in reasons)
+
+
+def _shape_reason(name: str, inputs: Tensor, n: int) -> str:
+    return (
+        f"the head {name!r} takes an input of shape {tuple(inputs.shape)} for {n} samples; it must be (n, features): "
+        "pool or flatten before the head."
+    )
