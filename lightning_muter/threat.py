@@ -1,20 +1,19 @@
 """Threat model: the set of perturbations an adversary may choose from, and its projections.
 
-    B(x) = { delta : ||delta||_p <= eps,  lo <= x + delta <= hi }          p in {2, infinity}
+B(x) = { delta : ||delta||_p <= eps,  lo <= x + delta <= hi }          p in {2, infinity}
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_muter.errors import ArgumentError
-
-Norm = Literal["l2", "linf"]
+from lightning_muter.reading import Norm, read_ball
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,9 @@ class ThreatModel:
         if self.norm not in ("l2", "linf"):
             raise ArgumentError("norm", self.norm, "'l2' or 'linf'", "Other norms have no response formula here.")
         if not (isinstance(self.eps, (int, float)) and math.isfinite(self.eps) and self.eps >= 0):
-            raise ArgumentError("eps", self.eps, "a finite number, 0 or larger", "Pass the radius of the ball, e.g. 8/255.")
+            raise ArgumentError(
+                "eps", self.eps, "a finite number, 0 or larger", "Pass the radius of the ball, e.g. 8/255."
+            )
         object.__setattr__(self, "eps", float(self.eps))
         if self.box is not None:
             lo, hi = (float(b) for b in self.box)
@@ -51,6 +52,28 @@ class ThreatModel:
     def from_dict(cls, state: dict[str, Any]) -> ThreatModel:
         box = state["box"]
         return cls(state["norm"], state["eps"], None if box is None else (box[0], box[1]))
+
+    @classmethod
+    def from_attack(cls, attack: Any, box: tuple[float, float] | None = (0.0, 1.0)) -> ThreatModel:
+        """The threat model of a torchattacks attack, or of what a factory ``attack(model)`` builds.
+
+        Args:
+            attack: FGSM, FFGSM, RFGSM, PGD, PGDL2, TPGD, ... of torchattacks, a class or ``functools.partial`` of one,
+                an attack with attributes ``norm`` and ``eps``, a ``LossAttack``, or a ThreatModel (returned as it is).
+            box: range of the inputs; torchattacks itself knows (0, 1) only, elsewhere our own maximiser climbs.
+
+        Raises:
+            ArgumentError: unknown or ambiguous, targeted, or with normalisation switched on.
+
+        >>> import functools, torchattacks
+        >>> ThreatModel.from_attack(functools.partial(torchattacks.PGDL2, eps=0.5))
+        ThreatModel(norm='l2', eps=0.5, box=(0.0, 1.0))
+        """
+        threat = attack if isinstance(attack, cls) else getattr(attack, "threat", None)
+        if isinstance(threat, cls):
+            return threat
+        norm, eps = read_ball(attack)
+        return cls(norm, eps, box)
 
     # -- geometry, all on flattened samples: x, v (n, D) ----------------------------------------------------------
 
@@ -89,8 +112,8 @@ class ThreatModel:
 def _ball_box(v: Tensor, lo: Tensor, hi: Tensor, eps: float, *, at_most_one: bool) -> Tensor:
     """clip(t v, lo, hi) with the scalar t per row such that the norm is eps (t <= 1 for a projection).
 
-    ||clip(t v)||^2 = sum of the saturated bounds^2 + t^2 * (sum of the free v^2) is increasing and piecewise quadratic in
-    t: sort the break points, find the piece, solve it in closed form. Exact, and the same for every batch size.
+    ||clip(t v)||^2 = sum of the saturated bounds^2 + t^2 * (sum of the free v^2) is increasing and piecewise quadratic
+    in t: sort the break points, find the piece, solve it in closed form. Exact, and the same for every batch size.
     """
     bound = torch.where(v >= 0, hi, -lo)  # >= 0: room in the direction of v
     mag = v.abs()
