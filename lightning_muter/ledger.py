@@ -1,0 +1,301 @@
+"""The ledger of one trained model: every request that changed it, in an SQLite file beside the checkpoint.
+
+Tables (schema version 1, kept in `user_version`; WAL, foreign keys on, every commit synced):
+
+    requests   number, id, kind, time, method, scope, status, fingerprints, metrics, versions, and the receipt itself
+    forgotten  position (primary key: no row of the training set can be forgotten twice), request
+    users      request, keyed hash of a user id (never the id)
+    switches   request, target, stage, sha256: the files that a committed request moves into place
+
+A request is written in one SQLite transaction, with status `committed`: from then on it counts, whatever happens to the
+process. When its files are in place it is `done`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_muter.errors import CorruptFileError, RequestError
+from lightning_muter.identity import DigestKey
+from lightning_muter.receipts import GENESIS, canonical, make_receipt, parse_receipt
+
+SCHEMA = 1
+_BUSY_SECONDS = 10.0
+_APPLICATION = 0x4D757465  # "Mute", in the file's header
+_TABLES = (
+    """CREATE TABLE requests (
+    number INTEGER PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE,
+    kind TEXT NOT NULL,
+    time TEXT NOT NULL,
+    method TEXT NOT NULL,
+    scope TEXT NOT NULL,
+    status TEXT NOT NULL CHECK (status IN ('committed', 'done')),
+    asked TEXT NOT NULL,
+    fingerprint_before TEXT NOT NULL,
+    fingerprint_after TEXT NOT NULL,
+    metrics TEXT NOT NULL,
+    versions TEXT NOT NULL,
+    receipt BLOB NOT NULL,
+    sha256 TEXT NOT NULL
+) STRICT""",
+    """CREATE TABLE forgotten (
+    position INTEGER PRIMARY KEY,
+    request INTEGER NOT NULL REFERENCES requests (number)
+) STRICT""",
+    """CREATE TABLE users (
+    request INTEGER NOT NULL REFERENCES requests (number),
+    digest TEXT NOT NULL,
+    PRIMARY KEY (request, digest)
+) STRICT""",
+    """CREATE TABLE switches (
+    request INTEGER NOT NULL REFERENCES requests (number),
+    target TEXT NOT NULL,
+    stage TEXT NOT NULL,
+    sha256 TEXT NOT NULL,
+    PRIMARY KEY (request, target)
+) STRICT""",
+)
+_ADVICE = "Restore the ledger from a backup; the receipts beside it tell what it held."
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A file that a committed request moves into place: `stage` becomes `target` (names in the ledger's folder)."""
+
+    target: str
+    stage: str
+    sha256: str
+
+
+class Ledger:
+    """The ledger in one file. Use :meth:`open` in a `with` block.
+
+    Not for two writers at once: the lock of :mod:`lightning_muter.transactions` sees to that.
+    """
+
+    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
+        self.path, self._connection = path, connection
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, path: Path, *, create: bool = False) -> Iterator[Ledger]:
+        """Open (or create) a ledger.
+
+        Raises:
+            RequestError: there is none and `create` is off.
+            CorruptFileError: not an SQLite file, not a ledger, of a newer schema, or damaged.
+        """
+        if not create and not path.exists():
+            raise RequestError(f"{path}: no ledger here. `muter snapshot --ckpt_path …` starts one.")
+        connection = sqlite3.connect(path, isolation_level=None, timeout=_BUSY_SECONDS)
+        try:
+            with _readable(path):
+                # Nothing that the file's own schema says is run: no triggers, views or functions of somebody else's.
+                connection.execute("PRAGMA trusted_schema = OFF")
+                connection.execute("PRAGMA foreign_keys = ON")
+                connection.execute("PRAGMA synchronous = FULL")
+                _check_schema(connection, path, create)
+            yield cls(path, connection)
+        finally:
+            connection.close()
+
+    def __len__(self) -> int:
+        return self._one("SELECT count(*) FROM requests")[0]
+
+    def receipts(self) -> list[dict[str, Any]]:
+        """All receipts, oldest first."""
+        rows = self._all("SELECT number, receipt FROM requests ORDER BY number")
+        return [parse_receipt(text, f"{self.path}, receipt {number}") for number, text in rows]
+
+    def last(self) -> dict[str, Any] | None:
+        """The latest receipt, if there is any."""
+        rows = self._all("SELECT number, receipt FROM requests ORDER BY number DESC LIMIT 1")
+        return parse_receipt(rows[0][1], f"{self.path}, receipt {rows[0][0]}") if rows else None
+
+    def find(self, request_id: str) -> dict[str, Any] | None:
+        """The receipt of the request with this id, if it was carried out."""
+        rows = self._all("SELECT number, receipt FROM requests WHERE id = ?", (request_id,))
+        return parse_receipt(rows[0][1], f"{self.path}, receipt {rows[0][0]}") if rows else None
+
+    def asked(self, request_id: str) -> str | None:
+        """The digest of what the request with this id asked for."""
+        rows = self._all("SELECT asked FROM requests WHERE id = ?", (request_id,))
+        return rows[0][0] if rows else None
+
+    def forgotten(self) -> dict[int, str]:
+        """The forgotten rows of the training set, and the id of the request that removed each."""
+        query = "SELECT position, id FROM forgotten JOIN requests ON request = number ORDER BY position"
+        return dict(self._all(query))
+
+    def unfinished(self) -> list[tuple[dict[str, Any], list[Switch]]]:
+        """Committed requests whose files are not all in place yet (at most one, unless the file was tampered with)."""
+        query = "SELECT number, receipt FROM requests WHERE status = 'committed' ORDER BY number"
+        return [
+            (parse_receipt(text, f"{self.path}, receipt {number}"), self.switches(number))
+            for number, text in self._all(query)
+        ]
+
+    def switches(self, number: int) -> list[Switch]:
+        """The files that a request moved into place."""
+        rows = self._all("SELECT target, stage, sha256 FROM switches WHERE request = ? ORDER BY target", (number,))
+        return [Switch(*row) for row in rows]
+
+    def commit(
+        self, content: Mapping[str, Any], asked: str, switches: Sequence[Switch], key: DigestKey
+    ) -> dict[str, Any]:
+        """Enter a request; when this returns it counts. Returns its receipt.
+
+        Args:
+            content: the receipt's content (see :mod:`lightning_muter.receipts`) without number, links and seals.
+            asked: digest of what was asked for, to tell a repeated request from another one under the same id.
+            switches: the files, already durable under their stage names, that are to be moved into place.
+            key: seals the receipt.
+        """
+        with self._transaction():
+            last = self.last()
+            receipt = make_receipt(content, last["number"] + 1 if last else 1, last["sha256"] if last else GENESIS, key)
+            number, checkpoint = receipt["number"], receipt["checkpoint"]
+            self._connection.execute(
+                "INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?, 'committed', ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    number,
+                    *(receipt[name] for name in ("id", "kind", "time", "method", "scope")),
+                    asked,
+                    checkpoint["fingerprint_before"],
+                    checkpoint["fingerprint_after"],
+                    json.dumps(receipt["metrics"], sort_keys=True),
+                    json.dumps(receipt["versions"], sort_keys=True),
+                    canonical(receipt),
+                    receipt["sha256"],
+                ),
+            )
+            insert = self._connection.executemany
+            insert("INSERT INTO forgotten VALUES (?, ?)", [(position, number) for position in receipt["forgotten"]])
+            insert("INSERT INTO users VALUES (?, ?)", [(number, digest) for digest in receipt["users"]])
+            insert(
+                "INSERT INTO switches VALUES (?, ?, ?, ?)", [(number, s.target, s.stage, s.sha256) for s in switches]
+            )
+        return receipt
+
+    def finish(self, number: int) -> None:
+        """Note that the files of a request are in place."""
+        with self._transaction():
+            self._connection.execute("UPDATE requests SET status = 'done' WHERE number = ?", (number,))
+
+    def copy_to(self, path: Path) -> None:
+        """A copy of the whole ledger in a new file (for a model that goes on under another name)."""
+        with contextlib.closing(sqlite3.connect(path)) as copy, _readable(path):
+            self._connection.backup(copy)
+            copy.execute("PRAGMA journal_mode = DELETE")  # everything in the one file, durable when this returns
+
+    def verify(self, key: DigestKey | None) -> list[str]:
+        """Everything that is wrong with the ledger in itself, one line each: damage, a broken chain, a false seal.
+
+        Without a key seals are not checked.
+        """
+        problems = [f"SQLite: {row[0]}" for row in self._all("PRAGMA integrity_check") if row[0] != "ok"]
+        problems += [f"SQLite: dangling row in {row[0]}" for row in self._all("PRAGMA foreign_key_check")]
+        previous, forgotten = GENESIS, {}
+        query = """SELECT number, id, kind, time, method, scope, fingerprint_before, fingerprint_after, metrics,
+            versions, receipt, sha256 FROM requests ORDER BY number"""
+        for expected, row in enumerate(self._all(query), start=1):
+            try:
+                receipt = parse_receipt(row[10], f"receipt {row[0]}")
+            except CorruptFileError as error:
+                problems.append(str(error))
+                previous = row[11]
+                continue
+            if receipt["previous"] != previous or receipt["number"] != expected or row[0] != expected:
+                problems.append(f"receipt {row[0]}: the chain is broken here: one before it was changed or removed")
+            if row != _row(receipt):
+                problems.append(f"receipt {row[0]}: the ledger's columns and the receipt differ")
+            users = {digest for (digest,) in self._all("SELECT digest FROM users WHERE request = ?", (row[0],))}
+            if users != set(receipt["users"]):
+                problems.append(f"receipt {row[0]}: the ledger's users and the receipt's differ")
+            if key is not None and receipt["key_id"] != key.key_id:
+                problems.append(f"receipt {row[0]}: sealed with key {receipt['key_id']}, the key here is {key.key_id}")
+            elif key is not None and receipt["seal"] != key.seal(receipt["sha256"].encode()):
+                problems.append(f"receipt {row[0]}: its seal is false: it was not made with this key")
+            previous = receipt["sha256"]
+            forgotten.update(dict.fromkeys(receipt["forgotten"], receipt["id"]))
+        if forgotten != self.forgotten():
+            problems.append("the ledger's forgotten rows and the receipts' differ")
+        return problems
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with _readable(self.path):
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    def _all(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
+        with _readable(self.path):
+            return self._connection.execute(query, values).fetchall()
+
+    def _one(self, query: str) -> Any:
+        return self._all(query)[0]
+
+
+def _row(receipt: Mapping[str, Any]) -> tuple[Any, ...]:
+    """A receipt as the columns that repeat it."""
+    return (
+        *(receipt[name] for name in ("number", "id", "kind", "time", "method", "scope")),
+        receipt["checkpoint"].get("fingerprint_before"),
+        receipt["checkpoint"].get("fingerprint_after"),
+        json.dumps(receipt["metrics"], sort_keys=True),
+        json.dumps(receipt["versions"], sort_keys=True),
+        canonical(receipt),
+        receipt["sha256"],
+    )
+
+
+def _check_schema(connection: sqlite3.Connection, path: Path, create: bool) -> None:
+    """Create the tables in an empty file; else insist on exactly the tables of this version."""
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    found = [row[0] for row in connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY rowid")]
+    if not found and version == 0 and create:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("BEGIN IMMEDIATE")
+        for table in _TABLES:
+            connection.execute(table)
+        connection.execute(f"PRAGMA user_version = {SCHEMA}")
+        connection.execute(f"PRAGMA application_id = {_APPLICATION}")
+        connection.execute("COMMIT")
+        return
+    if application != _APPLICATION or version == 0:
+        raise CorruptFileError(f"{path}: an SQLite file, but not a ledger of lightning_muter. {_ADVICE}")
+    if version > SCHEMA:
+        raise CorruptFileError(
+            f"{path}: ledger of schema version {version}, this release knows {SCHEMA}. Install a newer lightning-muter."
+        )
+    if found != list(_TABLES):
+        raise CorruptFileError(f"{path}: its tables are not those of a ledger: altered. {_ADVICE}")
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn SQLite's complaints into ours: damage into CorruptFileError, the file system's into OSError's message."""
+    try:
+        yield
+    except sqlite3.IntegrityError as error:
+        reason = f"{path}: the ledger refuses this request ({error})"
+        raise RequestError(f"{reason}: its id, or a row that it wants forgotten, is entered already.") from error
+    except sqlite3.OperationalError as error:
+        reason = f"{path}: the ledger cannot be used ({error}); nothing was entered"
+        raise RequestError(f"{reason}. Is the folder writable, the disk full, another process busy with it?") from error
+    except (sqlite3.DatabaseError, sqlite3.Warning, UnicodeError) as error:
+        raise CorruptFileError(f"{path}: not a readable ledger ({error}). {_ADVICE}") from error
