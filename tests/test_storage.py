@@ -19,6 +19,8 @@ import torch
 from lightning_muter import files, storage
 from lightning_muter.errors import ArgumentError, CorruptFileError
 
+from .faults import WatchedOs, listing, no_space, run_killed
+
 META = {"a": 1, "b": [1.5, None, True, "ü"], "c": {"d": float("inf")}}
 
 
@@ -181,37 +183,6 @@ def test_other_kinds_versions_and_files_are_named(tmp_path):
 
 # --- durable replacement ----------------------------------------------------------------------------------------------
 
-CALLS = ["open", "write", "fsync", "replace", "link", "close", "lseek", "fdopen", "pread"]
-
-
-class WatchedOs:
-    """Stands in for `os` in lightning_muter.files: counts the calls that touch the disk and acts at the n-th."""
-
-    def __init__(self, n, act):
-        self.count, self.n, self.act = 0, n, act
-
-    def __getattr__(self, name):
-        call = getattr(os, name)
-        if name not in CALLS:
-            return call
-
-        def watched(*args, **kwargs):
-            self.count += 1
-            if self.count == self.n:
-                self.act(name)
-            return call(*args, **kwargs)
-
-        return watched
-
-
-def no_space(name):
-    raise OSError(28, f"No space left on device (injected into {name})")
-
-
-def listing(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 @pytest.mark.parametrize("names", ["a", "abc"])
 def test_a_failure_at_any_call_undoes_everything(tmp_path, monkeypatch, names):
     old = {"a": b"old a", "b": b"old b"}
@@ -255,16 +226,14 @@ def test_writers_that_fail_or_are_interrupted_leave_nothing(tmp_path):
     assert listing(tmp_path) == {"a": b"old"}
 
 
-def kill_at(n, tmp_path, work):
+def kill_at(n, work):
     """Run `work` in a forked process that SIGKILLs itself at the n-th file-system call; True when it got that far."""
-    child = os.fork()
-    if child == 0:
-        try:
-            files.os = WatchedOs(n, lambda _: os.kill(os.getpid(), signal.SIGKILL))
-            work()
-        finally:
-            os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+    def killed():
+        files.os = WatchedOs(n, lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        work()
+
+    return run_killed(killed)
 
 
 def test_a_kill_at_any_call_is_recovered(tmp_path):
@@ -277,7 +246,7 @@ def test_a_kill_at_any_call_is_recovered(tmp_path):
             path.unlink()
         for name, content in old.items():
             (tmp_path / name).write_bytes(content)
-        if not kill_at(n, tmp_path, lambda: files.commit_files(writers)):
+        if not kill_at(n, lambda: files.commit_files(writers)):
             break
         files.recover_folder(tmp_path)
         outcomes.append(listing(tmp_path))

@@ -1,0 +1,383 @@
+"""One request = one transaction over checkpoint, snapshot and ledger, also when the process dies at any instant.
+
+The order of a request, under an exclusive lock:
+
+    pending   a small file says which request is under way and how its new files are called
+    writing   checkpoint and snapshot are written beside the old ones and made durable
+    checking  the new files are read back and must agree
+    entering  the ledger takes the request in: from here on it counts
+    switching the new files take the places of the old ones (an atomic rename each)
+    closing   receipt files; the ledger notes that the files are in place; the pending file goes
+
+:func:`exclusive` finishes or undoes, before anything else, what a dead process left: undone if the ledger does not hold
+the request, finished if it does. An exception before the ledger has it undoes everything at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_muter import files
+from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError, MuterError, RequestError
+from lightning_muter.files import Writer, commit_files, file_sha256, fsync_folder, recover_folder, try_lock, write_new
+from lightning_muter.identity import DigestKey
+from lightning_muter.ledger import Ledger, Switch
+from lightning_muter.receipts import canonical, markdown, receipt_name
+from lightning_muter.storage import parse_json
+
+STAGES = ("pending", "writing", "checking", "entering", "switching", "closing")
+Say = Callable[[str], None]
+_STAGE_SUFFIX = ".muter-stage"
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the files of one model lie, all named after one stem in one folder.
+
+    >>> places = Places.of("runs/last.ckpt")
+    >>> places.checkpoint.name, places.snapshot.name, places.ledger.name
+    ('last.muter.ckpt', 'last.muter.snapshot', 'last.muter.ledger')
+    >>> Places.of("runs/last.muter.ckpt") == places
+    True
+    """
+
+    folder: Path
+    stem: str
+
+    @classmethod
+    def of(cls, checkpoint: str | os.PathLike[str]) -> Places:
+        """The places that belong to a checkpoint `<stem>.ckpt` or `<stem>.muter.ckpt`."""
+        path = Path(checkpoint)
+        stem = path.name.removesuffix(".ckpt").removesuffix(".muter")
+        if not path.name.endswith(".ckpt") or not stem:
+            raise ArgumentError("ckpt_path", str(checkpoint), "a file named <name>.ckpt")
+        return cls(path.parent, stem)
+
+    def __fspath__(self) -> str:
+        return str(self.checkpoint)
+
+    def _named(self, ending: str) -> Path:
+        return self.folder / f"{self.stem}.muter.{ending}"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint that requests change."""
+        return self._named("ckpt")
+
+    @property
+    def snapshot(self) -> Path:
+        """What unlearning needs to know, tied to the checkpoint by fingerprint."""
+        return self._named("snapshot")
+
+    @property
+    def ledger(self) -> Path:
+        """The requests so far (SQLite)."""
+        return self._named("ledger")
+
+    @property
+    def key(self) -> Path:
+        """The key of the digests (mode 0600)."""
+        return self._named("key")
+
+    @property
+    def receipts(self) -> Path:
+        """The folder of the receipt files."""
+        return self._named("receipts")
+
+    @property
+    def lock(self) -> Path:
+        """Held while a process works on these files; the file itself stays."""
+        return self.folder / f".{self.stem}.muter.lock"
+
+    @property
+    def pending(self) -> Path:
+        """The request under way."""
+        return self.folder / f".{self.stem}.muter.pending"
+
+
+@contextlib.contextmanager
+def exclusive(places: Places, *, wait: float = 0.0, say: Say = print) -> Iterator[None]:
+    """Hold the model's lock, after recovering what a dead process left.
+
+    Args:
+        wait: seconds to wait for another process before giving up.
+        say: told, in one line each, what was recovered.
+
+    Raises:
+        RequestError: another process holds the lock, or the folder cannot be written to.
+    """
+    try:
+        descriptor = os.open(places.lock, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise RequestError(
+            f"{places.folder}: cannot be written to ({error.strerror}); nothing was changed. Make it writable, or copy "
+            f"the files of {places.stem} elsewhere."
+        ) from error
+    try:
+        deadline = time.monotonic() + wait
+        while not try_lock(descriptor):
+            if time.monotonic() >= deadline:
+                owner = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip()
+                raise RequestError(
+                    f"{places.checkpoint}: another process ({owner or 'unknown'}) is working on it; nothing was "
+                    "changed. Try again when it is done, or pass --wait with a number of seconds."
+                )
+            time.sleep(0.05)
+        with contextlib.suppress(OSError):  # only for the message above
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"pid {os.getpid()}\n".encode(), 0)
+        for line in recover(places):
+            say(line)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+
+
+def recover(places: Places) -> list[str]:
+    """Finish or undo what a dead process left; the caller holds the lock. Returns one line per action."""
+    said = recover_folder(places.folder)
+    if places.receipts.is_dir():
+        recover_folder(places.receipts)  # receipt files are written anew from the ledger anyway
+    pending = _read_pending(places)
+    if places.ledger.exists():
+        with Ledger.open(places.ledger) as ledger:
+            for receipt, switches in ledger.unfinished():
+                _switch(places, ledger, receipt, switches)
+                said.append(
+                    f"request {receipt['id']!r} was interrupted after the ledger had taken it: finished now, it counts"
+                )
+                pending = None if pending == receipt["id"] else pending
+            if pending is not None and ledger.find(pending) is not None:
+                pending = None  # all done but for the pending file itself
+    for stage in _stages(places):
+        stage.unlink(missing_ok=True)
+    if pending is not None:
+        said.append(f"request {pending!r} was interrupted before the ledger had taken it: undone, ask for it again")
+    if places.pending.exists():
+        places.pending.unlink()
+        fsync_folder(places.folder)
+    return said
+
+
+@contextlib.contextmanager
+def open_ledger(places: Places) -> Iterator[Ledger]:
+    """The model's ledger; a new one goes again unless a request is entered in it."""
+    is_new, empty = not places.ledger.exists(), False
+    try:
+        with Ledger.open(places.ledger, create=True) as ledger:
+            try:
+                yield ledger
+            finally:
+                empty = is_new and len(ledger) == 0
+    finally:
+        if empty:
+            for ending in ("", "-wal", "-shm"):
+                Path(f"{places.ledger}{ending}").unlink(missing_ok=True)
+
+
+def commit_request(
+    places: Places,
+    ledger: Ledger,
+    content: Mapping[str, Any],
+    writers: Mapping[Path, Writer],
+    *,
+    asked: str,
+    key: DigestKey,
+    check: Callable[[Mapping[Path, Path]], None] | None = None,
+    stage: Say = lambda name: None,
+) -> dict[str, Any]:
+    """Carry a request through the stages above; the caller is inside :func:`exclusive`. Returns the receipt.
+
+    Args:
+        content: the receipt's content; the `sha256` of its `checkpoint` and `snapshot` are filled in here.
+        writers: how the new checkpoint and snapshot are written, by their final paths.
+        asked: digest of what was asked for.
+        key: seals the receipt.
+        check: gets the new files by final path and raises unless they are sound.
+        stage: told the name of each stage as it begins.
+
+    Raises:
+        Exception: whatever failed; if it was before the ledger took the request in, everything is as it was.
+        RequestError: the ledger took it in but the files could not be switched; the next command will.
+    """
+    if set(writers) - {places.checkpoint, places.snapshot}:
+        raise ArgumentError("writers", [str(path) for path in writers], "the checkpoint and the snapshot")
+    stages = {path: files.beside(path, _STAGE_SUFFIX) for path in writers}
+    decided = True
+    try:
+        if ledger.find(content["id"]) is not None:
+            raise RequestError(f"request {content['id']!r} is in {places.ledger} already.")
+        stage("pending")
+        text = json.dumps({"id": content["id"], "kind": content["kind"], "pid": os.getpid(), "time": content["time"]})
+        files.atomic_write(places.pending, lambda file: file.write(text.encode()))
+        stage("writing")
+        switches = []
+        for path, writer in writers.items():
+            written = write_new(stages[path], writer, like=path)
+            switches.append(Switch(path.name, stages[path].name, written.sha256))
+        fsync_folder(places.folder)
+        stage("checking")
+        if check is not None:
+            check(stages)
+        hashes = {switch.target: switch.sha256 for switch in switches}
+        content = {
+            **content,
+            **{
+                name: {**content[name], "name": path.name, "sha256": hashes.get(path.name) or _sha256(path)}
+                for name, path in (("checkpoint", places.checkpoint), ("snapshot", places.snapshot))
+            },
+        }
+        stage("entering")
+        try:
+            receipt = ledger.commit(content, asked, switches, key)
+        except BaseException as error:
+            # The disk may have it all the same; only the ledger knows.
+            try:
+                found = ledger.find(content["id"])
+            except MuterError:
+                decided = False
+                raise RequestError(
+                    f"request {content['id']!r}: {places.ledger} cannot be used any more ({error}), so it is not known "
+                    f"whether it counts. The next `muter` command on {places.checkpoint} finds out and acts on it."
+                ) from error
+            if found is None:
+                raise
+            receipt = found
+    except BaseException:
+        if decided:
+            _undo(places, stages.values())
+        raise
+    stage("switching")
+    try:
+        _switch(places, ledger, receipt, switches, stage)
+        _remove_pending(places)
+    except BaseException as error:
+        # It counts already, so going forward is the only way: once more now, else the next command does it.
+        try:
+            _switch(places, ledger, receipt, switches)
+            _remove_pending(places)
+        except (MuterError, OSError):
+            raise RequestError(
+                f"request {receipt['id']!r} is in the ledger and counts, but its files could not be put in place "
+                f"({error}). The next `muter` command on {places.checkpoint} finishes it."
+            ) from error
+        if not isinstance(error, (MuterError, OSError)):
+            raise  # an interrupt: the request is complete, the wish to stop is respected
+    return receipt
+
+
+def check_agreement(places: Places, ledger: Ledger | None) -> None:
+    """Insist that checkpoint and snapshot are the files that the ledger's last receipt names.
+
+    Raises:
+        MismatchError: one of them is missing or another one; both sides are printed.
+    """
+    last = ledger.last() if ledger is not None else None
+    for name, path in (("checkpoint", places.checkpoint), ("snapshot", places.snapshot)):
+        if not path.exists():
+            raise MismatchError(f"{path}: there is no such file. `muter snapshot --ckpt_path …` makes it.")
+        if last is not None and (found := file_sha256(path)) != last[name]["sha256"]:
+            raise MismatchError(
+                f"{path}: SHA-256 {found}, but receipt {last['number']} ({last['time']}) left "
+                f"{last[name]['sha256']}. The file was changed or replaced since; restore it, or, if it was trained "
+                "further on the retained rows, take a new snapshot of it with `muter snapshot`."
+            )
+
+
+def write_receipts(places: Places, ledger: Ledger) -> list[Path]:
+    """Write those receipts of the ledger that have no files; returns the new JSON files."""
+    new = []
+    for receipt in ledger.receipts():
+        name = receipt_name(receipt)
+        path = places.receipts / f"{name}.json"
+        if not path.exists() or not path.with_suffix(".md").exists():
+            _write_receipt(places, receipt)
+            new.append(path)
+    return new
+
+
+def receipt_path(places: Places, receipt: Mapping[str, Any]) -> Path:
+    """Where the JSON file of a receipt lies."""
+    return places.receipts / f"{receipt_name(receipt)}.json"
+
+
+def _write_receipt(places: Places, receipt: Mapping[str, Any]) -> None:
+    places.receipts.mkdir(exist_ok=True)
+    path = receipt_path(places, receipt)
+    text, page = canonical(receipt), markdown(receipt).encode()
+    page_path = path.parent / f"{receipt_name(receipt)}.md"
+    commit_files({path: lambda file: file.write(text), page_path: lambda file: file.write(page)})
+
+
+def _switch(
+    places: Places, ledger: Ledger, receipt: Mapping[str, Any], switches: list[Switch], stage: Say = lambda name: None
+) -> None:
+    """Move a committed request's files into place and close it; may be called again after any failure."""
+    advice = f"Restore {places.checkpoint.name}, {places.snapshot.name} and {places.ledger.name} from one backup."
+    moves = []
+    for switch in switches:  # all are looked at before any is moved
+        target, source = places.folder / switch.target, places.folder / switch.stage
+        if target not in (places.checkpoint, places.snapshot) or not _stage_name(target.name).fullmatch(source.name):
+            raise CorruptFileError(
+                f"{places.ledger}: request {receipt['id']!r} names files that are not its own. {advice}"
+            )
+        present = source if source.exists() else target
+        if (found := _sha256(present)) != switch.sha256:
+            raise CorruptFileError(
+                f"{present}: SHA-256 {found or 'none, there is no file'}, but request {receipt['id']!r} wrote "
+                f"{switch.sha256}: damaged or altered. {advice}"
+            )
+        moves.append((present, target))
+    for source, target in moves:
+        if source != target:
+            os.replace(source, target)
+    fsync_folder(places.folder)
+    stage("closing")
+    _write_receipt(places, receipt)
+    ledger.finish(receipt["number"])
+
+
+def _undo(places: Places, stages: Any) -> None:
+    """Remove what was written for a request that the ledger does not hold; what resists is left to recovery."""
+    for path in (*stages, places.pending):
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        fsync_folder(places.folder)
+
+
+def _remove_pending(places: Places) -> None:
+    places.pending.unlink(missing_ok=True)
+    fsync_folder(places.folder)
+
+
+def _read_pending(places: Places) -> str | None:
+    """The id of the request under way; its file was replaced atomically, so one that cannot be read is not ours."""
+    try:
+        with open(places.pending, "rb") as file:
+            return str(parse_json(file.read(1 << 20)).get("id"))[:200]
+    except (OSError, CorruptFileError):
+        return None
+
+
+def _stage_name(target: str) -> re.Pattern[str]:
+    return re.compile(rf"\.{re.escape(target[-150:])}\.[0-9a-f]{{16}}{re.escape(_STAGE_SUFFIX)}")
+
+
+def _stages(places: Places) -> list[Path]:
+    patterns = [_stage_name(path.name) for path in (places.checkpoint, places.snapshot)]
+    with os.scandir(places.folder) as entries:
+        return [Path(entry.path) for entry in entries if any(pattern.fullmatch(entry.name) for pattern in patterns)]
+
+
+def _sha256(path: Path) -> str:
+    return file_sha256(path) if path.exists() else ""
