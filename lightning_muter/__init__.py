@@ -1,6 +1,31 @@
-"""lightning_muter: machine unlearning for adversarially trained PyTorch Lightning models."""
+"""lightning_muter: machine unlearning for adversarially trained PyTorch Lightning models.
 
-from lightning_muter.threat import ThreatModel
+Public names, in the order of the flow. Each is imported when it is first used, so that `muter --help` and the like do not
+wait for torch and Lightning.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_muter.threat import ThreatModel
 
 __version__ = "0.1.0"
 __all__ = ["ThreatModel"]
+
+# Public name -> module that defines it; the same names as above, in the same order.
+_HOME = {"ThreatModel": "threat"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
