@@ -1,7 +1,7 @@
 """lightning_muter: machine unlearning for adversarially trained PyTorch Lightning models.
 
-Public names, in the order of the flow. Each is imported when it is first used, so that `muter --help` and the like do not
-wait for torch and Lightning.
+Public names, in the order of the flow. Each is imported when it is first used, so that `muter --help` and the like do
+not wait for torch and Lightning.
 """
 
 from __future__ import annotations

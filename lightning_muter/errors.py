@@ -1,4 +1,4 @@
-"""Exceptions of the package: a few types, each message naming the argument, its value, what is allowed and the next step."""
+"""Exceptions of the package: a few types; a message names the argument, its value, what is allowed, the next step."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class ArgumentError(MuterError, ValueError):
         allowed: what is allowed.
         advice: the next step.
 
-    >>> raise ArgumentError("eps", -1.0, "a number above 0", "Pass the radius of the norm ball, e.g. eps=8/255.")
+    >>> raise ArgumentError("eps", -1.0, "a number above 0", "Pass e.g. eps=8/255.")
     Traceback (most recent call last):
         ...
-    lightning_muter.errors.ArgumentError: eps: got -1.0; allowed: a number above 0. Pass the radius of the norm ball, e.g. eps=8/255.
+    lightning_muter.errors.ArgumentError: eps: got -1.0; allowed: a number above 0. Pass e.g. eps=8/255.
     """
 
     def __init__(self, argument: str, value: object, allowed: str, advice: str = "") -> None:
@@ -42,7 +42,7 @@ class MismatchError(MuterError):
 
 
 class SolveError(MuterError):
-    """A linear system was not solved well enough to touch a model; the message carries status, residual and a way out."""
+    """A linear system was not solved well enough to touch a model; the message has status, residual and a way out."""
 
 
 class CorruptFileError(MuterError):

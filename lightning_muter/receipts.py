@@ -1,8 +1,8 @@
 """Receipts: what one request did, as JSON that is chained by hash to the one before and sealed with the digest key.
 
 A receipt is a JSON object. Its `sha256` is the hash of the canonical JSON text (sorted keys, two spaces of indentation,
-UTF-8, a final newline) of everything but `sha256` and `seal`; `previous` is the `sha256` of the receipt before, 64 zeros
-for the first. So an edited, missing or reordered receipt breaks the chain. Who could rewrite the whole chain is caught
+UTF-8, a final newline) of everything but `sha256` and `seal`; `previous` is the `sha256` of the receipt before (or 64
+zeros). So an edited, missing or reordered receipt breaks the chain. Who could rewrite the whole chain is caught
 by `seal`, an HMAC of `sha256` under the key that also made the sample digests: nobody makes it without the key file.
 """
 

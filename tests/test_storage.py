@@ -183,6 +183,7 @@ def test_other_kinds_versions_and_files_are_named(tmp_path):
 
 # --- durable replacement ----------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("names", ["a", "abc"])
 def test_a_failure_at_any_call_undoes_everything(tmp_path, monkeypatch, names):
     old = {"a": b"old a", "b": b"old b"}
