@@ -35,7 +35,8 @@ class LossAttack:
         loss: ``callable(logits, y, reduction="none")`` or a ``torch.nn`` loss; default cross-entropy.
         alpha: step size; default 2.5 eps / steps.
         steps: number of steps.
-        random_start: start at a random point of the ball (global random generator), else at x.
+        random_start: start at a random point of the ball (global random generator) where the loss is higher there,
+            else at x.
 
     >>> from torch import nn
     >>> w = torch.tensor([[1.0, -2.0]])
@@ -75,8 +76,11 @@ class LossAttack:
         best = delta = torch.zeros_like(flat)
         best_value = torch.full((len(x),), -torch.inf, dtype=flat.dtype, device=x.device)
         if self.random_start:
+            # from a start below the clean loss, a small step size might never climb back
+            start = self._random_start(flat)
             best_value, _ = _value_and_gradient(model, x, flat, delta, objective, gradient=False)
-            delta = self._random_start(flat)
+            value, _ = _value_and_gradient(model, x, flat, start, objective, gradient=False)
+            delta = torch.where((value > best_value)[:, None], start, delta)
         for step in range(self.steps + 1):
             value, gradient = _value_and_gradient(model, x, flat, delta, objective, gradient=step < self.steps)
             better = value > best_value
