@@ -226,7 +226,7 @@ class Adversary:
         """Learn from the first batch what torchattacks cannot do with it."""
         if self._one_logit is None:
             with torch.no_grad():
-                self._one_logit = one_logit(self._logits(x))
+                self._one_logit = one_logit(self.logits(x))
         if self._one_logit:
             self.why_own = "the model gives one logit, and torchattacks maximises cross-entropy over classes"
         elif self.trades_beta is None and (y.dim() != 1 or y.is_floating_point()):
@@ -236,13 +236,18 @@ class Adversary:
 
     def _climb(self, x: Tensor, y: Tensor) -> Tensor:
         if self.trades_beta is None:
-            return self._own(self._logits, x, y)
+            return self._own(self.logits, x, y)
         with torch.no_grad():
-            clean = self._logits(x)
+            clean = self.logits(x)
         climb = LossAttack(self.threat, self.loss, self._own.alpha or None, self._own.steps, random_start=True)
-        return climb.maximise(self._logits, x, lambda logits: divergence(clean, logits))
+        return climb.maximise(self.logits, x, lambda logits: divergence(clean, logits))
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor) -> Tensor:
+        """What the attacked model gives for ``x``, in whatever mode it is.
+
+        Raises:
+            UnsuitableError: it is not one tensor.
+        """
         out = self.model(x)
         if not isinstance(out, Tensor):
             raise UnsuitableError(

@@ -1,0 +1,146 @@
+"""What happens around the steps of a module that trains adversarially; one mechanism for the mixin and the callback.
+
+``training_step`` receives the adversarial batch, unchanged in structure; ``validation_step`` and ``test_step`` run as
+they are, and robust accuracy is logged beside clean accuracy afterwards.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lightning_muter.attacks import Adversary, divergence
+from lightning_muter.batches import split_batch
+from lightning_muter.errors import UnsuitableError
+from lightning_muter.losses import accuracy, mean_loss
+
+STEPS = ("training_step", "validation_step", "test_step")
+MARK = "_muter_wrapped"  # on wrapped methods
+STATE = "_adversarial_steps"  # on the module: its AdversarialSteps
+
+
+class AdversarialSteps:
+    """What is done around the steps of one module; ``adversary`` is None where training is plain.
+
+    The adversary is built at the first need: at fit start, when parameters exist and sit on their device.
+    """
+
+    def __init__(self, build: Callable[[], Adversary | None], validation: bool, test: bool) -> None:
+        self._build: Callable[[], Adversary | None] | None = build
+        self._adversary: Adversary | None = None
+        self.measure = {"training_step": False, "validation_step": validation, "test_step": test}
+        self.running = False  # an inner step (super().training_step) must not attack a second time
+        self.told = False
+
+    @property
+    def adversary(self) -> Adversary | None:
+        if self._build is not None:
+            self._adversary = self._build()
+            self._build = None
+        return self._adversary
+
+    def run(self, module: pl.LightningModule, name: str, step: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call ``step(*args, **kwargs)`` on the attacked batch (training), or measure afterwards (validation, test)."""
+        if self.running or (name != "training_step" and not self.measure[name]):
+            return step(*args, **kwargs)
+        self.running = True
+        try:
+            adversary = self.adversary
+            if adversary is None:
+                return step(*args, **kwargs)
+            if name == "training_step":
+                return self._train(adversary, step, args, kwargs)
+            out = step(*args, **kwargs)
+            _measure(adversary, module, name.removesuffix("_step"), _batch(step, args, kwargs)[0])
+            return out
+        finally:
+            self.running = False
+
+    def _train(self, adversary: Adversary, step: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        batch, put = _batch(step, args, kwargs)
+        x, y, rebuild = split_batch(batch)
+        found = adversary(x, y)
+        if not self.told:
+            self.told = True
+            if adversary.attack is not None and adversary.why_own is not None:
+                rank_zero_info(f"Adversarial training climbs with LossAttack: {adversary.why_own}.")
+        if adversary.trades_beta is None:
+            args, kwargs = put(rebuild(found))
+            return step(*args, **kwargs)
+        return _add_trades(adversary, step(*args, **kwargs), x, found)
+
+
+def _add_trades(adversary: Adversary, out: Any, x: Tensor, found: Tensor) -> Any:
+    """The step's own loss on the clean batch + beta mean KL(clean || adversarial)."""
+    if out is None:  # the step asks to skip this batch
+        return None
+    beta = adversary.trades_beta
+    assert beta is not None
+    term = beta * divergence(adversary.logits(x), adversary.logits(found)).mean()
+    if isinstance(out, Tensor):
+        return out + term
+    return {**out, "loss": out["loss"] + term}
+
+
+def _measure(adversary: Adversary, module: pl.LightningModule, stage: str, batch: Any) -> None:
+    """Log clean and robust accuracy (for a regression: losses), exact over the epoch, on one or more processes."""
+    trainer = module._trainer
+    if trainer is None or trainer.barebones:
+        return
+    x, y, _ = split_batch(batch)
+    found = adversary(x, y)
+    stage = {"validation": "val"}.get(stage, stage)
+    with torch.no_grad():
+        for kind, inputs in (("clean", x), ("robust", found)):
+            logits = adversary.logits(inputs)
+            value, what = accuracy(adversary.loss, logits, y), "acc"
+            if value is None:
+                value, what = mean_loss(adversary.loss, logits, y), "loss"
+            name = f"{stage}/{kind}_{what}"
+            module.log(name, value, on_step=False, on_epoch=True, batch_size=len(x), sync_dist=True)
+
+
+def _batch(step: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:
+    """The batch among the arguments of a step (its first, positional or by name), and how to replace it."""
+    if args:
+        return args[0], lambda new: ((new, *args[1:]), kwargs)
+    name = next(iter(inspect.signature(step).parameters))
+    return kwargs[name], lambda new: ((), {**kwargs, name: new})
+
+
+def refuse_unwrappable(name: str, step: Any, owner: str) -> None:
+    """
+    Raises:
+        UnsuitableError: ``step`` is no ordinary method, or fetches its own batches.
+    """
+    if not isinstance(step, types.FunctionType):
+        raise UnsuitableError(
+            f"{owner}.{name} is a {type(step).__name__}, which cannot be wrapped for adversarial training; write it as "
+            "an ordinary method."
+        )
+    if "dataloader_iter" in inspect.signature(step).parameters:
+        raise UnsuitableError(
+            f"{owner}.{name} takes dataloader_iter and fetches its own batches, so that none can be attacked; write it "
+            f"as {name}(self, batch, batch_idx), or switch its adversarial measurement off if it is no training step."
+        )
+
+
+def dressed_as(step: Any, call: Callable[..., Any]) -> Any:
+    """``call`` dressed as ``step``: Lightning looks through exactly one ``__wrapped__`` for the arguments' names."""
+    wrapped: Any = functools.wraps(step)(call)
+    wrapped.__wrapped__ = getattr(step, "__wrapped__", step)
+    setattr(wrapped, MARK, True)
+    return wrapped
+
+
+def steps_of(module: Any) -> AdversarialSteps | None:
+    """What is done around this module's steps while a run lasts, or None."""
+    return vars(module).get(STATE)
