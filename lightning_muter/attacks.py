@@ -96,8 +96,10 @@ class LossAttack:
     def _direction(self, gradient: Tensor) -> Tensor:
         if self.threat.norm == "linf":
             return gradient.sign()
-        norm = gradient.norm(dim=1, keepdim=True)
-        return torch.where(norm > 0, gradient / norm.clamp(min=torch.finfo(gradient.dtype).tiny), gradient)
+        # scaled first: squares of very large or very small slopes leave the range of float32
+        largest = gradient.abs().amax(1, keepdim=True)
+        scaled = torch.where(largest > 0, gradient / largest, gradient)
+        return torch.where(largest > 0, scaled / scaled.norm(dim=1, keepdim=True), scaled)
 
     def _random_start(self, flat: Tensor) -> Tensor:
         if self.threat.norm == "linf":

@@ -132,6 +132,9 @@ def _ball_box(v: Tensor, lo: Tensor, hi: Tensor, eps: float, *, at_most_one: boo
     at = piece.clamp(max=v.shape[1] - 1)
     s, f = saturated.gather(1, at), free.gather(1, at)
     t = ((eps * eps - s).clamp(min=0.0) / f.clamp(min=torch.finfo(v.dtype).tiny)).sqrt()
+    # t lies past the last knot passed; where one coordinate carries the whole norm, rounding alone would lose it
+    passed = knot_s.gather(1, (piece - 1).clamp(min=0, max=v.shape[1] - 1))
+    t = torch.where(piece > 0, torch.maximum(t, passed), t)
     t = torch.where(never, torch.full_like(t, torch.finfo(v.dtype).max), t)
     if at_most_one:
         t = t.clamp(max=1.0)

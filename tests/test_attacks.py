@@ -114,6 +114,14 @@ def test_independent_of_the_batch(net, images, labels) -> None:
     torch.testing.assert_close(together, apart, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_direction_survives_slopes_of_any_size(scale) -> None:
+    w = scale * torch.tensor([3.0, -4.0])
+    attack = LossAttack(ThreatModel("l2", 0.5, None), steps=1, alpha=0.5, random_start=False)
+    adv = attack.maximise(lambda v: v @ w, torch.zeros(1, 2), lambda z: z)
+    torch.testing.assert_close(adv, torch.tensor([[0.3, -0.4]]))
+
+
 def test_reproducible_per_seed_and_zero_radius_stands_still(net, images, labels) -> None:
     net.eval()
     attack = LossAttack(ThreatModel("linf", 0.1))

