@@ -1,0 +1,310 @@
+"""Everything about model, loss, data, optimiser and trainer that unlearning cares about, in one list, at fit start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+
+from lightning_muter.attacks import Adversary, check_box
+from lightning_muter.decay import inspect_optimizers, read_weight_decay
+from lightning_muter.errors import ArgumentError, UnsuitableError
+from lightning_muter.findings import Finding, Level, enforce, skip_reason
+from lightning_muter.head import Head, eval_mode, find_head
+from lightning_muter.losses import Loss, per_sample, resolve_loss
+from lightning_muter.preflight_data import example_batch, inspect_loaders
+from lightning_muter.threat import ThreatModel
+from lightning_muter.training import adversary_of
+
+__all__ = [
+    "Finding",
+    "enforce",
+    "example_batch",
+    "inspect_fit",
+    "inspect_loss",
+    "inspect_model",
+    "predict_bytes",
+    "read_weight_decay",
+    "skip_reason",
+]
+
+DEFAULT_CAP = 2 * 2**30  # bytes of one snapshot
+_AVERAGING = ("StochasticWeightAveraging", "WeightAveraging", "EMAWeightAveraging")
+_SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAStrategy", "XLAFSDPStrategy")
+
+
+def inspect_fit(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    *,
+    scope: str = "head",
+    threat_model: ThreatModel | None = None,
+    loss: Loss | None = None,
+    weight_decay: object = "auto",
+    callback: pl.Callback | None = None,
+    cap: int = DEFAULT_CAP,
+) -> list[Finding]:
+    """The whole list, for ``on_fit_start`` (optimisers exist, parameters are on their device).
+
+    Args:
+        trainer, module: as Lightning hands them to a callback.
+        scope: ``"head"``, or anything else for a matrix-free scope (then no head is looked for).
+        threat_model, loss, weight_decay: as given to ``MUterCallback``; an explicit one overrides what is read.
+        callback: the one that snapshots; weight averaging must come before it.
+        cap: largest dense snapshot, in bytes.
+    """
+    trainer.fit_loop.setup_data()  # Lightning does the same right after; it keeps the loaders
+    loaders = _loaders(trainer)
+    out = [*inspect_trainer(trainer, callback), *inspect_hooks(trainer, module), *inspect_loaders(loaders)]
+    adversary: Adversary | None = None
+    try:
+        adversary = adversary_of(module)
+    except (ArgumentError, UnsuitableError) as e:
+        out.append(Finding("error", str(e)))
+    else:
+        out += inspect_adversary(adversary, threat_model)
+    readable = len(loaders) == 1 and not any(f.level == "error" for f in inspect_loaders(loaders))
+    names = [n for n, p in module.named_parameters() if p.requires_grad]
+    if readable:
+        x, y = (t.to(module.device) for t in example_batch(loaders[0]))
+        x = trainer.precision_plugin.convert_input(x)
+        threat = threat_model or (adversary.threat if adversary is not None else None)
+        if threat is not None:
+            out += _caught(lambda: check_box(x, threat))
+        out += inspect_loss(module, loss, x, y)
+        found, head = inspect_model(module, x, scope)
+        out += found
+        if head is not None:
+            prefix = f"{head.name}." if head.name else ""
+            names = [prefix + n for n, _ in head.linear.named_parameters()]
+            out += inspect_size(head, len(loaders[0].dataset), x[0].numel(), threat, cap)
+            out += inspect_outside(module, names, trainer.optimizers)
+    out += inspect_optimizers(trainer.optimizers, module, names, weight_decay)
+    return out
+
+
+def inspect_trainer(trainer: pl.Trainer, callback: pl.Callback | None = None) -> list[Finding]:
+    """Precision, strategy, limits on the data, weight averaging."""
+    out = []
+    strategy = next((c.__name__ for c in type(trainer.strategy).__mro__ if c.__name__ in _SHARDED), None)
+    if strategy is not None:
+        advice = "Use strategy='ddp' or a single device."
+        out.append(Finding("error", f"{strategy} shards parameters; curvature needs them whole.", advice))
+    if "spawn" in type(trainer.strategy).__name__.lower() or getattr(trainer.strategy, "_start_method", None) in (
+        "spawn",
+        "fork",
+    ):
+        advice = "Set dirpath, or use strategy='ddp'."
+        out.append(Finding("warning", "Spawned processes keep results to themselves: only files survive.", advice))
+    precision = str(trainer.precision)
+    if "16" in precision or "transformer" in precision:
+        advice = "Polish and unlearning are better with precision='32-true' or '64-true'."
+        out.append(Finding("warning", f"Precision {precision} limits how stationary the model can be.", advice))
+    advice = "Unlearning weighs every sample of the dataset once; train on a Subset instead."
+    overfit = trainer.overfit_batches  # type: ignore[attr-defined]
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        out.append(Finding("warning", "fast_dev_run trains on a few batches only.", advice))
+    elif overfit:
+        out.append(Finding("warning", f"overfit_batches={overfit} trains on a part only.", advice))
+    elif trainer.limit_train_batches not in (1.0, None):
+        limit = trainer.limit_train_batches
+        out.append(Finding("warning", f"limit_train_batches={limit} trains on a part of each epoch only.", advice))
+    callbacks: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]
+    averaging = [c for c in callbacks if is_averaging(c)]
+    if averaging:
+        names = ", ".join(type(c).__name__ for c in averaging)
+        late = callback in callbacks and any(callbacks.index(c) > callbacks.index(callback) for c in averaging)
+        if late:
+            advice = "List it before the callback that unlearns."
+            out.append(Finding("error", f"{names} averages the weights after they were snapshot.", advice))
+        else:
+            out.append(Finding("note", f"{names}: the averaged weights are polished and snapshot."))
+    return out
+
+
+def is_averaging(callback: Any) -> bool:
+    """Whether a callback replaces the weights by an average at the end of a fit (SWA, EMA)."""
+    return any(c.__name__ in _AVERAGING or "EMA" in c.__name__ for c in type(callback).__mro__)
+
+
+def inspect_hooks(trainer: pl.Trainer, module: pl.LightningModule) -> list[Finding]:
+    """Hooks that change a batch between the dataset and the step: the snapshot does not run them."""
+    datamodule = getattr(trainer, "datamodule", None)
+    out = []
+    for name in ("on_before_batch_transfer", "on_after_batch_transfer"):
+        owner = next((o for o in (module, datamodule) if o is not None and is_overridden(name, o)), None)
+        if owner is not None:
+            out.append(
+                Finding(
+                    "warning",
+                    f"{type(owner).__name__}.{name} changes batches after they were loaded; the snapshot reads samples "
+                    "without it.",
+                    "Move what it does into the dataset or the model.",
+                )
+            )
+    return out
+
+
+def inspect_adversary(adversary: Adversary | None, threat_model: ThreatModel | None) -> list[Finding]:
+    """Whether the threat model is known and is the one that is trained against."""
+    if adversary is None:
+        if threat_model is not None:
+            return []
+        return [
+            Finding(
+                "error",
+                "Nothing tells the threat model: no adversarial training was found.",
+                "Add AdversarialTraining(attack=...) or the mixin, or pass threat_model=ThreatModel(norm, eps, box) "
+                "(eps=0 for plain training).",
+            )
+        ]
+    out = []
+    if threat_model is not None and threat_model != adversary.threat:
+        out.append(
+            Finding(
+                "error",
+                f"Training uses {adversary.threat}, unlearning was given {threat_model}.",
+                "Give the same one to both, or leave it out here.",
+            )
+        )
+    if adversary.trades_beta is not None:
+        out.append(
+            Finding(
+                "skip",
+                "TRADES is not convex even in a linear head; its unlearning is refused.",
+                "Train with PGD (no trades_beta) to unlearn.",
+            )
+        )
+    elif adversary.note is not None:
+        out.append(Finding("warning", adversary.note))
+    return out
+
+
+def inspect_loss(module: nn.Module, loss: Loss | None, x: Tensor, y: Tensor) -> list[Finding]:
+    """Whether the loss gives one finite number per sample, and is a mean over samples."""
+    out = []
+    given: Any = loss if loss is not None else getattr(module, "criterion", None)
+    for candidate in {id(c): c for c in (given, getattr(module, "criterion", None))}.values():
+        weighted = isinstance(candidate, (nn.CrossEntropyLoss, nn.NLLLoss)) and candidate.weight is not None
+        if weighted and getattr(candidate, "reduction", None) == "mean":
+            out.append(
+                Finding(
+                    "error",
+                    f"{type(candidate).__name__}(weight=...) divides by the class weights of each batch: a sample's "
+                    "share depends on its neighbours.",
+                    "Use reduction='none' and average over the samples, (w[y] * loss).mean(), or weights in the batch.",
+                )
+            )
+        if getattr(candidate, "reduction", None) == "sum":
+            out.append(
+                Finding(
+                    "warning",
+                    "The criterion sums over the batch, so that weight decay counts per batch, not per sample.",
+                    "Use reduction='mean', or pass weight_decay=lambda of the mean loss.",
+                )
+            )
+
+    def measure() -> None:
+        with eval_mode(module), torch.no_grad():
+            logits = module(x)
+            if isinstance(logits, Tensor):
+                values = per_sample(resolve_loss(loss, module), logits, y)
+                if not torch.isfinite(values.float()).all():
+                    raise UnsuitableError("The loss is NaN or infinite on the first samples. Check data and weights.")
+
+    return out + _caught(measure)
+
+
+def inspect_model(module: nn.Module, x: Tensor, scope: str = "head") -> tuple[list[Finding], Head | None]:
+    """The head, and layers that behave differently in eval mode or have no second derivative."""
+    out: list[Finding] = []
+    head: Head | None = None
+    if scope == "head":
+        try:
+            head = find_head(module, x)
+        except UnsuitableError as e:
+            out.append(Finding("error", str(e)))
+    kinds: dict[str, tuple[Level, Any, str]] = {
+        "BatchNorm": ("note", nn.modules.batchnorm._BatchNorm, "uses its running statistics, which are not unlearned"),
+        "Dropout": ("note", nn.modules.dropout._DropoutNd, "is switched off while curvature is computed"),
+        "Hardsigmoid": ("warning", (nn.Hardsigmoid, nn.Hardswish), "has no second derivative in PyTorch"),
+        "RNN": ("warning", nn.RNNBase, "fails under vmapped derivatives"),
+    }
+    for kind, (level, types, behaviour) in kinds.items():
+        names = [n for n, m in module.named_modules() if isinstance(m, types) and getattr(m, "p", 1) != 0]
+        if names:
+            advice = "" if level == "note" else "Keep it out of the scope, or use another layer."
+            out.append(Finding(level, f"{kind} ({_few(names)}) {behaviour}.", advice))
+    return out, head
+
+
+def inspect_outside(module: nn.Module, names: Iterable[str], optimizers: Iterable[Any] | None = None) -> list[Finding]:
+    """Parameters that are trained (by ``optimizers``, where given) and that unlearning will not touch."""
+    inside, named = set(names), list(module.named_parameters())
+    trained = {id(p) for _, p in named}
+    if optimizers is not None:
+        trained = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+    outside = [n for n, p in named if p.requires_grad and id(p) in trained and n not in inside]
+    if not outside:
+        return []
+    return [
+        Finding(
+            "warning",
+            f"{len(outside)} parameters outside the head ({_few(outside)}) are trained on the same data and keep "
+            "what they learnt from forgotten samples.",
+            "Freeze the backbone (requires_grad=False) after training it on data that is never forgotten.",
+        )
+    ]
+
+
+def predict_bytes(
+    head: Head, n: int, inputs: int, threat: ThreatModel | None = None, linear: bool | None = None
+) -> int:
+    """Size of a dense snapshot: p x p sums in float64, and stored maximisers where there is a backbone.
+
+    ``p = K (f + 1)``; maximisers take two bits per input (linf vertices) or two bytes (l2, half precision) per sample.
+    """
+    p = sum(t.numel() for t in head.linear.parameters())
+    size = 8 * p * p + 4 * 8 * p
+    stored = not linear if linear is not None else head.name != ""
+    if threat is not None and threat.eps > 0 and stored:
+        size += n * inputs * 2 if threat.norm == "l2" else n * ((inputs + 3) // 4)
+    return size
+
+
+def inspect_size(
+    head: Head, n: int, inputs: int, threat: ThreatModel | None = None, cap: int = DEFAULT_CAP
+) -> list[Finding]:
+    """Predicted size of the snapshot against the cap."""
+    size = predict_bytes(head, n, inputs, threat)
+    if size <= cap:
+        return [Finding("note", f"The snapshot will take about {size / 2**20:.1f} MiB.")]
+    p = sum(t.numel() for t in head.linear.parameters())
+    return [
+        Finding(
+            "error",
+            f"A dense snapshot of {p} head parameters would take {size / 2**30:.1f} GiB (cap {cap / 2**30:g} GiB).",
+            "Put a narrow layer before the head, use scope='all' or patterns (matrix-free), or raise the cap.",
+        )
+    ]
+
+
+def _loaders(trainer: pl.Trainer) -> list[Any]:
+    combined = trainer.fit_loop._combined_loader
+    return [] if combined is None else list(combined.flattened)
+
+
+def _caught(check: Any) -> list[Finding]:
+    try:
+        check()
+    except (ArgumentError, UnsuitableError) as e:
+        return [Finding("error", str(e))]
+    return []
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,159 @@
+"""Findings about the training data: what unlearning reads by index must be what was trained on."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
+
+from lightning_muter.batches import split_batch
+from lightning_muter.errors import ArgumentError
+from lightning_muter.findings import Finding
+
+_READS, _ROWS = 3, 8
+
+
+def inspect_loaders(loaders: list[Any]) -> list[Finding]:
+    """Findings about the training data loaders (the flattened list) and the one dataset behind them."""
+    if not loaders:
+        return [Finding("error", "There is no training data loader.", "Pass train_dataloaders or a datamodule.")]
+    if len(loaders) > 1:
+        return [
+            Finding(
+                "error",
+                f"{len(loaders)} training data loaders: `forget` is a position in one dataset.",
+                "Train on one loader over a torch.utils.data.ConcatDataset.",
+            )
+        ]
+    loader = loaders[0]
+    dataset = getattr(loader, "dataset", None)
+    if not isinstance(loader, DataLoader) or dataset is None:
+        return [
+            Finding(
+                "error",
+                f"The training loader is a {type(loader).__name__}, whose samples cannot be read by index.",
+                "Use a torch.utils.data.DataLoader over a map-style dataset.",
+            )
+        ]
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        return [
+            Finding(
+                "error",
+                f"{type(dataset).__name__} is no map-style dataset (__getitem__, __len__): no index.",
+                "Write it as torch.utils.data.Dataset.",
+            )
+        ]
+    return [*_inspect_order(loader), *_inspect_samples(loader)]
+
+
+def _inspect_order(loader: DataLoader[Any]) -> list[Finding]:
+    """Whether every sample counts once: F weighs each sample of the dataset once."""
+    out = []
+    n: int = len(loader.dataset)  # type: ignore[arg-type]
+    advice = "Unlearning weighs every sample once; pass such weights through the loss (batch of (x, y, weight))."
+    sampler = loader.sampler
+    if type(loader.batch_sampler) not in (BatchSampler, type(None)) and not hasattr(loader.batch_sampler, "_sampler"):
+        out.append(
+            Finding("warning", f"{type(loader.batch_sampler).__name__} decides how often a sample is seen.", advice)
+        )
+    elif isinstance(sampler, RandomSampler):
+        if sampler.replacement or (sampler._num_samples or n) != n:
+            out.append(Finding("warning", "RandomSampler draws with replacement or not the whole dataset.", advice))
+    elif isinstance(sampler, DistributedSampler):
+        if n % sampler.num_replicas:
+            out.append(
+                Finding("warning", f"{n} samples over {sampler.num_replicas} processes: some are seen twice.", advice)
+            )
+    elif not isinstance(sampler, SequentialSampler):
+        out.append(Finding("warning", f"{type(sampler).__name__} decides how often a sample is seen.", advice))
+    size = loader.batch_size or 1
+    if loader.drop_last and n % size:
+        out.append(
+            Finding(
+                "warning",
+                f"drop_last leaves out {n % size} of {n} samples in every epoch.",
+                "Set drop_last=False: unlearning weighs every sample once.",
+            )
+        )
+    return out
+
+
+def _inspect_samples(loader: DataLoader[Any]) -> list[Finding]:
+    """Read a few samples more than once, as they reach the model; the random state is left as it was."""
+    n: int = len(loader.dataset)  # type: ignore[arg-type]
+    if n == 0:
+        return [Finding("error", "The training dataset is empty.", "")]
+    rows = sorted({round(i * (n - 1) / max(1, _ROWS - 1)) for i in range(_ROWS)})
+    try:
+        with _same_randomness_afterwards():
+            reads = [[_collate(loader, [loader.dataset[i]]) for i in rows] for _ in range(_READS)]
+            together = _collate(loader, [loader.dataset[i] for i in rows])
+        pairs = [[split_batch(b)[:2] for b in read] for read in reads]
+        x, y, _ = split_batch(together)
+        apart = tuple(torch.cat(part) for part in zip(*pairs[0], strict=True))
+    except ArgumentError as e:
+        return [Finding("error", str(e))]
+    except Exception as e:
+        return [Finding("error", f"Reading and collating the first samples failed: {e!r}.", "Training would fail too.")]
+    out = []
+    if any(not _same(pairs[0][i], other[i]) for other in pairs[1:] for i in range(len(rows))):
+        out.append(
+            Finding(
+                "error",
+                "Reading one index twice gives different samples (random augmentation): a sample that was trained on "
+                "cannot be found again.",
+                "Augment once, in advance, into a longer dataset, or train the head on samples without augmentation.",
+            )
+        )
+    elif not _same((x, y), apart):
+        out.append(
+            Finding(
+                "error",
+                "collate_fn mixes samples or depends on the batch (MixUp, padding, normalisation over the batch).",
+                "Collate sample by sample, so that a sample stays what it is in any batch.",
+            )
+        )
+    bad = [name for name, part in (("inputs", x), ("labels", y)) if not torch.isfinite(part.float()).all()]
+    if bad:
+        out.append(Finding("error", f"NaN or infinite {' and '.join(bad)} in the training data.", "Clean the data."))
+    return out
+
+
+def example_batch(loader: DataLoader[Any], rows: int = 4) -> tuple[Tensor, Tensor]:
+    """Inputs and labels of the first samples, as they reach the model; the random state is left as it was."""
+    n: int = len(loader.dataset)  # type: ignore[arg-type]
+    with _same_randomness_afterwards():
+        x, y, _ = split_batch(_collate(loader, [loader.dataset[i] for i in range(min(rows, n))]))
+    return x, y
+
+
+def _collate(loader: DataLoader[Any], samples: list[Any]) -> Any:
+    return loader.collate_fn(samples)
+
+
+def _same(a: Any, b: Any) -> bool:
+    return all(p.shape == q.shape and torch.equal(p.nan_to_num(), q.nan_to_num()) for p, q in zip(a, b, strict=True))
+
+
+@contextmanager
+def _same_randomness_afterwards() -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - datasets may draw from the global one
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
