@@ -113,6 +113,13 @@ def build_attack(attack: Any, module: nn.Module) -> Any:
     """
     built = _build(attack, module) if is_factory(attack) else attack
     model = getattr(built, "model", None)
+    if model is None and hasattr(built, "set_model"):
+        raise ArgumentError(
+            "attack",
+            built,
+            "an attack with a model",
+            "Pass a factory, e.g. functools.partial(torchattacks.PGD, eps=8/255).",
+        )
     if isinstance(model, nn.Module):
         own = {id(p) for p in module.parameters()}
         if own and not any(id(p) in own for p in model.parameters()):

@@ -5,16 +5,20 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
 
-from lightning_muter.attacks import Adversary
+from lightning_muter.attacks import Adversary, LossAttack
 from lightning_muter.errors import RequestError, UnsuitableError
 from lightning_muter.losses import Loss
 from lightning_muter.steps import MARK, STATE, STEPS, AdversarialSteps, dressed_as, refuse_unwrappable, steps_of
 from lightning_muter.threat import ThreatModel
+
+if TYPE_CHECKING:
+    from torchattacks.attack import Attack
 
 
 class AdversarialTrainingMixin:
@@ -168,7 +172,11 @@ class AdversarialTraining(pl.Callback):
 
     def __init__(
         self,
-        attack: Any = None,
+        attack: Callable[[nn.Module], Attack]
+        | Attack
+        | LossAttack
+        | ThreatModel
+        | None = None,  # config files: a factory
         threat_model: ThreatModel | None = None,
         loss: Loss | None = None,
         trades_beta: float | None = None,

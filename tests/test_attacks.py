@@ -268,6 +268,10 @@ def test_disagreement_and_wrong_models_are_refused(net) -> None:
         Adversary(net, torchattacks.PGD(Net(), eps=0.1))
     with pytest.raises(ArgumentError, match="attack: got None"):
         Adversary(net)
+    unbound = torchattacks.PGD(net)
+    unbound.model = None
+    with pytest.raises(ArgumentError, match="an attack with a model"):
+        Adversary(net, unbound)
     with pytest.raises(ArgumentError, match="trades_beta"):
         Adversary(net, torchattacks.PGD, trades_beta=0.0)
     normalised = torchattacks.PGD(net, eps=0.1)

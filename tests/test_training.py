@@ -817,6 +817,30 @@ def test_unlearn_calls_the_attached_callback() -> None:
     assert Fake.calls == [(model, [1, 2], {"refine": 2})]
 
 
+@pytest.mark.parametrize(
+    ("attack", "threat"),
+    [
+        ({"class_path": "torchattacks.PGDL2", "init_args": {"eps": 0.2}}, ThreatModel("l2", 0.2)),
+        (
+            {"class_path": "lightning_muter.threat.ThreatModel", "init_args": {"norm": "linf", "eps": 0.3}},
+            ThreatModel("linf", 0.3),
+        ),
+    ],
+)
+def test_attack_in_a_config_file(attack, threat) -> None:
+    """As LightningCLI reads it: an attack becomes a factory that waits for the model."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(AdversarialTraining, "callback")
+    settings = {"attack": attack, "loss": "torch.nn.functional.cross_entropy", "trades_beta": 2.0}
+    build = getattr(parser, "instantiate", None) or parser.instantiate_classes  # the older name
+    callback = build(parser.parse_object({"callback": settings})).callback
+    assert ThreatModel.from_attack(callback.attack) == threat
+    assert callback.loss is F.cross_entropy
+    assert callback.trades_beta == 2.0
+
+
 def test_other_ways_to_name_the_attack() -> None:
     for attack in (ThreatModel("linf", EPS), LossAttack(ThreatModel("linf", EPS), steps=4)):
         model = Plain()
