@@ -23,7 +23,7 @@ from lightning_muter.storage import parse_json
 FORMAT = "lightning_muter receipt 1"
 GENESIS = "0" * 64
 _MAX_BYTES = 64 << 20
-_ADVICE = "The ledger keeps the original: `muter audit --verify` compares, and writes a missing file anew."
+_ADVICE = "The ledger keeps the original: delete the file, and the next request writes it anew."
 _REQUIRED = {
     "format": str, "number": int, "id": str, "kind": str, "time": str, "method": str, "scope": str, "forgotten": list,
     "users": list, "key_id": str, "n_retained": int, "checkpoint": dict, "snapshot": dict, "metrics": dict,

@@ -20,87 +20,20 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning_muter import files
-from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError, MuterError, RequestError
-from lightning_muter.files import Writer, commit_files, file_sha256, fsync_folder, recover_folder, try_lock, write_new
+from lightning_muter.errors import ArgumentError, CorruptFileError, MuterError, RequestError
+from lightning_muter.files import Writer, file_sha256, fsync_folder, recover_folder, try_lock, write_new
 from lightning_muter.identity import DigestKey
 from lightning_muter.ledger import Ledger, Switch
-from lightning_muter.receipts import canonical, markdown, receipt_name
-from lightning_muter.storage import parse_json
+from lightning_muter.places import Places, pending_request, write_receipts
 
 STAGES = ("pending", "writing", "checking", "entering", "switching", "closing")
 Say = Callable[[str], None]
 _STAGE_SUFFIX = ".muter-stage"
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where the files of one model lie, all named after one stem in one folder.
-
-    >>> places = Places.of("runs/last.ckpt")
-    >>> places.checkpoint.name, places.snapshot.name, places.ledger.name
-    ('last.muter.ckpt', 'last.muter.snapshot', 'last.muter.ledger')
-    >>> Places.of("runs/last.muter.ckpt") == places
-    True
-    """
-
-    folder: Path
-    stem: str
-
-    @classmethod
-    def of(cls, checkpoint: str | os.PathLike[str]) -> Places:
-        """The places that belong to a checkpoint `<stem>.ckpt` or `<stem>.muter.ckpt`."""
-        path = Path(checkpoint)
-        stem = path.name.removesuffix(".ckpt").removesuffix(".muter")
-        if not path.name.endswith(".ckpt") or not stem:
-            raise ArgumentError("ckpt_path", str(checkpoint), "a file named <name>.ckpt")
-        return cls(path.parent, stem)
-
-    def __fspath__(self) -> str:
-        return str(self.checkpoint)
-
-    def _named(self, ending: str) -> Path:
-        return self.folder / f"{self.stem}.muter.{ending}"
-
-    @property
-    def checkpoint(self) -> Path:
-        """The checkpoint that requests change."""
-        return self._named("ckpt")
-
-    @property
-    def snapshot(self) -> Path:
-        """What unlearning needs to know, tied to the checkpoint by fingerprint."""
-        return self._named("snapshot")
-
-    @property
-    def ledger(self) -> Path:
-        """The requests so far (SQLite)."""
-        return self._named("ledger")
-
-    @property
-    def key(self) -> Path:
-        """The key of the digests (mode 0600)."""
-        return self._named("key")
-
-    @property
-    def receipts(self) -> Path:
-        """The folder of the receipt files."""
-        return self._named("receipts")
-
-    @property
-    def lock(self) -> Path:
-        """Held while a process works on these files; the file itself stays."""
-        return self.folder / f".{self.stem}.muter.lock"
-
-    @property
-    def pending(self) -> Path:
-        """The request under way."""
-        return self.folder / f".{self.stem}.muter.pending"
 
 
 @contextlib.contextmanager
@@ -147,7 +80,7 @@ def recover(places: Places) -> list[str]:
     said = recover_folder(places.folder)
     if places.receipts.is_dir():
         recover_folder(places.receipts)  # receipt files are written anew from the ledger anyway
-    pending = _read_pending(places)
+    pending = pending_request(places)
     if places.ledger.exists():
         with Ledger.open(places.ledger) as ledger:
             for receipt, switches in ledger.unfinished():
@@ -166,22 +99,6 @@ def recover(places: Places) -> list[str]:
         places.pending.unlink()
         fsync_folder(places.folder)
     return said
-
-
-@contextlib.contextmanager
-def open_ledger(places: Places) -> Iterator[Ledger]:
-    """The model's ledger; a new one goes again unless a request is entered in it."""
-    is_new, empty = not places.ledger.exists(), False
-    try:
-        with Ledger.open(places.ledger, create=True) as ledger:
-            try:
-                yield ledger
-            finally:
-                empty = is_new and len(ledger) == 0
-    finally:
-        if empty:
-            for ending in ("", "-wal", "-shm"):
-                Path(f"{places.ledger}{ending}").unlink(missing_ok=True)
 
 
 def commit_request(
@@ -275,49 +192,6 @@ def commit_request(
     return receipt
 
 
-def check_agreement(places: Places, ledger: Ledger | None) -> None:
-    """Insist that checkpoint and snapshot are the files that the ledger's last receipt names.
-
-    Raises:
-        MismatchError: one of them is missing or another one; both sides are printed.
-    """
-    last = ledger.last() if ledger is not None else None
-    for name, path in (("checkpoint", places.checkpoint), ("snapshot", places.snapshot)):
-        if not path.exists():
-            raise MismatchError(f"{path}: there is no such file. `muter snapshot --ckpt_path …` makes it.")
-        if last is not None and (found := file_sha256(path)) != last[name]["sha256"]:
-            raise MismatchError(
-                f"{path}: SHA-256 {found}, but receipt {last['number']} ({last['time']}) left "
-                f"{last[name]['sha256']}. The file was changed or replaced since; restore it, or, if it was trained "
-                "further on the retained rows, take a new snapshot of it with `muter snapshot`."
-            )
-
-
-def write_receipts(places: Places, ledger: Ledger) -> list[Path]:
-    """Write those receipts of the ledger that have no files; returns the new JSON files."""
-    new = []
-    for receipt in ledger.receipts():
-        name = receipt_name(receipt)
-        path = places.receipts / f"{name}.json"
-        if not path.exists() or not path.with_suffix(".md").exists():
-            _write_receipt(places, receipt)
-            new.append(path)
-    return new
-
-
-def receipt_path(places: Places, receipt: Mapping[str, Any]) -> Path:
-    """Where the JSON file of a receipt lies."""
-    return places.receipts / f"{receipt_name(receipt)}.json"
-
-
-def _write_receipt(places: Places, receipt: Mapping[str, Any]) -> None:
-    places.receipts.mkdir(exist_ok=True)
-    path = receipt_path(places, receipt)
-    text, page = canonical(receipt), markdown(receipt).encode()
-    page_path = path.parent / f"{receipt_name(receipt)}.md"
-    commit_files({path: lambda file: file.write(text), page_path: lambda file: file.write(page)})
-
-
 def _switch(
     places: Places, ledger: Ledger, receipt: Mapping[str, Any], switches: list[Switch], stage: Say = lambda name: None
 ) -> None:
@@ -342,11 +216,11 @@ def _switch(
             os.replace(source, target)
     fsync_folder(places.folder)
     stage("closing")
-    _write_receipt(places, receipt)
+    write_receipts(places, ledger)
     ledger.finish(receipt["number"])
 
 
-def _undo(places: Places, stages: Any) -> None:
+def _undo(places: Places, stages: Iterable[Path]) -> None:
     """Remove what was written for a request that the ledger does not hold; what resists is left to recovery."""
     for path in (*stages, places.pending):
         with contextlib.suppress(OSError):
@@ -358,15 +232,6 @@ def _undo(places: Places, stages: Any) -> None:
 def _remove_pending(places: Places) -> None:
     places.pending.unlink(missing_ok=True)
     fsync_folder(places.folder)
-
-
-def _read_pending(places: Places) -> str | None:
-    """The id of the request under way; its file was replaced atomically, so one that cannot be read is not ours."""
-    try:
-        with open(places.pending, "rb") as file:
-            return str(parse_json(file.read(1 << 20)).get("id"))[:200]
-    except (OSError, CorruptFileError):
-        return None
 
 
 def _stage_name(target: str) -> re.Pattern[str]:

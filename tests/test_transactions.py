@@ -9,11 +9,12 @@ import sqlite3
 
 import pytest
 
-from lightning_muter import files, ledger, transactions
+from lightning_muter import files, ledger, lineage, transactions
+from lightning_muter import places as places_module
 from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError, RequestError
 from lightning_muter.identity import DigestKey
 from lightning_muter.ledger import Ledger
-from lightning_muter.transactions import Places
+from lightning_muter.places import Places
 
 from .faults import WatchedOs, listing, no_space, run_killed
 
@@ -45,8 +46,8 @@ def request(places, n, stage=lambda name: None, check=None):
         places.snapshot: lambda file: file.write(b"snapshot %d" % n),
     }
     said = []
-    with transactions.exclusive(places, say=said.append), transactions.open_ledger(places) as entries:
-        transactions.check_agreement(places, entries)
+    with transactions.exclusive(places, say=said.append), lineage.open_ledger(places) as entries:
+        lineage.check_agreement(places, entries)
         transactions.commit_request(
             places, entries, content(n), writers, asked=f"asked {n}", key=KEY, stage=stage, check=check
         )
@@ -72,12 +73,12 @@ def recovered(places):
 def state(places):
     """How many requests everything on the disk agrees that there were."""
     with Ledger.open(places.ledger) as entries:
-        transactions.check_agreement(places, entries)
+        lineage.check_agreement(places, entries)
         assert entries.verify(KEY) == []
         assert entries.unfinished() == []
         count = len(entries)
         assert entries.forgotten() == {n: f"r{n}" for n in range(1, count + 1)}
-        assert transactions.write_receipts(places, entries) == []
+        assert places_module.write_receipts(places, entries) == []
     assert places.checkpoint.read_bytes() == b"checkpoint %d" % count
     assert places.snapshot.read_bytes() == b"snapshot %d" % count
     names = {path.name for path in places.folder.iterdir()}
@@ -91,7 +92,7 @@ def test_a_request_goes_through_its_stages(places):
     assert request(places, 2, stages.append) == []
     assert tuple(stages) == transactions.STAGES
     assert state(places) == 2
-    assert transactions.receipt_path(places, {"number": 2, "id": "r2"}).exists()
+    assert places_module.receipt_path(places, {"number": 2, "id": "r2"}).exists()
 
 
 def watched(n, act):
