@@ -279,7 +279,7 @@ def attack_scope(module: nn.Module) -> Iterator[None]:
     """Where an attack may run: gradients on, eval mode, no trace left behind.
 
     Lightning validates under ``inference_mode`` or ``no_grad``; torchattacks flips the mode of the whole model; some
-    attacks call ``backward``. Autocast must not cache weights cast under ``inference_mode``.
+    attacks call ``backward``; autocast of older torch reuses weights cast under ``inference_mode``.
     """
     grads = [(p, p.grad) for p in module.parameters()]
     cached = torch.is_autocast_cache_enabled()

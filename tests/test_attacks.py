@@ -105,6 +105,18 @@ def test_loss_never_falls_even_with_a_wild_step(net, images, labels) -> None:
         assert (_losses(net, adv, labels) >= _losses(net, images, labels)).all()
 
 
+def test_rounding_never_leaves_the_box() -> None:
+    """x + (hi - x) may round to just above hi; the next layer or a check of the data would stumble over it."""
+    torch.manual_seed(0)
+    lo, hi = -2.1179, 2.64
+    x = (lo + (hi - lo) * torch.rand(2000, 8)).clamp(lo, hi)
+    w = torch.randn(8)
+    adv = LossAttack(ThreatModel("linf", 5.0, (lo, hi)), steps=2).maximise(lambda v: v @ w, x, lambda z: z)
+    assert (adv <= torch.tensor(hi)).all()
+    assert (adv >= torch.tensor(lo)).all()
+    torch.testing.assert_close(adv, torch.where(w > 0, hi, lo).expand_as(x), rtol=0, atol=1e-6)
+
+
 def test_independent_of_the_batch(net, images, labels) -> None:
     net.double().eval()
     x = images.double()
