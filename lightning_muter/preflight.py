@@ -59,7 +59,8 @@ def inspect_fit(
     """
     trainer.fit_loop.setup_data()  # Lightning does the same right after; it keeps the loaders
     loaders = _loaders(trainer)
-    out = [*inspect_trainer(trainer, callback), *inspect_hooks(trainer, module), *inspect_loaders(loaders)]
+    about_data = inspect_loaders(loaders)
+    out = [*inspect_trainer(trainer, callback), *inspect_hooks(trainer, module), *about_data]
     adversary: Adversary | None = None
     try:
         adversary = adversary_of(module)
@@ -67,7 +68,7 @@ def inspect_fit(
         out.append(Finding("error", str(e)))
     else:
         out += inspect_adversary(adversary, threat_model)
-    readable = len(loaders) == 1 and not any(f.level == "error" for f in inspect_loaders(loaders))
+    readable = not any(f.level == "error" for f in about_data)
     names = [n for n, p in module.named_parameters() if p.requires_grad]
     if readable:
         x, y = (t.to(module.device) for t in example_batch(loaders[0]))

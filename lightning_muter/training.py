@@ -136,7 +136,8 @@ def _build_for_mixin(module: Any) -> Adversary | None:
 def _checked(module: Any, adversary: Adversary) -> Adversary:
     """Refuse what would train otherwise than asked."""
     if isinstance(module, pl.LightningModule):
-        if not getattr(module.training_step, MARK, False) and module._compiler_ctx is None:
+        trains = is_overridden("training_step", module)
+        if trains and not getattr(module.training_step, MARK, False) and module._compiler_ctx is None:
             raise UnsuitableError(
                 "training_step was replaced after the class was made, so that no batch would be attacked; define it in "
                 "the class."

@@ -781,6 +781,41 @@ def test_deep_copy_during_a_run_runs_its_own_step() -> None:
     assert len(model.seen) == 3
 
 
+@both
+@pytest.mark.parametrize("name", ["StochasticWeightAveraging", "WeightAveraging"])
+@pytest.mark.parametrize("first", [True, False])
+def test_weight_averaging_copies_the_module_in_any_order(make, name, first) -> None:
+    model, callbacks = make()
+    averaging: Any = L.pytorch.callbacks.StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=1)
+    if name == "WeightAveraging":
+        averaging = pytest.importorskip("lightning.pytorch.callbacks").WeightAveraging()
+    order = [averaging, *callbacks] if first else [*callbacks, averaging]
+    trainer(callbacks=order, max_epochs=3).fit(model, loader())
+    assert_attacked(model.seen[:9])
+    assert not {*STEPS, STATE} & set(vars(model))
+
+
+class Evaluated(L.LightningModule):
+    """Nothing but a test."""
+
+    forward = Plain.forward
+    test_step = Measured.test_step
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.head, self.seen = Plain().backbone, Plain().head, []
+
+
+class EvaluatedNet(Attack, Evaluated):
+    pass
+
+
+def test_module_without_a_training_step_is_tested_all_the_same() -> None:
+    for model, callbacks in ((EvaluatedNet(), []), (Evaluated(), [AdversarialTraining(PGD)])):
+        (logged,) = trainer(callbacks=callbacks).test(model, loader(), verbose=False)
+        assert set(logged) == {"test/clean_acc", "test/robust_acc"}
+
+
 def test_checkpoints_are_ordinary(tmp_path) -> None:
     model = Net()
     run = trainer()
