@@ -10,13 +10,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_muter.attacks import LossAttack
     from lightning_muter.threat import ThreatModel
+    from lightning_muter.training import AdversarialTraining, AdversarialTrainingMixin
 
 __version__ = "0.1.0"
-__all__ = ["ThreatModel"]
+__all__ = ["ThreatModel", "LossAttack", "AdversarialTrainingMixin", "AdversarialTraining"]  # noqa: RUF022 - in the order of the flow
 
 # Public name -> module that defines it; the same names as above, in the same order.
-_HOME = {"ThreatModel": "threat"}
+_HOME = {
+    "ThreatModel": "threat",
+    "LossAttack": "attacks",
+    "AdversarialTrainingMixin": "training",
+    "AdversarialTraining": "training",
+}
 
 
 def __getattr__(name: str) -> Any:
