@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ class Ledger:
         """
         if not create and not path.exists():
             raise RequestError(f"{path}: no ledger here. `muter snapshot --ckpt_path …` starts one.")
-        connection = sqlite3.connect(path, isolation_level=None, timeout=_BUSY_SECONDS)
+        connection = _connect(path)
         try:
             with _readable(path):
                 # Nothing that the file's own schema says is run: no triggers, views or functions of somebody else's.
@@ -260,6 +261,18 @@ def _row(receipt: Mapping[str, Any]) -> tuple[Any, ...]:
         canonical(receipt),
         receipt["sha256"],
     )
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    """A connection; where nothing can be written, one that does not try (WAL would want its own files beside)."""
+    if not path.exists() or (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)):
+        return sqlite3.connect(path, isolation_level=None, timeout=_BUSY_SECONDS)
+    wal = Path(f"{path}-wal")
+    if wal.exists() and wal.stat().st_size:
+        raise RequestError(
+            f"{path}: changes wait in {wal.name}, and the folder cannot be written to. Copy all elsewhere."
+        )
+    return sqlite3.connect(f"{path.absolute().as_uri()}?immutable=1", uri=True, isolation_level=None)
 
 
 def _check_schema(connection: sqlite3.Connection, path: Path, create: bool) -> None:

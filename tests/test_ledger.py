@@ -193,6 +193,21 @@ def test_receipt_files(path, tmp_path):
         receipts.read_receipt(tmp_path / "none.json")
 
 
+def test_a_ledger_on_a_read_only_disk_can_be_read(path, monkeypatch):
+    monkeypatch.setattr(ledger_module.os, "access", lambda *_: False)
+    names = sorted(file.name for file in path.parent.iterdir())
+    with Ledger.open(path) as ledger:
+        assert len(ledger) == 3
+        assert ledger.verify(KEY) == []
+        assert sorted(file.name for file in path.parent.iterdir()) == names
+        with pytest.raises(RequestError, match="readonly"):
+            ledger.finish(3)
+    wal = path.with_name(f"{path.name}-wal")
+    wal.write_bytes(b"x")
+    with pytest.raises(RequestError, match="Copy all elsewhere"), Ledger.open(path):
+        pass
+
+
 def test_a_copy_is_complete_and_writers_do_not_wait_forever(path, tmp_path, monkeypatch):
     with Ledger.open(path) as ledger:
         ledger.copy_to(tmp_path / "copy")
