@@ -30,6 +30,7 @@ except ImportError:  # pragma: no cover
 
 Writer: TypeAlias = "Callable[[BinaryIO], object]"
 
+STAGE = ".muter-stage"  # new files of a request that the ledger has still to take in
 _NEW, _OLD, _JOURNAL = ".muter-new", ".muter-old", ".muter-journal"
 # The first byte of a journal, rewritten in place (one byte is atomic), says what a recovery has to do.
 _WRITING, _SWITCHING, _COMMITTED = b"W", b"S", b"C"
@@ -145,7 +146,8 @@ def commit_files(writers: Mapping[str | os.PathLike[str], Writer]) -> dict[Path,
     descriptor = os.open(journal, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     committed = False
     try:
-        try_lock(descriptor)
+        with contextlib.suppress(OSError):  # file systems without locks: only a recovery at the same time would mind
+            try_lock(descriptor)
         os.write(descriptor, _WRITING + json.dumps([vars(entry) for entry in entries]).encode())
         os.fsync(descriptor)
         fsync_folder(folder)

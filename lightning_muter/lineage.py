@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 from lightning_muter.errors import MismatchError, RequestError
-from lightning_muter.files import file_sha256, fsync_folder, write_new
+from lightning_muter.files import STAGE, beside, file_sha256, fsync_folder, write_new
 from lightning_muter.ledger import Ledger
 from lightning_muter.places import Places, pending_request
 
@@ -60,38 +61,40 @@ def fork(source: Places, target: Places) -> Iterator[None]:
     Raises:
         RequestError: there is a model under the target's name already.
     """
-    if target.checkpoint.exists() or target.ledger.exists():
-        raise RequestError(f"{target.checkpoint}: there is a model under this name already; choose another for --out.")
     copies = [(source.snapshot, target.snapshot), (source.key, target.key), (source.checkpoint, target.checkpoint)]
-    entered = False
+    if any(new.exists() and file_sha256(new) != file_sha256(old) for old, new in copies) or (
+        target.ledger.exists() and _last(target) != _last(source)
+    ):
+        raise RequestError(f"{target.checkpoint}: there is a model under this name already; choose another for --out.")
+    # What exists now was left by a process that died before it had entered anything: the same copies are made again.
+    entered, before = False, _last(source)
     try:
         if source.ledger.exists():
+            half = beside(target.ledger, STAGE)
             with Ledger.open(source.ledger) as ledger:
-                ledger.copy_to(target.ledger)
-        count = _entered(target)
+                ledger.copy_to(half)
+            os.replace(half, target.ledger)
         for old, new in copies:
-            with open(old, "rb") as file:
-                write_new(new, functools.partial(_copy, file), like=old)
+            half = beside(new, STAGE)
+            with open(old, "rb") as file:  # never readable for others than the old one, which matters for the key
+                write_new(half, functools.partial(shutil.copyfileobj, file), like=old)
+            os.replace(half, new)
         fsync_folder(target.folder)
         try:
             yield
         finally:
-            entered = _entered(target) > count
+            entered = _last(target) != before
     finally:
         if not entered:
             for path in (*(new for _, new in copies), target.ledger):
                 path.unlink(missing_ok=True)
 
 
-def _copy(source: BinaryIO, target: BinaryIO) -> None:
-    shutil.copyfileobj(source, target)
-
-
-def _entered(places: Places) -> int:
+def _last(places: Places) -> dict[str, Any] | None:
     if not places.ledger.exists():
-        return 0
+        return None
     with Ledger.open(places.ledger) as ledger:
-        return len(ledger)
+        return ledger.last()
 
 
 def check_agreement(places: Places, ledger: Ledger | None) -> None:

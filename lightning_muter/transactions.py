@@ -33,7 +33,6 @@ from lightning_muter.places import Places, pending_request, write_receipts
 
 STAGES = ("pending", "writing", "checking", "entering", "switching", "closing")
 Say = Callable[[str], None]
-_STAGE_SUFFIX = ".muter-stage"
 
 
 @contextlib.contextmanager
@@ -128,7 +127,7 @@ def commit_request(
     """
     if set(writers) - {places.checkpoint, places.snapshot}:
         raise ArgumentError("writers", [str(path) for path in writers], "the checkpoint and the snapshot")
-    stages = {path: files.beside(path, _STAGE_SUFFIX) for path in writers}
+    stages = {path: files.beside(path, files.STAGE) for path in writers}
     decided = True
     try:
         if ledger.find(content["id"]) is not None:
@@ -235,11 +234,11 @@ def _remove_pending(places: Places) -> None:
 
 
 def _stage_name(target: str) -> re.Pattern[str]:
-    return re.compile(rf"\.{re.escape(target[-150:])}\.[0-9a-f]{{16}}{re.escape(_STAGE_SUFFIX)}")
+    return re.compile(rf"\.{re.escape(target[-150:])}\.[0-9a-f]{{16}}{re.escape(files.STAGE)}")
 
 
 def _stages(places: Places) -> list[Path]:
-    patterns = [_stage_name(path.name) for path in (places.checkpoint, places.snapshot)]
+    patterns = [_stage_name(path.name) for path in (places.checkpoint, places.snapshot, places.ledger, places.key)]
     with os.scandir(places.folder) as entries:
         return [Path(entry.path) for entry in entries if any(pattern.fullmatch(entry.name) for pattern in patterns)]
 
