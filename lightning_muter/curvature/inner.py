@@ -1,0 +1,220 @@
+"""The inner maximiser: where the adversary sits, how well that is known, and how smooth it is in the weights.
+
+    phi_i(w) = max over delta in B(x_i) of  l(w, x_i + delta, y_i) + rho_i(delta),
+    rho_i(delta) = 1/2 sum_j c_ij (h_ij^2 - (delta_j - m_ij)^2)            (m, h: centre and half-width of coordinate j)
+
+The concave term rho is 0 for an L2 ball (c = 0). For an L-infinity ball, the maximiser of a convex loss is a vertex that
+jumps as w moves: phi has a kink at each jump and its pointwise Hessian misses them. With
+
+    c_ij = s lambda_max(d2l/dx2) + tau mean_j|g_ij| / h_ij           at the clean sample and at fixed *anchor* weights
+
+the maximiser leaves the vertex only where the loss is nearly flat in coordinate j (within the bandwidth of a switch), the
+inner problem is concave at the anchor, and phi is once continuously differentiable: this is the convolution of the switch with
+a box kernel (`curvature.response`), written as an objective, so that polish, refine, certificate and curvature
+all speak of the same function. rho is 0 at the vertices and rho >= 0: phi <= phi_smooth <= phi + max rho.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_muter.curvature.problem import HeadProblem
+from lightning_muter.threat import ThreatModel
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """How the switches of an L-infinity maximiser are smoothed; frozen with the snapshot.
+
+    Args:
+        strength: s, multiple of the largest input curvature at the anchor; 1 makes the inner problem concave there.
+        bandwidth: tau, relative to the mean input gradient of the sample.
+        anchor: theta at which both are evaluated (``None``: no smoothing).
+    """
+
+    strength: float = 1.0
+    bandwidth: float = 0.03
+    anchor: Tensor | None = None
+
+    def coefficients(self, problem: HeadProblem, threat: ThreatModel, x: Tensor, y: Tensor) -> Tensor | None:
+        """c_ij (n, D), or ``None`` where nothing is smoothed; depends on the sample and the anchor alone."""
+        if self.anchor is None or threat.norm != "linf" or threat.eps == 0 or not (self.strength or self.bandwidth):
+            return None
+        z = problem.logits(self.anchor, problem.backbone(x).detach())
+        terms = problem.terms(z, y)
+        gradient = problem.backbone.pullback(x, (terms.r @ problem.weight(self.anchor))[:, None])[:, 0]
+        assert terms.hess is not None
+        root = problem.curvature_root(self.anchor, x, terms.hess)
+        top = torch.linalg.eigvalsh(root.mT @ root)[:, -1:].clamp(min=0.0)
+        lo, hi = threat.bounds(x.to(gradient))
+        half = ((hi - lo) / 2).clamp(min=1e-3 * threat.eps)
+        return self.strength * top + self.bandwidth * gradient.abs().mean(1, keepdim=True) / half
+
+
+@dataclass
+class Maximisers:
+    """delta (n, D), value of the inner objective (n,), natural residual (n,), iterations used."""
+
+    delta: Tensor
+    value: Tensor
+    residual: Tensor
+    iterations: int
+    tolerance: float
+
+    @property
+    def converged(self) -> Tensor:
+        return self.residual <= self.tolerance
+
+
+@dataclass
+class InnerSolver:
+    """Monotone ascent for the inner problem, per sample and reproducible.
+
+    Each step maximises the linearised loss plus rho exactly over B, minus a proximal term (1/2t)|delta' - delta|^2 whose
+    1/t is 0 until a step fails to rise (for a loss convex in x it never does). The natural residual is
+    |P_B(delta + t g) - delta| / eps with t = eps/|g|.
+
+    Args:
+        tolerance: on the natural residual; ``None``: 1e-9 in float64, 1e-5 in float32.
+        max_iter: gradient steps per solve.
+        starts: screen a start towards every other class and keep the best (linear models); the others start at 0.
+    """
+
+    tolerance: float | None = None
+    max_iter: int = 300
+    starts: bool = True
+    screening: int = field(default=3, repr=False)
+
+    def tolerance_for(self, dtype: torch.dtype) -> float:
+        if self.tolerance is not None:
+            return self.tolerance
+        return 1e-9 if dtype == torch.float64 else 1e-5
+
+    def solve(
+        self,
+        problem: HeadProblem,
+        theta: Tensor,
+        threat: ThreatModel,
+        x: Tensor,
+        y: Tensor,
+        c: Tensor | None = None,
+        start: Tensor | None = None,
+    ) -> Maximisers:
+        """Maximise from ``start`` (n, D), or from scratch: the result then depends on the sample and theta alone."""
+        x = x.to(problem.backbone.exact_dtype)
+        tol = self.tolerance_for(x.dtype)
+        if threat.eps == 0:
+            zero = torch.zeros_like(x)
+            value, _ = problem.loss_and_input_gradient(theta, x, y)
+            return Maximisers(zero, value, value * 0, 0, tol)
+        rho = _Rho(threat, x, c)
+        if start is not None:
+            first = threat.project(start.to(x), x)
+        else:
+            first = self._screen(problem, theta, threat, x, y, rho)
+        return self._ascend(problem, theta, threat, x, y, rho, first, self.max_iter, tol)
+
+    def _screen(
+        self, problem: HeadProblem, theta: Tensor, threat: ThreatModel, x: Tensor, y: Tensor, rho: _Rho
+    ) -> Tensor:
+        """The best of a few short ascents: from 0, and towards every logit (linear models with several logits)."""
+        zero = torch.zeros_like(x)
+        if not (self.starts and problem.backbone.affine and problem.n_logits > 2 and rho.c is None):
+            return zero
+        best = self._ascend(problem, theta, threat, x, y, rho, zero, self.screening, 0.0)
+        delta, value = best.delta, best.value
+        weight = problem.weight(theta)
+        own = weight[y] if not y.is_floating_point() and y.dim() == 1 else weight.mean(0).expand(len(x), -1)
+        for k in range(problem.n_logits):
+            towards = problem.backbone.pullback(x, (weight[k] - own)[:, None])[:, 0]
+            tried = self._ascend(
+                problem, theta, threat, x, y, rho, threat.linear_maximiser(towards, x), self.screening, 0.0
+            )
+            # a start must win clearly: equal maxima up to rounding may not change places
+            better = tried.value > value + 1e-9 * (1 + value.abs())
+            delta = torch.where(better[:, None], tried.delta, delta)
+            value = torch.where(better, tried.value, value)
+        return delta
+
+    def _ascend(
+        self,
+        problem: HeadProblem,
+        theta: Tensor,
+        threat: ThreatModel,
+        x: Tensor,
+        y: Tensor,
+        rho: _Rho,
+        delta: Tensor,
+        max_iter: int,
+        tol: float,
+    ) -> Maximisers:
+        delta = delta.clone()
+        loss, gradient = problem.loss_and_input_gradient(theta, x + delta, y)
+        value = loss + rho.value(delta)
+        damping = torch.zeros(len(x), 1, dtype=x.dtype, device=x.device)  # 1/t
+        residual = torch.full_like(value, math.inf)
+        live = torch.arange(len(x), device=x.device)
+        iterations = 0
+        for iterations in range(1, max_iter + 1):
+            d, g, part = delta[live], gradient[live], rho.take(live)
+            total = g + part.gradient(d)
+            size = total.norm(dim=1, keepdim=True)
+            step = threat.eps / size.clamp(min=torch.finfo(x.dtype).tiny)
+            xl = x[live]
+            moved = torch.where(size > 0, threat.project(d + step * total, xl), d)
+            natural = (moved - d).norm(dim=1).to(residual) / threat.eps
+            residual[live] = natural
+            going = natural > tol
+            # a proximal term this strong means a kink of the backbone: no direction rises any more
+            going &= (damping[live] <= 1e13 / step)[:, 0]
+            live = live[going]
+            if len(live) == 0:
+                break
+            d, g, part, xl = d[going], g[going], part.take(going), xl[going]
+            candidate = part.maximise(threat, g, d, damping[live], xl)
+            new_loss, new_gradient = problem.loss_and_input_gradient(theta, xl + candidate, y[live])
+            new_value = new_loss + part.value(candidate)
+            slack = 4 * torch.finfo(x.dtype).eps * (1 + value[live].abs())
+            rose = new_value >= value[live] - slack
+            up, down = live[rose], live[~rose]
+            delta[up], gradient[up], value[up] = candidate[rose], new_gradient[rose], new_value[rose]
+            damping[up] = damping[up] / 3
+            floor = 1.0 / step[going][~rose]
+            damping[down] = torch.maximum(damping[down] * 6, floor)
+        return Maximisers(delta, value, residual, iterations, tol)
+
+
+class _Rho:
+    """rho and the exact maximiser of <g, delta> + rho(delta) - damping/2 |delta - d|^2 over B."""
+
+    def __init__(self, threat: ThreatModel, x: Tensor, c: Tensor | None) -> None:
+        self.c: Tensor | None = None
+        if c is not None:
+            lo, hi = threat.bounds(x)
+            self.c, self.mid, self.half = c.to(x), (lo + hi) / 2, (hi - lo) / 2
+
+    def take(self, index: Tensor) -> _Rho:
+        part = object.__new__(_Rho)
+        part.c = None
+        if self.c is not None:
+            part.c, part.mid, part.half = self.c[index], self.mid[index], self.half[index]
+        return part
+
+    def value(self, delta: Tensor) -> Tensor:
+        if self.c is None:
+            return delta.new_zeros(len(delta))
+        return (self.c * (self.half.square() - (delta - self.mid).square())).sum(1) / 2
+
+    def gradient(self, delta: Tensor) -> Tensor:
+        return torch.zeros_like(delta) if self.c is None else -self.c * (delta - self.mid)
+
+    def maximise(self, threat: ThreatModel, g: Tensor, d: Tensor, damping: Tensor, x: Tensor) -> Tensor:
+        if self.c is not None:  # separable: L-infinity
+            return threat.project((g + self.c * self.mid + damping * d) / (self.c + damping), x)
+        best = threat.linear_maximiser(g, x)
+        damped = threat.project(d + g / damping.clamp(min=torch.finfo(d.dtype).tiny), x)
+        return torch.where(damping > 0, damped, best)

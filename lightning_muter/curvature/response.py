@@ -1,0 +1,361 @@
+"""Responses of the inner maximiser: K = d(delta*)/d(dl/dx), so that d(delta*)/dw = K d2l/dxdw.
+
+A head's total Hessian needs K only through the head's input: G = J K J^T (f, f), J = d phi/dx. Every response gives a
+*Gram* of the samples at hand, `None` where delta* does not move.
+
+`none`          K = 0
+`unconstrained` K = -(d2l/dx2)^-1 by the truncated series sum_{j<T} (I - d2l/dx2)^j (Liu et al., MUter, ICCV 2023)
+`l2`            ball and box: K = (P (mu I - d2l/dx2) P)^+, P onto the free coordinates and, where the ball binds, across delta
+`linf`          K = (C_FF - d2l/dx2_FF)^-1 on the coordinates F inside their range, C of `curvature.inner`; where the input
+                curvature is diagonal this is  K_jj = width_j kappa(s_j),  kappa the box kernel of the switch s_j
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lightning_muter.curvature.inner import Smoothing
+from lightning_muter.curvature.problem import HeadProblem, LogitTerms
+from lightning_muter.errors import ArgumentError
+from lightning_muter.threat import ThreatModel
+
+
+@dataclass
+class LocalPoint:
+    """Samples at their maximisers, with what responses ask of them (computed once, on demand)."""
+
+    problem: HeadProblem
+    theta: Tensor
+    threat: ThreatModel
+    x: Tensor  # clean, flattened (n, D)
+    y: Tensor
+    delta: Tensor
+    c: Tensor | None = None
+
+    @cached_property
+    def at(self) -> Tensor:
+        return self.x.to(self.delta) + self.delta
+
+    @cached_property
+    def phi(self) -> Tensor:
+        return self.problem.backbone(self.at).detach()
+
+    @cached_property
+    def terms(self) -> LogitTerms:
+        """Unweighted loss, r and Lambda."""
+        return self.problem.terms(self.problem.logits(self.theta, self.phi), self.y)
+
+    @cached_property
+    def hess(self) -> Tensor:
+        assert self.terms.hess is not None
+        return self.terms.hess
+
+    @cached_property
+    def weight(self) -> Tensor:
+        return self.problem.weight(self.theta)
+
+    @cached_property
+    def input_gradient(self) -> Tensor:
+        return self.problem.backbone.pullback(self.at, (self.terms.r @ self.weight)[:, None])[:, 0]
+
+    @cached_property
+    def root(self) -> Tensor:
+        return self.problem.curvature_root(self.theta, self.at, self.hess)
+
+
+class Gram(ABC):
+    """G_i = J_i K_i J_i^T of a batch, in whatever form is cheapest to sum."""
+
+    @abstractmethod
+    def outer_sum(self, pairs: Tensor) -> Tensor:
+        """sum_i pairs[i, p] G_i: (n, P) -> (P, f, f)."""
+
+    @abstractmethod
+    def times(self, columns: Tensor) -> Tensor:
+        """G_i C_i: (n, f, K) -> (n, f, K)."""
+
+
+@dataclass
+class DenseGram(Gram):
+    """G (n, f, f) itself."""
+
+    value: Tensor
+
+    def outer_sum(self, pairs: Tensor) -> Tensor:
+        n, f, _ = self.value.shape
+        return (pairs.T @ self.value.reshape(n, f * f)).reshape(-1, f, f)
+
+    def times(self, columns: Tensor) -> Tensor:
+        return self.value @ columns
+
+
+@dataclass
+class HeadGram(Gram):
+    """G_i = t I + W^T Gamma_i W: sums work in K dimensions."""
+
+    scale: float
+    weight: Tensor  # (K, f)
+    core: Tensor  # (n, K, K)
+
+    def outer_sum(self, pairs: Tensor) -> Tensor:
+        n, k, _ = self.core.shape
+        core = (pairs.T @ self.core.reshape(n, k * k)).reshape(-1, k, k)
+        eye = torch.eye(self.weight.shape[1], dtype=core.dtype, device=core.device)
+        return self.scale * pairs.sum(0)[:, None, None] * eye + self.weight.T @ core @ self.weight
+
+    def times(self, columns: Tensor) -> Tensor:
+        return self.scale * columns + self.weight.T @ (self.core @ (self.weight @ columns))
+
+
+class Response(ABC):
+    """How the maximisers move with the weights. Extend by subclassing; ``counts`` collects what happened."""
+
+    name: str
+
+    @abstractmethod
+    def gram(self, local: LocalPoint, counts: Counter[str]) -> Gram | None:
+        """The Gram of these samples, `None` if no maximiser moves."""
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{k}={v!r}" for k, v in vars(self).items())
+        return f"{type(self).__name__}({fields})"
+
+
+class NoResponse(Response):
+    """K = 0: the direct Hessian alone (ordinary second-order unlearning)."""
+
+    name = "none"
+
+    def gram(self, local: LocalPoint, counts: Counter[str]) -> Gram | None:
+        return None
+
+
+class Unconstrained(Response):
+    """The published response, K = -(d2l/dx2)^-1 by T terms of its Neumann series; T = 3 for linear models, 100 for heads.
+
+    Its premise, dl/dx = 0 at the maximiser, fails on the boundary of the norm ball. In features
+    d2l/dphi2 = W^T Lambda W is rank-deficient, and the series gives T on its null space:
+
+        sum_{j<T} (I - W^T Lambda W)^j = T I + W^T Gamma_T W,   Gamma_1 = 0,  Gamma_{t+1} = Gamma_t - t Lambda - Lambda W W^T Gamma_t
+
+    Args:
+        terms: T, at least 1.
+        space: "features" (the paper's choice for heads) or "inputs".
+    """
+
+    name = "unconstrained"
+
+    def __init__(self, terms: int = 3, space: str = "features") -> None:
+        if not (isinstance(terms, int) and terms >= 1):
+            raise ArgumentError("terms", terms, "a whole number from 1", "The paper uses 3 (linear models) and 100 (heads).")
+        if space not in ("features", "inputs"):
+            raise ArgumentError("space", space, "'features' or 'inputs'")
+        self.terms, self.space = terms, space
+
+    def gram(self, local: LocalPoint, counts: Counter[str]) -> Gram | None:
+        weight, hess = local.weight, local.hess
+        if self.space == "inputs" and not local.problem.backbone.identity:
+            jacobian = local.problem.backbone.jacobian(local.at)
+            through = weight @ jacobian  # (n, K, D)
+            core = self._core(hess, through @ through.mT)
+            square = jacobian @ jacobian.mT
+            return DenseGram(-(self.terms * square + square @ weight.T @ core @ weight @ square))
+        core = self._core(hess, (weight @ weight.T).expand_as(hess))
+        _count_series(hess, weight, counts)
+        return HeadGram(-float(self.terms), weight, -core)
+
+    def _core(self, hess: Tensor, square: Tensor) -> Tensor:
+        core = torch.zeros_like(hess)
+        for t in range(1, self.terms):
+            core = core - t * hess - hess @ square @ core
+        return (core + core.mT) / 2
+
+
+def _count_series(hess: Tensor, weight: Tensor, counts: Counter[str]) -> None:
+    values, vectors = torch.linalg.eigh(hess)
+    root = vectors * values.clamp(min=0.0).sqrt()[:, None, :]
+    inner = root.mT @ (weight @ weight.T) @ root
+    counts["series diverges"] += int((torch.linalg.eigvalsh(inner)[:, -1] > 2).sum())
+    counts["rank-deficient"] += len(hess) if weight.shape[1] >= weight.shape[0] else 0
+
+
+class _Boundary(Response):
+    """What the constraint-aware responses share: K = (Pi (A - d2l/dx2) Pi)^+, A diagonal, Pi onto the free directions.
+
+    Piecewise-linear backbones: d2l/dx2 = R R^T with R (D, K), hence with T = Pi A^-1/2 R and T^T T = V diag(b) V^T
+
+        K = A^-1/2 (Pi + T (I - T^T T)^-1 T^T) A^-1/2,       defined iff all b < 1 (a strict maximum)
+
+    Smooth backbones: the dense input Hessian up to ``max_exact`` inputs, beyond it the same formula (Gauss-Newton).
+    Where the maximum is not strict the eigenvalue is lifted to ``damping`` (relative) and the sample counted.
+    """
+
+    def __init__(self, damping: float = 0.05, max_exact: int = 1024) -> None:
+        if not 0 < damping < 1:
+            raise ArgumentError("damping", damping, "a number between 0 and 1", "0.05 is the default.")
+        self.damping, self.max_exact = damping, max_exact
+
+    @abstractmethod
+    def free(self, local: LocalPoint, counts: Counter[str]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Free coordinates (n, D) bool, A (n, D), unit normal of the binding ball on them (n, D) or None."""
+
+    def gram(self, local: LocalPoint, counts: Counter[str]) -> Gram | None:
+        mask, a, normal = self.free(local, counts)
+        if not bool(mask.any()):
+            return None
+        backbone = local.problem.backbone
+        if backbone.piecewise_linear or local.x.shape[1] > self.max_exact:
+            if not backbone.piecewise_linear:
+                counts["Gauss-Newton input curvature"] += len(mask)
+            return self._low_rank(local, mask, a, normal, counts)
+        return self._dense(local, mask, a, normal, counts)
+
+    def _low_rank(
+        self, local: LocalPoint, mask: Tensor, a: Tensor, normal: Tensor | None, counts: Counter[str]
+    ) -> Gram:
+        inv = torch.where(mask & (a > 0), a.clamp(min=torch.finfo(a.dtype).tiny).rsqrt(), torch.zeros_like(a))
+        scaled = local.root * inv[:, :, None]
+        if normal is not None:
+            scaled = scaled - normal[:, :, None] * (normal[:, None, :] @ scaled)
+        b, v = torch.linalg.eigh(scaled.mT @ scaled)
+        counts["not a strict maximum"] += int((b[:, -1] >= 1).sum())
+        counts["damped"] += int((b[:, -1] > 1 - self.damping).sum())
+        gain = (1 - b).clamp(min=self.damping).reciprocal()
+        side = (scaled @ v) * gain.sqrt()[:, None, :]
+        backbone = local.problem.backbone
+        if backbone.identity:
+            gram = torch.diag_embed(inv.square())
+            left = side * inv[:, :, None]
+            minus = None if normal is None else normal * inv
+        else:
+            jacobian = backbone.jacobian(local.at) * inv[:, None, :]
+            gram = jacobian @ jacobian.mT
+            left = jacobian @ side
+            minus = None if normal is None else (jacobian @ normal[:, :, None])[:, :, 0]
+        gram = gram + left @ left.mT
+        if minus is not None:
+            gram = gram - minus[:, :, None] * minus[:, None, :]
+        return DenseGram(gram)
+
+    def _dense(self, local: LocalPoint, mask: Tensor, a: Tensor, normal: Tensor | None, counts: Counter[str]) -> Gram:
+        problem = local.problem
+        free = mask.to(a)
+        projector = torch.diag_embed(free)
+        if normal is not None:
+            projector = projector - normal[:, :, None] * normal[:, None, :]
+        full = torch.diag_embed(a) - problem.input_hessian(local.theta, local.at, local.y)
+        values, vectors = torch.linalg.eigh(projector @ full @ projector)
+        inside = ((projector @ vectors) * vectors).sum(1) > 0.5
+        scale = values.abs().amax(1, keepdim=True)
+        floor = self.damping * torch.where(a.amax(1, keepdim=True) > 0, a.amax(1, keepdim=True), scale)
+        low = inside & (values < 1e-12 * scale.clamp(min=torch.finfo(a.dtype).tiny))
+        counts["not a strict maximum"] += int(low.any(1).sum())
+        values = torch.where(low, floor, values)
+        inverse = torch.where(inside, values.reciprocal(), torch.zeros_like(values))
+        half = problem.backbone.jacobian(local.at) @ (projector @ vectors)
+        return DenseGram((half * inverse[:, None, :]) @ half.mT)
+
+
+class L2Response(_Boundary):
+    """Response on an L2 ball cut by the input box, the four cases of the boundary: ball binds, ball slack, vertex, interior.
+
+    mu = |g_F| / |delta_F| on the free coordinates F; a coordinate is on a face iff it is at a bound of the box and the force
+    g_j - mu delta_j points outward.
+    """
+
+    name = "l2"
+
+    def free(self, local: LocalPoint, counts: Counter[str]) -> tuple[Tensor, Tensor, Tensor | None]:
+        threat, delta, g = local.threat, local.delta.to(local.phi), local.input_gradient
+        tol = 1e-7 if local.delta.dtype == torch.float64 else 1e-4
+        mask = torch.ones_like(delta, dtype=torch.bool)
+        if threat.box is not None:
+            lo, hi = threat.box[0] - local.x.to(delta), threat.box[1] - local.x.to(delta)
+            edge = tol * threat.eps
+            at_lo, at_hi = delta <= lo + edge, delta >= hi - edge
+            inside = ~(at_lo | at_hi)
+            mu = _ratio((g * inside).norm(dim=1), (delta * inside).norm(dim=1))[:, None]
+            force = g - mu * delta
+            weak = 1e-9 * g.abs().amax(1, keepdim=True)
+            mask = inside | (at_lo & (force >= -weak)) | (at_hi & (force <= weak))
+            counts["on faces"] += int((~mask).any(1).sum())
+            counts["weakly active"] += int(((mask & ~inside) & (g != 0)).any(1).sum())
+        dm, gm = delta * mask, g * mask
+        binds = delta.norm(dim=1) >= threat.eps * (1 - tol)
+        mu = torch.where(binds, _ratio(gm.norm(dim=1), dm.norm(dim=1)), torch.zeros_like(binds, dtype=g.dtype))
+        # flat: no force on the free coordinates and no ball to hold them; the maximiser is not determined
+        flat = (mu <= 0) & local.problem.backbone.piecewise_linear
+        counts["vertex"] += int((~mask.any(1)).sum())
+        counts["ball slack"] += int((~binds & mask.any(1)).sum())
+        counts["flat"] += int((flat & mask.any(1)).sum())
+        mask = mask & ~flat[:, None]
+        normal = torch.where(binds[:, None] & mask, dm, torch.zeros_like(dm))
+        normal = normal / normal.norm(dim=1, keepdim=True).clamp(min=torch.finfo(g.dtype).tiny)
+        a = mu[:, None].expand_as(g)
+        return mask, a if local.c is None else a + local.c, normal
+
+
+class LinfResponse(_Boundary):
+    """Response inside an L-infinity ball and box: the coordinates strictly inside their range, with the curvature of rho."""
+
+    name = "linf"
+
+    def free(self, local: LocalPoint, counts: Counter[str]) -> tuple[Tensor, Tensor, Tensor | None]:
+        delta = local.delta.to(local.phi)
+        lo, hi = local.threat.bounds(local.x.to(delta))
+        edge = (1e-9 if local.delta.dtype == torch.float64 else 1e-5) * local.threat.eps
+        mask = (delta > lo + edge) & (delta < hi - edge)
+        a = torch.zeros_like(delta) if local.c is None else local.c.to(delta)
+        if local.problem.backbone.piecewise_linear:
+            mask = mask & (a > 0)
+        counts["vertex"] += int((~mask.any(1)).sum())
+        counts["switching coordinates"] += int(mask.sum())
+        return mask, a, None
+
+
+def _ratio(top: Tensor, bottom: Tensor) -> Tensor:
+    return torch.where(bottom > 0, top / bottom.clamp(min=torch.finfo(top.dtype).tiny), torch.zeros_like(top))
+
+
+_CHOICES: dict[str, type[Response]] = {
+    "none": NoResponse,
+    "unconstrained": Unconstrained,
+    "l2": L2Response,
+    "linf": LinfResponse,
+}
+
+
+def as_response(response: str | Response, threat: ThreatModel) -> Response:
+    """The response a name stands for; "auto" is the constraint-aware one of the threat model.
+
+    Raises:
+        ArgumentError: unknown name, or "l2" with an L-infinity threat model and the other way round.
+    """
+    if isinstance(response, Response):
+        chosen = response
+    elif response == "auto":
+        chosen = _CHOICES[threat.norm]() if threat.eps > 0 else NoResponse()
+    elif response in _CHOICES:
+        chosen = _CHOICES[response]()
+    else:
+        raise ArgumentError(
+            "response", response, "'auto', 'none', 'unconstrained', 'l2', 'linf' or a Response", "Use 'auto'."
+        )
+    if chosen.name in ("l2", "linf") and chosen.name != threat.norm:
+        raise ArgumentError(
+            "response", chosen.name, f"'{threat.norm}' for this threat model", "Use 'auto', or change the threat model."
+        )
+    if threat.eps == 0 and chosen.name in ("l2", "linf"):
+        return NoResponse()
+    return chosen
+
+
+def default_smoothing(threat: ThreatModel, anchor: Tensor, strength: float = 1.0, bandwidth: float = 0.03) -> Smoothing:
+    """Smoothing for L-infinity, none for L2."""
+    return Smoothing(strength, bandwidth, anchor.clone() if threat.norm == "linf" and threat.eps > 0 else None)
