@@ -112,31 +112,24 @@ class ThreatModel:
 def _ball_box(v: Tensor, lo: Tensor, hi: Tensor, eps: float, *, at_most_one: bool) -> Tensor:
     """clip(t v, lo, hi) with the scalar t per row such that the norm is eps (t <= 1 for a projection).
 
-    ||clip(t v)||^2 = sum of the saturated bounds^2 + t^2 * (sum of the free v^2) is increasing and piecewise quadratic
-    in t: sort the break points, find the piece, solve it in closed form. Exact, and the same for every batch size.
+    From below: with the coordinates that saturate at the present t taken at their bounds, the t that fills the ball is never
+    above the solution, so the saturated set only grows and the exact t is reached in finitely many (few) rounds.
     """
+    tiny = torch.finfo(v.dtype).tiny
     bound = torch.where(v >= 0, hi, -lo)  # >= 0: room in the direction of v
     mag = v.abs()
-    # t at which a coordinate saturates; coordinates with v = 0 never do
-    knot = torch.where(mag > 0, bound / mag.clamp(min=torch.finfo(v.dtype).tiny), torch.full_like(v, math.inf))
-    order = knot.argsort(dim=1)
-    knot_s = knot.gather(1, order)
-    b2, m2 = bound.gather(1, order).square(), mag.gather(1, order).square()
-    m2 = torch.where(torch.isinf(knot_s), torch.zeros_like(m2), m2)
-    saturated = b2.cumsum(1) - b2  # squares of the bounds of the coordinates before this one
-    free = m2.flip(1).cumsum(1).flip(1)  # squares of the magnitudes from this one on
-    finite = ~torch.isinf(knot_s)
-    at_knot = torch.where(finite, saturated + knot_s.where(finite, torch.zeros_like(knot_s)).square() * free, math.inf)
-    piece = (at_knot < eps * eps).sum(1, keepdim=True)  # number of knots passed before the ball binds
-    never = piece >= finite.sum(1, keepdim=True)  # every coordinate saturates inside the ball
-    at = piece.clamp(max=v.shape[1] - 1)
-    s, f = saturated.gather(1, at), free.gather(1, at)
-    t = ((eps * eps - s).clamp(min=0.0) / f.clamp(min=torch.finfo(v.dtype).tiny)).sqrt()
-    # t lies past the last knot passed; where one coordinate carries the whole norm, rounding alone would lose it
-    passed = knot_s.gather(1, (piece - 1).clamp(min=0, max=v.shape[1] - 1))
-    t = torch.where(piece > 0, torch.maximum(t, passed), t)
-    t = torch.where(never, torch.full_like(t, torch.finfo(v.dtype).max), t)
+    b2, m2 = bound.square(), mag.square()
+    t = eps * m2.sum(1, keepdim=True).clamp(min=tiny).rsqrt()
+    for _ in range(v.shape[1]):
+        free = (t * mag < bound).to(v.dtype)
+        room = eps * eps - (b2 * (1 - free)).sum(1, keepdim=True)
+        f2 = (m2 * free).sum(1, keepdim=True)
+        # nothing left to move: t no longer matters
+        new = torch.where(f2 > 0, (room.clamp(min=0.0) / f2.clamp(min=tiny)).sqrt(), t)
+        if not bool((new > t * (1 + 4 * torch.finfo(v.dtype).eps)).any()):
+            break
+        t = torch.maximum(t, new)
     if at_most_one:
         t = t.clamp(max=1.0)
-    clipped = torch.minimum(torch.maximum((t * v).nan_to_num(), lo), hi)
+    clipped = torch.minimum(torch.maximum(t * v, lo), hi)
     return torch.where(mag > 0, clipped, torch.zeros_like(v))

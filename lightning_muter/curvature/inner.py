@@ -57,7 +57,7 @@ class Smoothing:
 
 @dataclass
 class Maximisers:
-    """delta (n, D), value of the inner objective (n,), natural residual (n,), iterations used."""
+    """delta (n, D), value of the inner objective (n,), residual (n,), iterations used."""
 
     delta: Tensor
     value: Tensor
@@ -75,11 +75,11 @@ class InnerSolver:
     """Monotone ascent for the inner problem, per sample and reproducible.
 
     Each step maximises the linearised loss plus rho exactly over B, minus a proximal term (1/2t)|delta' - delta|^2 whose
-    1/t is 0 until a step fails to rise (for a loss convex in x it never does). The natural residual is
-    |P_B(delta + t g) - delta| / eps with t = eps/|g|.
+    1/t is 0 until a step fails to rise (for a loss convex in x it never does). The residual is the length of the next step
+    over eps, scaled up by what the proximal term takes from it: 0 exactly at a stationary point of the inner problem.
 
     Args:
-        tolerance: on the natural residual; ``None``: 1e-9 in float64, 1e-5 in float32.
+        tolerance: on the residual; ``None``: 1e-9 in float64, 1e-5 in float32.
         max_iter: gradient steps per solve.
         starts: screen a start towards every other class and keep the best (linear models); the others start at 0.
     """
@@ -158,33 +158,36 @@ class InnerSolver:
         damping = torch.zeros(len(x), 1, dtype=x.dtype, device=x.device)  # 1/t
         residual = torch.full_like(value, math.inf)
         live = torch.arange(len(x), device=x.device)
+        tiny = torch.finfo(x.dtype).tiny
         iterations = 0
         for iterations in range(1, max_iter + 1):
-            d, g, part = delta[live], gradient[live], rho.take(live)
-            total = g + part.gradient(d)
-            size = total.norm(dim=1, keepdim=True)
-            step = threat.eps / size.clamp(min=torch.finfo(x.dtype).tiny)
-            xl = x[live]
-            moved = torch.where(size > 0, threat.project(d + step * total, xl), d)
-            natural = (moved - d).norm(dim=1).to(residual) / threat.eps
-            residual[live] = natural
-            going = natural > tol
+            d, g, xl, part = delta[live], gradient[live], x[live], rho.take(live)
+            pull = damping[live]
+            candidate = part.maximise(threat, g, d, pull, xl)
+            # in units of the ball, as if the step had been a full one
+            unit = threat.eps / g.norm(dim=1).clamp(min=tiny)
+            moved = (candidate - d).norm(dim=1) / threat.eps * (1 + pull[:, 0] * unit)
+            residual[live] = moved.to(residual)
             # a proximal term this strong means a kink of the backbone: no direction rises any more
-            going &= (damping[live] <= 1e13 / step)[:, 0]
-            live = live[going]
-            if len(live) == 0:
-                break
-            d, g, part, xl = d[going], g[going], part.take(going), xl[going]
-            candidate = part.maximise(threat, g, d, damping[live], xl)
+            going = (moved > tol) & (pull[:, 0] * unit <= 1e13)
+            if not bool(going.all()):
+                live = live[going]
+                if len(live) == 0:
+                    break
+                d, g, xl, part = d[going], g[going], xl[going], part.take(going)
+                candidate, unit = candidate[going], unit[going]
             new_loss, new_gradient = problem.loss_and_input_gradient(theta, xl + candidate, y[live])
             new_value = new_loss + part.value(candidate)
             slack = 4 * torch.finfo(x.dtype).eps * (1 + value[live].abs())
             rose = new_value >= value[live] - slack
+            if bool(rose.all()):
+                delta[live], gradient[live], value[live] = candidate, new_gradient, new_value
+                damping[live] = damping[live] / 3
+                continue
             up, down = live[rose], live[~rose]
             delta[up], gradient[up], value[up] = candidate[rose], new_gradient[rose], new_value[rose]
             damping[up] = damping[up] / 3
-            floor = 1.0 / step[going][~rose]
-            damping[down] = torch.maximum(damping[down] * 6, floor)
+            damping[down] = torch.maximum(damping[down] * 6, unit[~rose, None].reciprocal())
         return Maximisers(delta, value, residual, iterations, tol)
 
 

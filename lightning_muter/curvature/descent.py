@@ -1,0 +1,201 @@
+"""L-BFGS in the metric of the total Hessian: how polish and refine go on towards a stationary head.
+
+The initial inverse Hessian of every iteration is H^-1 (factored once), so the first step is the Newton step and the
+later ones learn what H has missed. The line search asks for the weak Wolfe conditions by bisection, which also copes
+with the kinks of a maximum (Lewis and Overton, 2013), on the true robust objective with the inner problem solved anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_muter.curvature.direct import Curvature
+from lightning_muter.curvature.objective import Evaluation, RobustObjective
+from lightning_muter.curvature.response import Response
+from lightning_muter.solvers import definite_inverse
+
+Metric = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Descent:
+    """Where a descent ended: theta, its evaluation, status, accepted steps, and the stationarity after each."""
+
+    theta: Tensor
+    evaluation: Evaluation
+    status: str  # "converged", "capped", "stalled"
+    steps: int
+    history: list[float] = field(default_factory=list)
+
+
+def descend(
+    objective: RobustObjective,
+    theta: Tensor,
+    metric: Metric,
+    *,
+    max_steps: int,
+    tolerance: float,
+    memory: int = 30,
+    first: Evaluation | None = None,
+    on_step: Callable[[int, Evaluation], None] | None = None,
+) -> Descent:
+    """Minimise from theta until |grad F| / sum |grad phi_i| <= tolerance, ``max_steps`` accepted steps, or a stall."""
+    shape = theta.shape
+    now = first or objective.evaluate(theta)
+    objective.accept(now)
+    pairs: list[tuple[Tensor, Tensor]] = []
+    history = [now.stationarity]
+    steps, status = 0, "capped"
+    while steps < max_steps:
+        if now.stationarity <= tolerance:
+            status = "converged"
+            break
+        direction = -_two_loop(now.gradient.flatten(), pairs, metric)
+        slope = float(direction @ now.gradient.flatten())
+        if slope >= 0:
+            pairs.clear()
+            direction = -metric(now.gradient.flatten())
+            slope = float(direction @ now.gradient.flatten())
+            if slope >= 0:
+                status = "stalled"
+                break
+        found = _weak_wolfe(objective, theta, now, direction.reshape(shape), slope)
+        if found is None:
+            if pairs:
+                pairs.clear()
+                continue
+            status = "stalled"
+            break
+        t, new = found
+        s = t * direction
+        y = (new.gradient - now.gradient).flatten()
+        if float(s @ y) > 1e-14 * float(s.norm() * y.norm()):
+            pairs.append((s, y))
+            del pairs[:-memory]
+        theta, now = theta + s.reshape(shape), new
+        objective.accept(now)
+        steps += 1
+        history.append(now.stationarity)
+        if on_step is not None:
+            on_step(steps, now)
+    else:
+        status = "converged" if now.stationarity <= tolerance else "capped"
+    return Descent(theta, now, status, steps, history)
+
+
+def _two_loop(gradient: Tensor, pairs: list[tuple[Tensor, Tensor]], metric: Metric) -> Tensor:
+    q = gradient.clone()
+    alphas = []
+    for s, y in reversed(pairs):
+        alpha = (s @ q) / (s @ y)
+        q = q - alpha * y
+        alphas.append(alpha)
+    q = metric(q)
+    for (s, y), alpha in zip(pairs, reversed(alphas), strict=True):
+        q = q + (alpha - (y @ q) / (s @ y)) * s
+    return q
+
+
+def _weak_wolfe(
+    objective: RobustObjective, theta: Tensor, now: Evaluation, direction: Tensor, slope: float, trials: int = 25
+) -> tuple[float, Evaluation] | None:
+    """Bisection for F(t) <= F + 1e-4 t slope and slope(t) >= 0.9 slope; near the end, where differences of F are rounding,
+    the slopes alone decide (Hager and Zhang's approximate condition)."""
+    low, high, t = 0.0, float("inf"), 1.0
+    noise = 1e-12 * abs(now.value)
+    best: tuple[float, Evaluation] | None = None
+    for _ in range(trials):
+        new = objective.evaluate(theta + t * direction)
+        new_slope = float((new.gradient * direction).sum())
+        enough = new.value <= now.value + 1e-4 * t * slope
+        flat = new.value <= now.value + noise and abs(new_slope) <= 0.9 * abs(slope)
+        if not torch.isfinite(new.gradient).all() or not (enough or flat):
+            high = t
+        elif new_slope < 0.9 * slope:
+            low, best = t, (t, new)
+        else:
+            return t, new
+        t = (low + high) / 2 if high < float("inf") else 2 * low
+        if high - low <= 1e-10 * max(1.0, low):
+            break
+    return best
+
+
+@dataclass
+class Polish:
+    """What :func:`polish` reached: theta, stationarity before and after, status, passes over the data, metric shift."""
+
+    theta: Tensor
+    evaluation: Evaluation
+    before: float
+    status: str
+    passes: int
+    shift: float
+
+
+def polish(
+    objective: RobustObjective,
+    theta: Tensor,
+    response: Response,
+    *,
+    tolerance: float,
+    max_passes: int = 120,
+    anchored: bool = False,
+    curvature: Curvature = "hessian",
+    on_step: Callable[[int, Evaluation], None] | None = None,
+) -> Polish:
+    """Minimise F until stationary: rounds of :func:`descend`, each in the metric of the total Hessian at its start.
+
+    Args:
+        tolerance: on |grad F| / sum |grad phi_i|.
+        anchored: the smoothing is given and stays. Otherwise its anchor follows theta from round to round until the two
+            agree to a hundredth, so that the frozen smoothing is the one of the stationary point.
+    """
+    begin = objective.passes
+    before: float | None = None
+    status, shift, steps, idle = "capped", 0.0, 0, 0
+    best: tuple[Tensor, Evaluation] | None = None
+    while objective.passes - begin < max_passes:
+        if not anchored and objective.smoothing_moves(theta):
+            objective.anchor(theta)
+            best = None  # another objective
+        objective.restart()
+        sums, objective.delta = objective.sums(theta, response=response, curvature=curvature)
+        first = objective.evaluation(theta, sums, objective.delta)
+        before = first.stationarity if before is None else before
+        assert sums.hessian is not None
+        matrix = sums.hessian.dense()
+        matrix.diagonal().add_(objective.count * objective.decay.flatten())
+        metric, shift = definite_inverse(matrix)
+        # far from the end the curvature ages fast: short rounds
+        found = descend(
+            objective,
+            theta,
+            metric,
+            max_steps=4 if first.stationarity > 1e-3 else 15,
+            tolerance=tolerance,
+            first=first,
+            on_step=None if on_step is None else (lambda _, e, offset=steps: on_step(offset + _, e)),  # type: ignore[misc]
+        )
+        steps += found.steps
+        theta = found.theta
+        if best is None or found.evaluation.stationarity < 0.5 * best[1].stationarity:
+            idle = 0
+        else:
+            idle += 1
+        if best is None or found.evaluation.stationarity < best[1].stationarity:
+            best = (theta, found.evaluation)
+        if found.status == "converged" and (anchored or not objective.smoothing_moves(theta)):
+            status = "converged"
+            break
+        if (found.status == "stalled" and found.steps == 0) or idle >= 4:
+            status = "stalled"
+            break
+    assert best is not None and before is not None
+    theta, evaluation = best
+    objective.accept(evaluation)
+    return Polish(theta, evaluation, before, status, objective.passes - begin, shift)
