@@ -11,11 +11,35 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_muter.attacks import LossAttack
+    from lightning_muter.callback import MUterCallback
+    from lightning_muter.curvature.inner import Smoothing
+    from lightning_muter.curvature.response import Response
+    from lightning_muter.methods import Method, MUter
+    from lightning_muter.snapshot import Snapshot
+    from lightning_muter.solvers import Solver
+    from lightning_muter.taking import refresh, take_snapshot
     from lightning_muter.threat import ThreatModel
     from lightning_muter.training import AdversarialTraining, AdversarialTrainingMixin
+    from lightning_muter.unlearning import UnlearnResult, unlearn
 
 __version__ = "0.1.0"
-__all__ = ["ThreatModel", "LossAttack", "AdversarialTrainingMixin", "AdversarialTraining"]  # noqa: RUF022 - in the order of the flow
+__all__ = [  # noqa: RUF022 - in the order of the flow
+    "ThreatModel",
+    "LossAttack",
+    "AdversarialTrainingMixin",
+    "AdversarialTraining",
+    "MUterCallback",
+    "take_snapshot",
+    "refresh",
+    "Snapshot",
+    "unlearn",
+    "UnlearnResult",
+    "Method",
+    "MUter",
+    "Response",
+    "Solver",
+    "Smoothing",
+]
 
 # Public name -> module that defines it; the same names as above, in the same order.
 _HOME = {
@@ -23,6 +47,17 @@ _HOME = {
     "LossAttack": "attacks",
     "AdversarialTrainingMixin": "training",
     "AdversarialTraining": "training",
+    "MUterCallback": "callback",
+    "take_snapshot": "taking",
+    "refresh": "taking",
+    "Snapshot": "snapshot",
+    "unlearn": "unlearning",
+    "UnlearnResult": "unlearning",
+    "Method": "methods",
+    "MUter": "methods",
+    "Response": "curvature.response",
+    "Solver": "solvers",
+    "Smoothing": "curvature.inner",
 }
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_muter.errors import ArgumentError, CorruptFileError
+from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError
 from lightning_muter.files import fsync_folder
 
 KEY_BYTES, DIGEST_BYTES = 32, 16
@@ -125,6 +125,31 @@ class DigestKey:
                 temp.unlink(missing_ok=True)
             fsync_folder(path.parent)
         return cls.load(path)
+
+    def keep(self, path: str | os.PathLike[str]) -> None:
+        """Write this key to a file (mode 0600) unless the same one is there already; never over another one.
+
+        Raises:
+            MismatchError: the file holds another key.
+        """
+        path = Path(path)
+        if not path.exists():
+            temp = path.parent / f".{path.name}.{secrets.token_hex(8)}.muter-tmp"
+            descriptor = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                with os.fdopen(descriptor, "wb") as file:
+                    file.write(self._secret)
+                    file.flush()
+                    os.fsync(file.fileno())
+                _link_new(temp, path)
+            finally:
+                temp.unlink(missing_ok=True)
+            fsync_folder(path.parent)
+        if self.load(path).key_id != self.key_id:
+            raise MismatchError(
+                f"{path}: it holds another key than this snapshot's ({self.key_id}). Save under another name, or pass "
+                "key=DigestKey.load(...) when the snapshot is taken."
+            )
 
     @property
     def key_id(self) -> str:

@@ -87,7 +87,9 @@ class Solver(ABC):
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
 
 
-def _finish(matrix: Tensor | Product, value: Tensor, rhs: Tensor, status: str, iterations: int, limit: float) -> Solution:
+def _finish(
+    matrix: Tensor | Product, value: Tensor, rhs: Tensor, status: str, iterations: int, limit: float
+) -> Solution:
     product = matrix(value) if callable(matrix) else matrix @ value
     residual = float((product - rhs).norm() / rhs.norm().clamp(min=torch.finfo(rhs.dtype).tiny))
     if not math.isfinite(residual):

@@ -1,7 +1,7 @@
 """Direct part of the Hessian: second derivatives of the loss in the weights at fixed inputs.
 
-    hessian, ggn    Lambda_i (x) phi_i phi_i^T         (the head is linear: Gauss-Newton is exact; "ggn" cuts negative curvature)
-    fisher          r_i r_i^T (x) phi_i phi_i^T        (empirical Fisher)
+hessian, ggn    Lambda_i (x) phi_i phi_i^T         (the head is linear: Gauss-Newton is exact; "ggn" cuts negative curvature)
+fisher          r_i r_i^T (x) phi_i phi_i^T        (empirical Fisher)
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ class InnerSolver:
             zero = torch.zeros_like(x)
             value, _ = problem.loss_and_input_gradient(theta, x, y)
             return Maximisers(zero, value, value * 0, 0, tol)
-        rho = _Rho(threat, x, c)
+        rho = Rho(threat, x, c)
         if start is not None:
             first = threat.project(start.to(x), x)
         else:
@@ -119,7 +119,7 @@ class InnerSolver:
         return self._ascend(problem, theta, threat, x, y, rho, first, self.max_iter, tol)
 
     def _screen(
-        self, problem: HeadProblem, theta: Tensor, threat: ThreatModel, x: Tensor, y: Tensor, rho: _Rho
+        self, problem: HeadProblem, theta: Tensor, threat: ThreatModel, x: Tensor, y: Tensor, rho: Rho
     ) -> Tensor:
         """The best of a few short ascents: from 0, and towards every logit (linear models with several logits)."""
         zero = torch.zeros_like(x)
@@ -147,7 +147,7 @@ class InnerSolver:
         threat: ThreatModel,
         x: Tensor,
         y: Tensor,
-        rho: _Rho,
+        rho: Rho,
         delta: Tensor,
         max_iter: int,
         tol: float,
@@ -191,7 +191,7 @@ class InnerSolver:
         return Maximisers(delta, value, residual, iterations, tol)
 
 
-class _Rho:
+class Rho:
     """rho and the exact maximiser of <g, delta> + rho(delta) - damping/2 |delta - d|^2 over B."""
 
     def __init__(self, threat: ThreatModel, x: Tensor, c: Tensor | None) -> None:
@@ -200,8 +200,8 @@ class _Rho:
             lo, hi = threat.bounds(x)
             self.c, self.mid, self.half = c.to(x), (lo + hi) / 2, (hi - lo) / 2
 
-    def take(self, index: Tensor) -> _Rho:
-        part = object.__new__(_Rho)
+    def take(self, index: Tensor) -> Rho:
+        part = object.__new__(Rho)
         part.c = None
         if self.c is not None:
             part.c, part.mid, part.half = self.c[index], self.mid[index], self.half[index]

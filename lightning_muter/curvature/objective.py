@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_muter.curvature.direct import Curvature
-from lightning_muter.curvature.inner import InnerSolver, Smoothing, _Rho
+from lightning_muter.curvature.inner import InnerSolver, Rho, Smoothing
 from lightning_muter.curvature.problem import HeadProblem
 from lightning_muter.curvature.response import LocalPoint, Response
 from lightning_muter.curvature.samples import SampleSource
@@ -103,11 +103,11 @@ class RobustObjective:
             n = len(batch.x)
             x = batch.x.to(problem.backbone.exact_dtype)
             start = None if self.delta is None else self.delta[done : done + n]
-            c = self._coefficients(done, x, batch.y)
+            c = self.coefficients(done, x, batch.y)
             delta = self._maximise(theta, x, batch.y, c, start, settle, sums.counts)
             local = LocalPoint(problem, theta, self.threat, x, batch.y, delta, c)
             if first_order:
-                extra = None if c is None else _Rho(self.threat, x, c).value(delta)
+                extra = None if c is None else Rho(self.threat, x, c).value(delta)
                 add_gradient(sums, local, batch.weight, extra)
             if response is not None:
                 add_hessian(sums, local, response, curvature, batch.weight)
@@ -119,7 +119,14 @@ class RobustObjective:
         return sums, torch.cat(kept)
 
     def _maximise(
-        self, theta: Tensor, x: Tensor, y: Tensor, c: Tensor | None, start: Tensor | None, settle: bool, counts: Counter[str]
+        self,
+        theta: Tensor,
+        x: Tensor,
+        y: Tensor,
+        c: Tensor | None,
+        start: Tensor | None,
+        settle: bool,
+        counts: Counter[str],
     ) -> Tensor:
         if not settle and start is not None:
             return self.threat.project(start.to(x), x)
@@ -128,7 +135,7 @@ class RobustObjective:
         counts["maximisers converged"] += int(found.converged.sum())
         return found.delta
 
-    def _coefficients(self, begin: int, x: Tensor, y: Tensor) -> Tensor | None:
+    def coefficients(self, begin: int, x: Tensor, y: Tensor) -> Tensor | None:
         """c of these samples; a function of the anchor alone, kept because every pass needs it."""
         key = (begin, len(x))
         if key not in self._c:

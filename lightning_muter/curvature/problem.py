@@ -168,7 +168,9 @@ class Backbone:
             dummy = torch.zeros_like(out, requires_grad=True)
             (pulled,) = torch.autograd.grad(out, point, dummy, create_graph=True)
             columns = [
-                torch.autograd.grad(pulled, dummy, tangents[:, :, j].to(pulled), retain_graph=j + 1 < tangents.shape[2])[0]
+                torch.autograd.grad(
+                    pulled, dummy, tangents[:, :, j].to(pulled), retain_graph=j + 1 < tangents.shape[2]
+                )[0]
                 for j in range(tangents.shape[2])
             ]
         return torch.stack(columns, 2).to(self.algebra)

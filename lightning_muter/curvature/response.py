@@ -153,7 +153,9 @@ class Unconstrained(Response):
 
     def __init__(self, terms: int = 3, space: str = "features") -> None:
         if not (isinstance(terms, int) and terms >= 1):
-            raise ArgumentError("terms", terms, "a whole number from 1", "The paper uses 3 (linear models) and 100 (heads).")
+            raise ArgumentError(
+                "terms", terms, "a whole number from 1", "The paper uses 3 (linear models) and 100 (heads)."
+            )
         if space not in ("features", "inputs"):
             raise ArgumentError("space", space, "'features' or 'inputs'")
         self.terms, self.space = terms, space

@@ -39,9 +39,7 @@ class BlockSymmetric:
     blocks: Tensor
 
     @classmethod
-    def zeros(
-        cls, n_logits: int, width: int, dtype: torch.dtype, device: torch.device | str = "cpu"
-    ) -> BlockSymmetric:
+    def zeros(cls, n_logits: int, width: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> BlockSymmetric:
         pairs = n_logits * (n_logits + 1) // 2
         return cls(n_logits, width, torch.zeros(pairs, width, width, dtype=dtype, device=device))
 
@@ -86,9 +84,7 @@ class Sums:
     counts: Counter[str]
 
     @classmethod
-    def zeros(
-        cls, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, *, hessian: bool
-    ) -> Sums:
+    def zeros(cls, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, *, hessian: bool) -> Sums:
         zero = torch.zeros((), dtype=dtype, device=device)
         block = BlockSymmetric.zeros(shape[0], shape[1], dtype, device) if hessian else None
         return cls(zero.clone(), torch.zeros(shape, dtype=dtype, device=device), zero.clone(), block, 0, Counter())

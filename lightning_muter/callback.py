@@ -1,0 +1,288 @@
+"""MUterCallback: snapshot at the end of a fit, `unlearn` afterwards. Adds to any Trainer; changes nothing while training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.utils.data import Dataset, Subset
+
+from lightning_muter.curvature.direct import Curvature
+from lightning_muter.curvature.response import Response
+from lightning_muter.errors import ArgumentError, RequestError, UnsuitableError
+from lightning_muter.files import atomic_write
+from lightning_muter.findings import enforce
+from lightning_muter.identity import DigestKey
+from lightning_muter.losses import Loss
+from lightning_muter.methods import Method
+from lightning_muter.preflight import DEFAULT_CAP, inspect_fit
+from lightning_muter.reading import attack_note
+from lightning_muter.snapshot import Snapshot, key_path
+from lightning_muter.solvers import Solver, as_solver
+from lightning_muter.taking import refresh, take_snapshot
+from lightning_muter.threat import ThreatModel
+from lightning_muter.training import adversary_of
+from lightning_muter.unlearning import UnlearnResult, unlearn
+
+
+class MUterCallback(pl.Callback):
+    """Keeps what is needed to unlearn training samples later.
+
+    At fit start everything unsuitable is said in one list. At the end of the fit the head is polished until stationary
+    (``polish``), the total Hessian is summed over the training set, and ``<stem>.muter.ckpt`` and
+    ``<stem>.muter.snapshot`` are written next to the last checkpoint (or into ``dirpath``).
+
+    Args:
+        scope: "head".
+        response: "auto" (from the threat model), "none", "unconstrained", "l2", "linf" or a Response.
+        curvature: direct part, "hessian", "ggn" or "fisher".
+        solver: how H_R delta = g is solved: "auto", "cholesky", "cg", "neumann", "schur" or a Solver.
+        threat_model: read off the adversarial training when None; ``ThreatModel("l2", 0.0)`` for standard training.
+        loss: ``callable(logits, y, reduction="none")``; the module's ``criterion``, else cross-entropy.
+        weight_decay: lambda, one number or by parameter name; "auto" reads it off the optimiser.
+        polish: "auto", a number of passes, or 0 to leave the weights as they are.
+        dirpath: folder of the files; None puts them beside the last checkpoint, and writes none where there is none.
+        size_cap: largest snapshot in bytes (default 2 GiB).
+        verbose: progress bars and a summary.
+    """
+
+    def __init__(
+        self,
+        scope: str = "head",
+        response: str | Response = "auto",
+        curvature: Curvature = "hessian",
+        solver: str | Solver = "auto",
+        threat_model: ThreatModel | None = None,
+        loss: Loss | None = None,
+        weight_decay: str | float | Mapping[str, float] = "auto",
+        polish: str | int = "auto",
+        dirpath: str | Path | None = None,
+        verbose: bool = True,
+        batch_size: int = 1024,
+        size_cap: int = DEFAULT_CAP,
+    ) -> None:
+        if scope != "head":
+            raise ArgumentError(
+                "scope", scope, "'head'", "Freeze the backbone after training it on data that is never forgotten."
+            )
+        as_solver(solver)
+        self.scope, self.response, self.curvature, self.solver = scope, response, curvature, solver
+        self.threat_model, self.loss, self.weight_decay, self.polish = threat_model, loss, weight_decay, polish
+        self.dirpath = None if dirpath is None else Path(dirpath)
+        self.verbose, self.batch_size, self.size_cap = verbose, batch_size, size_cap
+        self.snapshot: Snapshot | None = None
+        self.paths: dict[str, Path] = {}
+        self._skip: str | None = "No snapshot was taken yet: fit a model with this callback, or use take_snapshot."
+        self._dataset: Dataset[Any] | None = None
+        self._collate: Any = None
+        self._forgotten: list[int] = []
+        self._n_total: int | None = None
+
+    # -- during a fit ------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        findings = inspect_fit(
+            trainer,
+            pl_module,
+            scope=self.scope,
+            threat_model=self.threat_model,
+            loss=self.loss,
+            weight_decay=self.weight_decay,
+            callback=self,
+            cap=self.size_cap,
+        )
+        self._skip = enforce(findings)
+        self._refuse_forgotten(trainer)
+        self.snapshot = None
+
+    def _refuse_forgotten(self, trainer: pl.Trainer) -> None:
+        """Rows once forgotten may not be trained on again."""
+        if not self._forgotten:
+            return
+        loader = trainer.train_dataloader
+        dataset = getattr(loader, "dataset", None)
+        allowed = set(range(self._n_total or 0)) - set(self._forgotten)
+        clean = isinstance(dataset, Subset) and dataset.dataset is self._dataset and set(dataset.indices) <= allowed
+        if not clean:
+            raise RequestError(
+                f"train_dataloader: its dataset still holds the {len(self._forgotten)} forgotten rows (or another object "
+                "than the one they were forgotten from). Train on callback.retained(dataset)."
+            )
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._skip is not None:
+            return
+        loader: Any = trainer.train_dataloader
+        if loader is None or trainer.global_step == 0:
+            self._skip = "No snapshot was taken: the fit made no step. Use take_snapshot(model, dataset, ...)."
+            return
+        adversary = adversary_of(pl_module)
+        threat = self.threat_model or (adversary.threat if adversary is not None else None)
+        snapshot = take_snapshot(
+            pl_module,
+            loader.dataset,
+            threat_model=threat,
+            scope=self.scope,
+            response=self.response,
+            curvature=self.curvature,
+            loss=self.loss if self.loss is not None else (adversary.loss if adversary is not None else None),
+            weight_decay=self.weight_decay,
+            optimizers=trainer.optimizers,
+            polish=self.polish,
+            collate=loader.collate_fn,
+            batch_size=self.batch_size,
+            key=self._key(trainer),
+            progress=self.verbose and trainer.is_global_zero,
+        )
+        note = attack_note(adversary.attack) if adversary is not None else None
+        if note is not None:
+            rank_zero_warn(note)
+            snapshot.warnings.append(note)
+        self.snapshot, self._dataset, self._collate = snapshot, loader.dataset, loader.collate_fn
+        self._n_total, self._forgotten = snapshot.n_total, []
+        self._log(trainer, snapshot)
+        stem = self._stem(trainer)
+        if stem is not None and trainer.is_global_zero:
+            self._write(trainer, snapshot, stem)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self.snapshot is None:
+            self._skip = (
+                f"No snapshot was taken: the fit ended with {type(exception).__name__}. Use take_snapshot(model, dataset, "
+                "...), or `muter snapshot` on a checkpoint."
+            )
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def _stem(self, trainer: pl.Trainer) -> Path | None:
+        """Path without suffix of the files: after the last checkpoint, in dirpath where one is given."""
+        checkpoint = trainer.checkpoint_callback
+        last = ""
+        if checkpoint is not None:
+            last = str(getattr(checkpoint, "last_model_path", "") or getattr(checkpoint, "best_model_path", ""))
+        name = Path(last).stem if last else "model"
+        if self.dirpath is not None:
+            return self.dirpath / name
+        return Path(last).parent / name if last else None
+
+    def _key(self, trainer: pl.Trainer) -> DigestKey | None:
+        stem = self._stem(trainer)
+        if stem is None or not trainer.is_global_zero:
+            return None
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        return DigestKey.load_or_create(key_path(f"{stem}.muter.snapshot"))
+
+    def _write(self, trainer: pl.Trainer, snapshot: Snapshot, stem: Path) -> None:
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
+        self.paths = {
+            "checkpoint": Path(f"{stem}.muter.ckpt"),
+            "snapshot": Path(f"{stem}.muter.snapshot"),
+        }
+        atomic_write(self.paths["checkpoint"], lambda file: torch.save(checkpoint, file))
+        snapshot.save(self.paths["snapshot"])
+        if self.verbose:
+            rank_zero_info(
+                f"MUter: snapshot of {snapshot.n_total} samples, stationarity {snapshot.stationarity:.1e}, "
+                f"{snapshot.nbytes / 2**20:.1f} MiB: {self.paths['snapshot']} (weights: {self.paths['checkpoint'].name})"
+            )
+
+    def _log(self, trainer: pl.Trainer, snapshot: Snapshot) -> None:
+        figures: dict[str, float] = {
+            "muter/stationarity": snapshot.stationarity,
+            "muter/seconds": float(snapshot.figures["seconds"]),
+            "muter/bytes": float(snapshot.nbytes),
+            "muter/passes": float(snapshot.figures["passes"]),
+        }
+        for name, value in snapshot.figures.get("polish", {}).items():
+            if isinstance(value, (int, float)):
+                figures[f"muter/polish_{name}"] = float(value)
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=trainer.global_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "forgotten": list(self._forgotten),
+            "n_total": self._n_total,
+            "fingerprint": self.snapshot.fingerprint if self.snapshot is not None else None,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._forgotten = [int(i) for i in state_dict["forgotten"]]
+        self._n_total = state_dict["n_total"]
+
+    # -- afterwards --------------------------------------------------------------------------------------------------
+
+    def _at_hand(self) -> Snapshot:
+        if self.snapshot is None:
+            raise UnsuitableError(self._skip or "No snapshot is at hand.")
+        return self.snapshot
+
+    def unlearn(
+        self,
+        model: pl.LightningModule,
+        forget: Iterable[int],
+        *,
+        data: Dataset[Any] | None = None,
+        retain: Dataset[Any] | None = None,
+        refine: int = 0,
+        method: Method | None = None,
+        solver: str | Solver | None = None,
+        dry_run: bool = False,
+        progress: bool | None = None,
+    ) -> UnlearnResult:
+        """Remove training samples from ``model`` (in memory; :meth:`save` persists). All of it or nothing.
+
+        Args:
+            forget: positions in the training dataset of the fit.
+            data: that dataset, if it is another object by now.
+            retain: the full training dataset: allows ``refine``, stationarity and the certificate.
+        """
+        snapshot = self._at_hand()
+        dataset = data if data is not None else retain if retain is not None else self._dataset
+        if dataset is None:
+            raise ArgumentError("data", None, "the training dataset", "Pass data=train_dataset.")
+        result = unlearn(
+            model,
+            snapshot,
+            forget,
+            dataset,
+            method=method,
+            solver=solver if solver is not None else self.solver,
+            retain=retain,
+            refine=refine,
+            dry_run=dry_run,
+            loss=self.loss,
+            collate=self._collate,
+            batch_size=self.batch_size,
+            progress=self.verbose if progress is None else progress,
+        )
+        self._forgotten = list(snapshot.forgotten)
+        return result
+
+    def refresh(self, model: pl.LightningModule, data: Dataset[Any] | None = None) -> Snapshot:
+        """A new snapshot of the retained samples at the current weights."""
+        dataset = data if data is not None else self._dataset
+        if dataset is None:
+            raise ArgumentError("data", None, "the training dataset", "Pass data=train_dataset.")
+        self.snapshot = refresh(
+            model, self._at_hand(), dataset, progress=self.verbose, loss=self.loss, collate=self._collate
+        )
+        return self.snapshot
+
+    def retained(self, dataset: Dataset[Any]) -> Subset[Any]:
+        """The part of the training dataset that may still be trained on."""
+        return self._at_hand().retained(dataset)
+
+    def save(self, path: str | Path | None = None) -> Path:
+        """Write the snapshot as it is now (default: where the fit wrote it)."""
+        target = Path(path) if path is not None else self.paths.get("snapshot")
+        if target is None:
+            raise ArgumentError(
+                "path", None, "a file name", "The fit wrote no files: say where, e.g. 'a.muter.snapshot'."
+            )
+        self._at_hand().save(target)
+        return target
