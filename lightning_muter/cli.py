@@ -49,7 +49,7 @@ example:
 
 Files beside last.ckpt: last.muter.ckpt (the checkpoint that requests change), last.muter.snapshot, last.muter.ledger,
 last.muter.receipts/, last.muter.key (mode 0600; keep a copy elsewhere: without it samples cannot be recognised).
-exit codes: 0 done, 1 refused with a reason (nothing was changed), 2 wrong usage
+exit codes: 0 done, 1 refused with a reason (nothing was changed unless it says so), 2 wrong usage
 environment: MUTER_TRACEBACK=1 shows the Python traceback of a refusal too
 """
 

@@ -1,0 +1,402 @@
+"""The command `muter` on somebody else's training code: requests, refusals, exit codes, evidence."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_muter import cli
+from lightning_muter.checkpoints import load_checkpoint
+from lightning_muter.identity import DigestKey
+from lightning_muter.ledger import Ledger
+from lightning_muter.places import Places
+from lightning_muter.snapshot import Snapshot
+from lightning_muter.transactions import exclusive
+
+from .faults import listing
+
+SOURCE = Path(__file__).with_name("userproject.py")
+ROOT = Path(__file__).parents[1]
+CONFIG = """\
+model: {class_path: userproject.UserNet}
+data: {class_path: userproject.UserData}
+trainer: {accelerator: cpu, logger: false, enable_progress_bar: false, enable_model_summary: false}
+"""
+THREAT = "threat_model: {norm: l2, eps: 0.1, box: null}\nweight_decay: 0.01\n"
+
+
+def environment(**extra):
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **extra}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A folder with the user's code, its checkpoint by a plain L.Trainer script, and a snapshot by the command line."""
+    folder = tmp_path_factory.mktemp("project")
+    shutil.copy(SOURCE, folder)
+    (folder / "config.yaml").write_text(CONFIG)
+    (folder / "threat.yaml").write_text(THREAT)
+    subprocess.run([sys.executable, "userproject.py"], cwd=folder, env=environment(), check=True, capture_output=True)
+    assert listing(folder).keys() >= {"last.ckpt"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert (
+            cli.main(["snapshot", "--config", "config.yaml", "--config", "threat.yaml", "--ckpt_path", "last.ckpt"])
+            == 0
+        )
+    return folder
+
+
+@pytest.fixture
+def folder(project, tmp_path, monkeypatch):
+    shutil.copytree(project, tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+def muter(command, *arguments, config="config.yaml"):
+    if command in ("audit", "purge"):
+        return cli.main([command, "--ckpt_path", "last.ckpt", *arguments])
+    return cli.main([command, "--config", config, "--ckpt_path", "last.ckpt", *arguments])
+
+
+def unlearn(*arguments, **kwargs):
+    return muter("unlearn", *arguments, **kwargs)
+
+
+def weights(name="last.muter.ckpt"):
+    return load_checkpoint(name)["state_dict"]
+
+
+def fixed(folder):
+    """Everything on the disk but the lock file, whose content is only a hint."""
+    return {name: content for name, content in listing(folder).items() if not name.endswith((".lock", ".pyc"))}
+
+
+# --- doing ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_request_leaves_an_ordinary_checkpoint_and_a_verified_chain(folder, capsys):
+    before = weights()
+    assert unlearn("--forget.indices", "[3,17]", "--request_id", "ticket-1") == 0
+    out = capsys.readouterr().out
+    assert "forgotten: 2 rows; 118 are retained" in out
+    after = load_checkpoint("last.muter.ckpt")
+    assert "optimizer_states" not in after
+    assert not torch.equal(after["state_dict"]["layer.weight"], before["layer.weight"])
+    spec = importlib.util.spec_from_file_location("userproject_alone", SOURCE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    loaded = module.UserNet.load_from_checkpoint("last.muter.ckpt", weights_only=True)
+    assert torch.equal(loaded.layer.weight, after["state_dict"]["layer.weight"])
+    assert sorted(Snapshot.load("last.muter.snapshot").forgotten) == [3, 17]
+    receipt = json.loads(Path("last.muter.receipts/000002-ticket-1.json").read_text())
+    assert receipt["forgotten"] == [3, 17]
+    assert receipt["n_retained"] == 118
+    assert Path("last.muter.receipts/000002-ticket-1.md").read_text().startswith("# Receipt 2: unlearn")
+    assert muter("audit", "--verify") == 0
+    out = capsys.readouterr().out
+    assert "120 trained on, 2 forgotten" in out
+    assert "2 receipts: chain, seals and files checked" in out
+    assert "muter refresh" in out
+    assert cli.main(["test", "--config", "config.yaml", "--ckpt_path", "last.muter.ckpt"]) == 0
+    assert "accuracy" in capsys.readouterr().out
+
+
+def test_users_are_forgotten_by_table_or_datamodule_and_leave_no_trace_but_a_keyed_hash(folder, capsys):
+    Path("ids.csv").write_text("id,who\n" + "".join(f"{i},person{i // 3}\n" for i in range(120)))
+    Path("users.txt").write_text("person1\nperson5\n")
+    assert unlearn("--forget.ids", "users.txt", "--forget.table", "ids.csv", "--forget.column", "who") == 0
+    Path("more.txt").write_text("user20\n")
+    assert unlearn("--forget.ids", "more.txt") == 0
+    with Ledger.open(Path("last.muter.ledger")) as ledger:
+        assert set(ledger.forgotten()) == {3, 4, 5, 15, 16, 17, 80, 81, 82, 83}
+        first = ledger.receipts()[1]
+    key = DigestKey.load("last.muter.key")
+    assert first["users"] == sorted(map(key.digest_id, ("person1", "person5")))
+    stored = [content for name, content in listing(folder).items() if "muter" in name]
+    assert not any(b"person1" in content or b"user20" in content for content in stored)
+
+
+def test_a_dry_run_computes_and_writes_nothing(folder, capsys):
+    before = fixed(folder)
+    assert unlearn("--forget.indices", "[3]", "--dry_run", "true") == 0
+    assert fixed(folder) == before
+    out = capsys.readouterr().out
+    assert "nothing was written" in out
+    assert "step_norm" in out
+
+
+def test_the_same_request_again_returns_the_first_receipt(folder, capsys):
+    assert unlearn("--forget.indices", "[3,17]", "--request_id", "ticket-1") == 0
+    before = fixed(folder)
+    assert unlearn("--forget.indices", "[17,3]", "--request_id", "ticket-1") == 0
+    assert "carried out before" in capsys.readouterr().out
+    assert unlearn("--forget.indices", "[3,17]") == 1
+    assert "all of the 2 rows are forgotten already, by 'ticket-1'" in capsys.readouterr().err
+    assert unlearn("--forget.indices", "[3,18]") == 1
+    assert "Ask for the others alone" in capsys.readouterr().err
+    assert unlearn("--forget.indices", "[18]", "--request_id", "ticket-1") == 1
+    assert "asked for something else" in capsys.readouterr().err
+    assert fixed(folder) == before
+
+
+def test_out_leaves_the_checkpoint_and_goes_on_under_another_name(folder, capsys):
+    assert unlearn("--forget.indices", "[3]", "--request_id", "one") == 0
+    before = fixed(folder)
+    assert unlearn("--forget.indices", "[5]", "--out", "next.ckpt") == 0
+    after = fixed(folder)
+    assert {name: after[name] for name in before} == before
+    assert sorted(Snapshot.load("next.muter.snapshot").forgotten) == [3, 5]
+    assert cli.main(["audit", "--ckpt_path", "next.ckpt", "--verify"]) == 0
+    assert "3 receipts" in capsys.readouterr().out
+    assert unlearn("--forget.indices", "[6]", "--out", "next.ckpt") == 1
+    assert "under this name already" in capsys.readouterr().err
+    assert unlearn("--forget.indices", "[500]", "--out", "third.ckpt") == 1
+    assert not any(name.startswith("third") for name in listing(folder))
+
+
+def test_refresh_and_purge_remove_what_remembers(folder, capsys):
+    assert unlearn("--forget.indices", "[3,17]") == 0
+    shutil.copy("last.muter.ckpt", "after.ckpt")
+    assert muter("purge") == 0
+    out = capsys.readouterr().out
+    assert "delete: last.ckpt" in out
+    assert "look at: last.muter.snapshot: its reference point" in out
+    assert Path("last.ckpt").exists()
+    assert muter("refresh") == 0
+    assert sorted(Snapshot.load("last.muter.snapshot").forgotten) == [3, 17]
+    Path("cached.pt").write_bytes(b"adversarial examples")
+    assert muter("purge", "--yes", "--also", "cached*") == 0
+    out = capsys.readouterr().out
+    assert not Path("last.ckpt").exists()
+    assert not Path("cached.pt").exists()
+    assert Path("after.ckpt").exists()
+    assert "reference point" not in out
+    assert muter("purge") == 0
+    assert "nothing found" in capsys.readouterr().out
+    assert muter("audit", "--verify") == 0
+    assert unlearn("--forget.indices", "[5]") == 0  # and so it goes on
+    assert unlearn("--forget.indices", "[17]") == 1
+
+
+def test_weights_from_before_a_deletion_do_not_come_back(folder, capsys):
+    old = Path("last.muter.ckpt").read_bytes()
+    assert unlearn("--forget.indices", "[3]") == 0
+    Path("last.ckpt").write_bytes(old)
+    assert muter("snapshot", "--config", "threat.yaml") == 1
+    assert "weights from before request" in capsys.readouterr().err
+    Path("last.muter.ckpt").write_bytes(old)
+    assert unlearn("--forget.indices", "[5]") == 1
+    assert "changed or replaced" in capsys.readouterr().err
+    assert muter("audit") == 1
+
+
+# --- refusing ---------------------------------------------------------------------------------------------------------
+
+
+def no_model(config):
+    return config.replace("UserNet", "WideNet")
+
+
+REFUSALS = {
+    "index out of range": (["--forget.indices", "[120]"], None, "positions 0 to 119"),
+    "index twice": (["--forget.indices", "[5,5]"], None, "each index once"),
+    "everything": (["--forget.indices", str(list(range(120)))], None, ""),
+    "nobody": ([], None, "either forget.indices or forget.ids"),
+    "unknown user": (["--forget.ids", "strangers.txt"], None, "unknown ids"),
+    "another model": (["--forget.indices", "[5]"], no_model, "do not fit WideNet"),
+    "data changed": (["--forget.indices", "[7]", "--data.salt", "0.5"], None, ""),
+    "NaN in the data": (["--forget.indices", "[9]", "--data.bad", "true"], None, ""),
+    "another training set": (["--forget.indices", "[5]", "--data.size", "90"], None, ""),
+    "id of a person": (["--forget.indices", "[5]", "--request_id", "John Doe"], None, "not a person's name"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals_name_the_reason_and_change_nothing(name, folder, capsys):
+    arguments, change, message = REFUSALS[name]
+    Path("strangers.txt").write_text("nobody\n")
+    if change is not None:
+        Path("config.yaml").write_text(change(CONFIG))
+    before = fixed(folder)
+    assert unlearn(*arguments) == 1
+    err = capsys.readouterr().err
+    assert "muter unlearn: refused: " in err
+    assert "Traceback" not in err
+    assert message in err
+    assert fixed(folder) == before
+
+
+FILES = {
+    "snapshot truncated": ("last.muter.snapshot", lambda b: b[: len(b) // 2], "changed or replaced"),
+    "snapshot altered": ("last.muter.snapshot", lambda b: b[:-1] + bytes([b[-1] ^ 1]), ""),
+    "checkpoint truncated": ("last.muter.ckpt", lambda b: b[: len(b) // 2], ""),
+    "key lost": ("last.muter.key", None, "Restore the key file"),
+    "key of somebody else": ("last.muter.key", lambda b: bytes(32), ""),
+    "snapshot lost": ("last.muter.snapshot", None, "muter snapshot"),
+    "ledger damaged": ("last.muter.ledger", lambda b: b"SQLite format 3\0" + bytes(5000), ""),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_damaged_and_lost_files_are_found_by_requests_and_audits(name, folder, capsys):
+    path, change, message = FILES[name]
+    content = Path(path).read_bytes()
+    Path(path).unlink() if change is None else Path(path).write_bytes(change(content))
+    before = fixed(folder)
+    assert unlearn("--forget.indices", "[5]") == 1
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+    assert fixed(folder) == before
+    assert muter("audit", "--verify") == 1
+    assert "PROBLEM" in capsys.readouterr().out
+
+
+def test_an_edited_receipt_is_found(folder, capsys):
+    assert unlearn("--forget.indices", "[5]", "--request_id", "t") == 0
+    path = Path("last.muter.receipts/000002-t.json")
+    path.write_text(path.read_text().replace('"n_retained": 119', '"n_retained": 120'))
+    assert muter("audit") == 0
+    assert muter("audit", "--verify") == 1
+    assert "damaged or edited" in capsys.readouterr().out
+    path.unlink()
+    assert muter("audit", "--verify") == 1
+    assert unlearn("--forget.indices", "[6]") == 0  # writes it anew
+    assert muter("audit", "--verify") == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [("memory", "out of memory"), ("code", "ZeroDivisionError: in the user's")]
+)
+def test_failures_inside_of_the_users_code_change_nothing(kind, message, folder, capsys, monkeypatch):
+    monkeypatch.setenv("BREAK", kind)
+    Path("config.yaml").write_text(CONFIG.replace("UserNet", "BrokenNet"))
+    before = fixed(folder)
+    assert unlearn("--forget.indices", "[5]") == 1
+    assert message in capsys.readouterr().err
+    assert fixed(folder) == before
+
+
+def test_a_full_disk_changes_nothing(folder, capsys, monkeypatch):
+    before = fixed(folder)
+    real = os.fsync
+
+    def full(descriptor):
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        if name.endswith(".muter-stage"):
+            raise OSError(28, "No space left on device", name)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert unlearn("--forget.indices", "[5]") == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert fixed(folder) == before
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_can_be_audited_but_not_changed(folder, capsys):
+    os.chmod(folder, 0o555)
+    try:
+        assert unlearn("--forget.indices", "[5]") == 1
+        assert "cannot be written to" in capsys.readouterr().err
+        assert muter("audit", "--verify") == 0
+    finally:
+        os.chmod(folder, 0o755)
+
+
+def test_two_commands_at_once_never_both_run(folder, capsys):
+    before = fixed(folder)
+    with exclusive(Places.of("last.ckpt")):
+        assert unlearn("--forget.indices", "[5]") == 1
+        assert f"another process (pid {os.getpid()})" in capsys.readouterr().err
+        assert muter("audit") == 0  # looking is free
+    assert fixed(folder) == before
+    assert unlearn("--forget.indices", "[5]", "--wait", "1") == 0
+
+
+# --- usage ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        ([], 2),
+        (["--help"], 0),
+        (["--version"], 0),
+        (["forget"], 2),
+        (["unlearn"], 2),
+        (["unlearn", "--help"], 0),
+        (["unlearn", "--config", "none.yaml"], 2),
+        (["unlearn", "--config", "config.yaml", "--ckpt_path", "last.ckpt", "--refine", "many"], 2),
+        (["audit"], 2),
+        (["audit", "--help"], 0),
+        (["purge", "--help"], 0),
+        (["audit", "--ckpt_path", "weights.pt"], 1),
+    ],
+)
+def test_exit_codes(arguments, code, folder, capsys):
+    assert cli.main(arguments) == code
+    out, err = capsys.readouterr()
+    if "--help" in arguments:
+        assert "--" in out
+    if code == 2:
+        assert err
+
+
+def test_help_is_quick_and_the_module_is_the_command(folder):
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_muter", "--help"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert time.monotonic() - started < 2
+    assert "unlearn" in done.stdout
+
+
+def test_the_real_command_as_a_process_and_sigterm(folder):
+    command = [
+        sys.executable,
+        "-m",
+        "lightning_muter",
+        "unlearn",
+        "--config",
+        "config.yaml",
+        "--ckpt_path",
+        "last.ckpt",
+    ]
+    done = subprocess.run(
+        [*command, "--forget.indices", "[5]"], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "118" not in done.stdout
+    assert "119 are retained" in done.stdout
+    slow = Path("userproject.py")
+    slow.write_text(slow.read_text().replace("return self.layer(x)", "import time; open('going', 'w'); time.sleep(60)"))
+    before = fixed(folder)
+    process = subprocess.Popen(
+        [*command, "--forget.indices", "[6]"], env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    while not Path("going").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 143
+    assert "stopped by SIGTERM" in process.stderr.read()
+    process.stderr.close()
+    Path("going").unlink()
+    assert fixed(folder) == before
