@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_muter.curvature.inner import Smoothing
+from lightning_muter.curvature.motion import LowRankMotion, Motion, SeriesMotion, SpectralMotion
 from lightning_muter.curvature.problem import HeadProblem, LogitTerms
 from lightning_muter.errors import ArgumentError
 from lightning_muter.threat import ThreatModel
@@ -122,6 +123,10 @@ class Response(ABC):
     def gram(self, local: LocalPoint, counts: Counter[str]) -> Gram | None:
         """The Gram of these samples, `None` if no maximiser moves."""
 
+    @abstractmethod
+    def motion(self, local: LocalPoint, counts: Counter[str]) -> Motion | None:
+        """K itself, as an operator on inputs: what scopes beyond the head need."""
+
     def __repr__(self) -> str:
         fields = ", ".join(f"{k}={v!r}" for k, v in vars(self).items())
         return f"{type(self).__name__}({fields})"
@@ -133,6 +138,9 @@ class NoResponse(Response):
     name = "none"
 
     def gram(self, local: LocalPoint, counts: Counter[str]) -> Gram | None:
+        return None
+
+    def motion(self, local: LocalPoint, counts: Counter[str]) -> Motion | None:
         return None
 
 
@@ -172,6 +180,13 @@ class Unconstrained(Response):
         _count_series(hess, weight, counts)
         return HeadGram(-float(self.terms), weight, -core)
 
+    def motion(self, local: LocalPoint, counts: Counter[str]) -> Motion | None:
+        if self.space == "features":
+            raise ArgumentError(
+                "response", self, "a response in inputs beyond the head", "Use Unconstrained(terms, space='inputs')."
+            )
+        return SeriesMotion(local.root, self.terms)
+
     def _core(self, hess: Tensor, square: Tensor) -> Tensor:
         core = torch.zeros_like(hess)
         for t in range(1, self.terms):
@@ -208,19 +223,22 @@ class _Boundary(Response):
         """Free coordinates (n, D) bool, A (n, D), unit normal of the binding ball on them (n, D) or None."""
 
     def gram(self, local: LocalPoint, counts: Counter[str]) -> Gram | None:
+        motion = self.motion(local, counts)
+        return None if motion is None else DenseGram(motion.conjugated(local.problem.backbone, local.at))
+
+    def motion(self, local: LocalPoint, counts: Counter[str]) -> Motion | None:
         mask, a, normal = self.free(local, counts)
         if not bool(mask.any()):
             return None
-        backbone = local.problem.backbone
-        if backbone.piecewise_linear or local.x.shape[1] > self.max_exact:
-            if not backbone.piecewise_linear:
+        if local.problem.backbone.piecewise_linear or local.x.shape[1] > self.max_exact:
+            if not local.problem.backbone.piecewise_linear:
                 counts["Gauss-Newton input curvature"] += len(mask)
             return self._low_rank(local, mask, a, normal, counts)
-        return self._dense(local, mask, a, normal, counts)
+        return self._spectral(local, mask, a, normal, counts)
 
     def _low_rank(
         self, local: LocalPoint, mask: Tensor, a: Tensor, normal: Tensor | None, counts: Counter[str]
-    ) -> Gram:
+    ) -> LowRankMotion:
         inv = torch.where(mask & (a > 0), a.clamp(min=torch.finfo(a.dtype).tiny).rsqrt(), torch.zeros_like(a))
         scaled = local.root * inv[:, :, None]
         if normal is not None:
@@ -229,29 +247,15 @@ class _Boundary(Response):
         counts["not a strict maximum"] += int((b[:, -1] >= 1).sum())
         counts["damped"] += int((b[:, -1] > 1 - self.damping).sum())
         gain = (1 - b).clamp(min=self.damping).reciprocal()
-        side = (scaled @ v) * gain.sqrt()[:, None, :]
-        backbone = local.problem.backbone
-        if backbone.identity:
-            gram = torch.diag_embed(inv.square())
-            left = side * inv[:, :, None]
-            minus = None if normal is None else normal * inv
-        else:
-            jacobian = backbone.jacobian(local.at) * inv[:, None, :]
-            gram = jacobian @ jacobian.mT
-            left = jacobian @ side
-            minus = None if normal is None else (jacobian @ normal[:, :, None])[:, :, 0]
-        gram = gram + left @ left.mT
-        if minus is not None:
-            gram = gram - minus[:, :, None] * minus[:, None, :]
-        return DenseGram(gram)
+        return LowRankMotion(inv, (scaled @ v) * gain.sqrt()[:, None, :], normal)
 
-    def _dense(self, local: LocalPoint, mask: Tensor, a: Tensor, normal: Tensor | None, counts: Counter[str]) -> Gram:
-        problem = local.problem
-        free = mask.to(a)
-        projector = torch.diag_embed(free)
+    def _spectral(
+        self, local: LocalPoint, mask: Tensor, a: Tensor, normal: Tensor | None, counts: Counter[str]
+    ) -> SpectralMotion:
+        projector = torch.diag_embed(mask.to(a))
         if normal is not None:
             projector = projector - normal[:, :, None] * normal[:, None, :]
-        full = torch.diag_embed(a) - problem.input_hessian(local.theta, local.at, local.y)
+        full = torch.diag_embed(a) - local.problem.input_hessian(local.theta, local.at, local.y)
         values, vectors = torch.linalg.eigh(projector @ full @ projector)
         inside = ((projector @ vectors) * vectors).sum(1) > 0.5
         scale = values.abs().amax(1, keepdim=True)
@@ -260,8 +264,7 @@ class _Boundary(Response):
         counts["not a strict maximum"] += int(low.any(1).sum())
         values = torch.where(low, floor, values)
         inverse = torch.where(inside, values.reciprocal(), torch.zeros_like(values))
-        half = problem.backbone.jacobian(local.at) @ (projector @ vectors)
-        return DenseGram((half * inverse[:, None, :]) @ half.mT)
+        return SpectralMotion(projector @ vectors, inverse)
 
 
 class L2Response(_Boundary):

@@ -1,0 +1,41 @@
+"""Counter-based randomness and the choice between exact Grams and sketches of them.
+
+A sketched term must be subtracted as it was added, whatever the batch or the process it is found in: its random signs
+are a function of (key, position of the sample, coordinate) alone, by a hash of counters (SplitMix64), never of a
+generator's state.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
+_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+
+
+def rademacher(key: int, positions: Tensor, count: int) -> Tensor:
+    """Signs (n, count) in int8, a function of ``key``, the position and the column alone; on the positions' device.
+
+    >>> both = rademacher(7, torch.tensor([3, 5]), 6)
+    >>> torch.equal(both[1:], rademacher(7, torch.tensor([5]), 6))
+    True
+    """
+    positions = positions.to(torch.int64)
+    words = torch.arange((count + 31) // 32, device=positions.device)
+    state = _mix(_mix(positions + _mix(positions.new_full((1,), key)))[:, None] + words)
+    bits = (state[:, :, None] >> torch.arange(32, device=positions.device)) & 1
+    return (2 * bits.reshape(len(positions), -1)[:, :count] - 1).to(torch.int8)
+
+
+def _mix(z: Tensor) -> Tensor:
+    """SplitMix64's finaliser; int64 wraps around as it should, shifts are made logical."""
+    z = z + _GOLDEN
+    z = (z ^ _shift(z, 30)) * _MIX_1
+    z = (z ^ _shift(z, 27)) * _MIX_2
+    return z ^ _shift(z, 31)
+
+
+def _shift(z: Tensor, by: int) -> Tensor:
+    return (z >> by) & ((1 << (64 - by)) - 1)

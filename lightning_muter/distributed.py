@@ -1,0 +1,83 @@
+"""Sums over processes: each sample read by one of them, one reduction per pass, the same numbers as one process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_muter.errors import UnsuitableError
+
+
+@dataclass(frozen=True)
+class Shards:
+    """This process's share of the samples.
+
+    Args:
+        rank, world: of this process; :meth:`current` asks torch.distributed.
+        group: process group; None: the default one.
+
+    >>> Shards(1, 2).share([10, 11, 12, 13, 14])
+    [11, 13]
+    """
+
+    rank: int = 0
+    world: int = 1
+    group: Any = None
+
+    @classmethod
+    def current(cls, group: Any = None) -> Shards:
+        """From torch.distributed if it is initialised, else one process."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        return cls(dist.get_rank(group), dist.get_world_size(group), group)
+
+    def share(self, positions: Sequence[int]) -> list[int]:
+        """Every world-th position from rank on: each is read once, whatever the length (no padding)."""
+        return list(positions[self.rank :: self.world])
+
+    def sum_(self, tensors: list[Tensor]) -> None:
+        """Sum each tensor over the processes, in place, by one reduction in their widest dtype."""
+        if self.world == 1 or not tensors:
+            return
+        dtype = tensors[0].dtype
+        for t in tensors[1:]:
+            dtype = torch.promote_types(dtype, t.dtype)
+        flat = torch.cat([t.detach().to(dtype).reshape(-1) for t in tensors])
+        dist.all_reduce(flat, group=self.group)
+        for t, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            t.copy_(part.reshape(t.shape))
+
+    def gather_rows(self, rows: Tensor, count: int) -> Tensor:
+        """Rows (len(share), D) of all processes in the order of the ``count`` positions that were shared out."""
+        if self.world == 1:
+            return rows
+        width = rows.shape[1:] if len(rows) else None
+        widths: list[Any] = [None] * self.world
+        dist.all_gather_object(widths, width, group=self.group)
+        shape = next(w for w in widths if w is not None)
+        full = torch.zeros(count, *shape, dtype=rows.dtype, device=rows.device)
+        if len(rows):
+            full[self.rank :: self.world] = rows
+        dist.all_reduce(full, group=self.group)
+        return full
+
+
+def refuse_sharded_parameters(model: nn.Module) -> None:
+    """Raise where parameters are split over processes (FSDP, tensor parallel): no process could take a product.
+
+    Raises:
+        UnsuitableError: with the way out.
+    """
+    kinds = {type(m).__name__ for m in model.modules()} | {type(p).__name__ for p in model.parameters()}
+    found = kinds & {"FullyShardedDataParallel", "DTensor"}
+    if found or any(k.startswith("FSDP") for k in kinds):
+        raise UnsuitableError(
+            f"The model's parameters are split over processes ({', '.join(sorted(found)) or 'FSDP'}): derivatives of "
+            "the whole model are taken in every process here. Train with strategy='ddp', or load the full weights "
+            "(a consolidated checkpoint) into an ordinary module first."
+        )
