@@ -189,7 +189,7 @@ def report(places: Places, receipt: Mapping[str, Any], source: Places) -> None:
         print(f"forgotten: {len(receipt['forgotten'])} rows; {receipt['n_retained']} are retained")
     for name in ("step_norm", "stationarity", "stationarity_before", "stationarity_after", "bound", "seconds"):
         if metrics.get(name) is not None:
-            print(f"{name}: {metrics[name]}")
+            print(f"{name}: {metrics[name]:.4g}" if isinstance(metrics[name], float) else f"{name}: {metrics[name]}")
     for warning in receipt["warnings"]:
         print(f"note: {warning}")
     print(f"checkpoint: {places.checkpoint}")

@@ -283,7 +283,10 @@ def run(arguments: Sequence[str]) -> int:
         sys.path.insert(0, os.getcwd())
     try:
         # A fixed seed unless the configuration has one: the same request gives the same result.
-        MuterCLI(trainer_class=MuterTrainer, save_config_kwargs={"overwrite": True}, seed_everything_default=0)
+        # A name of our own for the saved configuration: without a logger it lands in the current folder, where
+        # users have their config.yaml.
+        saved = {"config_filename": "muter-config.yaml", "overwrite": True}
+        MuterCLI(trainer_class=MuterTrainer, save_config_kwargs=saved, seed_everything_default=0)
     finally:
         sys.argv, sys.path = saved_argv, saved_path
     return 0

@@ -88,7 +88,7 @@ def _snapshot(places: Places, found: Audit, fingerprint: str | None) -> Snapshot
         return None
     found.facts["snapshot"] = f"{places.snapshot}, scope {snapshot.scope}, {snapshot.threat_model}"
     found.facts["rows"] = f"{snapshot.n_total} trained on, {len(snapshot.forgotten)} forgotten"
-    found.facts["stationarity"] = f"{snapshot.stationarity:.3g} when the snapshot was taken (0 is a minimum)"
+    found.facts["stationarity"] = f"{snapshot.stationarity:.3g} as last measured (0 is a minimum)"
     if fingerprint is not None and snapshot.fingerprint != fingerprint:
         found.problems.append(
             f"the snapshot was taken of weights {snapshot.fingerprint[:16]}…, the checkpoint holds "
@@ -116,10 +116,11 @@ def _ledger(places: Places, found: Audit, ledger: Ledger, fingerprint: str | Non
     if unlearned:
         metrics = unlearned[-1]["metrics"]
         bound = metrics.get("bound")
+        bound = f"{bound:.3g}" if isinstance(bound, float) else bound
         found.facts["certificate"] = (
             f"distance to retraining at most {bound} (request {unlearned[-1]['id']})"
             if bound is not None
-            else "none: it needs the retained data (`--refine`) and a loss that it knows"
+            else "none; the receipt says why"
         )
         cleaned = max((i for i, kind in enumerate(kinds) if kind in ("snapshot", "refresh")), default=-1)
         since = sum(len(receipt["forgotten"]) for receipt in receipts[cleaned + 1 :])

@@ -128,6 +128,21 @@ def test_users_are_forgotten_by_table_or_datamodule_and_leave_no_trace_but_a_key
     assert not any(b"person1" in content or b"user20" in content for content in stored)
 
 
+def test_what_the_callback_left_after_fit_is_unlearned(folder, capsys):
+    fit = ["fit", "--config", "config.yaml", "--trainer.max_epochs", "3", "--trainer.log_every_n_steps", "1"]
+    callback = ["--trainer.callbacks+=lightning_muter.MUterCallback", "--trainer.callbacks.dirpath", "models"]
+    threat = ["--trainer.callbacks.threat_model", "{norm: l2, eps: 0.1, box: null}"]
+    assert cli.main([*fit, *callback, *threat]) == 0
+    assert Path("config.yaml").read_text() == CONFIG  # Lightning saves its own beside, under another name
+    (made,) = Path("models").glob("*.muter.ckpt")
+    request = ["unlearn", "--config", "config.yaml", "--ckpt_path", str(made), "--forget.indices", "[3,17]"]
+    assert cli.main([*request, "--refine", "1", "--request_id", "t"]) == 0
+    assert "bound: " in capsys.readouterr().out
+    assert cli.main(["audit", "--ckpt_path", str(made), "--verify"]) == 0
+    assert "1 receipts: chain, seals and files checked" in capsys.readouterr().out
+    assert cli.main(["refresh", "--config", "config.yaml", "--ckpt_path", str(made)]) == 0
+
+
 def test_a_dry_run_computes_and_writes_nothing(folder, capsys):
     before = fixed(folder)
     assert unlearn("--forget.indices", "[3]", "--dry_run", "true") == 0
