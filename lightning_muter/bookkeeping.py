@@ -88,6 +88,23 @@ def forgotten_rows(snapshot: Snapshot, ledger: Ledger | None) -> dict[int, str]:
     return {**dict.fromkeys(map(int, snapshot.forgotten), "a request before the ledger began"), **known}
 
 
+def forgotten_again(snapshot: Snapshot, ledger: Ledger, gone: list[int]) -> Snapshot:
+    """The snapshot with the ledger's list of forgotten rows, which a later training has not seen.
+
+    Raises:
+        MismatchError: it counts positions in another dataset than the ledger does.
+    """
+    last = ledger.last()
+    assert last is not None  # rows were forgotten
+    if snapshot.n_total != (expected := last["n_retained"] + len(gone)):
+        raise MismatchError(
+            f"{ledger.path}: it counts positions in {expected} rows, of which {len(gone)} are forgotten; the snapshot "
+            f"here was taken of {snapshot.n_total} rows. Begin anew under another name (--out)."
+        )
+    snapshot.forgotten = gone
+    return snapshot
+
+
 def refuse_resurrection(path: Path, fingerprint: str, ledger: Ledger) -> None:
     """A checkpoint from before a deletion must not become current again."""
     for receipt in ledger.receipts():

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Subset
 from lightning_muter.curvature.direct import Curvature
 from lightning_muter.curvature.response import Response
 from lightning_muter.errors import ArgumentError, RequestError, UnsuitableError
-from lightning_muter.files import atomic_write
+from lightning_muter.files import commit_files
 from lightning_muter.findings import enforce
 from lightning_muter.identity import DigestKey
 from lightning_muter.losses import Loss
@@ -58,8 +58,8 @@ class MUterCallback(pl.Callback):
         solver: str | Solver = "auto",
         threat_model: ThreatModel | None = None,
         loss: Loss | None = None,
-        weight_decay: str | float | Mapping[str, float] = "auto",
-        polish: str | int = "auto",
+        weight_decay: float | Mapping[str, float] | str = "auto",  # numbers first, for command lines and YAML
+        polish: int | str = "auto",
         dirpath: str | Path | None = None,
         verbose: bool = True,
         batch_size: int = 1024,
@@ -182,8 +182,14 @@ class MUterCallback(pl.Callback):
             "checkpoint": Path(f"{stem}.muter.ckpt"),
             "snapshot": Path(f"{stem}.muter.snapshot"),
         }
-        atomic_write(self.paths["checkpoint"], lambda file: torch.save(checkpoint, file))
-        snapshot.save(self.paths["snapshot"])
+        if snapshot.key is not None:
+            snapshot.key.keep(key_path(self.paths["snapshot"]))
+        commit_files(  # both or none: a crash in between must not leave a snapshot of other weights
+            {
+                self.paths["checkpoint"]: lambda file: torch.save(checkpoint, file),
+                self.paths["snapshot"]: snapshot.writer(),
+            }
+        )
         if self.verbose:
             rank_zero_info(
                 f"MUter: snapshot of {snapshot.n_total} samples, stationarity {snapshot.stationarity:.1e}, "

@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from lightning_muter.bookkeeping import (
     commit,
+    forgotten_again,
     forgotten_rows,
     insist_on_snapshot,
     known_key,
@@ -104,8 +105,7 @@ class MuterTrainer(L.Trainer):
             load_into(model, checkpoint, path)
             if gone := ledger.forgotten():
                 # Trained further, on what is retained: the list of forgotten rows stays, and so do the settings.
-                old = load_snapshot(places.snapshot, key)
-                old.forgotten = sorted(gone)
+                old = forgotten_again(load_snapshot(places.snapshot, key), ledger, sorted(gone))
                 snapshot = refresh(model, old, data.dataset, loss=loss, collate=data.collate, batch_size=batch_size)
             else:
                 threat_model, attack = threat_of(self, model, threat_model)

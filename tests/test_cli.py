@@ -217,6 +217,19 @@ def test_weights_from_before_a_deletion_do_not_come_back(folder, capsys):
     assert muter("audit") == 1
 
 
+def test_a_later_fit_keeps_the_list_of_forgotten_rows(folder, capsys):
+    assert unlearn("--forget.indices", "[3,17]") == 0
+    model = load_checkpoint("last.muter.ckpt")
+    model["state_dict"]["layer.bias"] += 0.01  # trained further, on what is retained
+    torch.save(model, "last.ckpt")
+    assert cli.main(["snapshot", "--config", "config.yaml", "--ckpt_path", "last.ckpt"]) == 0
+    assert Snapshot.load("last.muter.snapshot").forgotten == [3, 17]
+    assert muter("audit", "--verify") == 0
+    assert unlearn("--forget.indices", "[17]") == 1
+    assert "forgotten already" in capsys.readouterr().err
+    assert unlearn("--forget.indices", "[5]") == 0
+
+
 # --- refusing ---------------------------------------------------------------------------------------------------------
 
 
