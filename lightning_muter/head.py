@@ -98,7 +98,7 @@ def find_head(module: nn.Module, example_input: Tensor) -> Head:
 
     handles = [m.register_forward_hook(record, with_kwargs=True) for m in linears]
     try:
-        with eval_mode(module), eager(module), torch.no_grad():
+        with torch.inference_mode(False), eval_mode(module), eager(module), torch.no_grad():
             logits = module(example_input)
     finally:
         for handle in handles:

@@ -121,16 +121,20 @@ class InnerSolver:
     def _screen(
         self, problem: HeadProblem, theta: Tensor, threat: ThreatModel, x: Tensor, y: Tensor, rho: Rho
     ) -> Tensor:
-        """The best of a few short ascents: from 0, and towards every logit (linear models with several logits)."""
+        """The best of a few short ascents: from 0, and towards every logit (linear models; a single logit both ways)."""
         zero = torch.zeros_like(x)
-        if not (self.starts and problem.backbone.affine and problem.n_logits > 2 and rho.c is None):
+        if not (self.starts and problem.backbone.affine and problem.n_logits != 2 and rho.c is None):
             return zero
         best = self._ascend(problem, theta, threat, x, y, rho, zero, self.screening, 0.0)
         delta, value = best.delta, best.value
         weight = problem.weight(theta)
-        own = weight[y] if not y.is_floating_point() and y.dim() == 1 else weight.mean(0).expand(len(x), -1)
-        for k in range(problem.n_logits):
-            towards = problem.backbone.pullback(x, (weight[k] - own)[:, None])[:, 0]
+        if problem.n_logits == 1:  # a loss such as the square rises both ways
+            directions = [weight.expand(len(x), -1), -weight.expand(len(x), -1)]
+        else:
+            own = weight[y] if not y.is_floating_point() and y.dim() == 1 else weight.mean(0).expand(len(x), -1)
+            directions = [weight[k] - own for k in range(problem.n_logits)]
+        for direction in directions:
+            towards = problem.backbone.pullback(x, direction[:, None])[:, 0]
             tried = self._ascend(
                 problem, theta, threat, x, y, rho, threat.linear_maximiser(towards, x), self.screening, 0.0
             )
@@ -158,14 +162,18 @@ class InnerSolver:
         damping = torch.zeros(len(x), 1, dtype=x.dtype, device=x.device)  # 1/t
         residual = torch.full_like(value, math.inf)
         live = torch.arange(len(x), device=x.device)
-        tiny = torch.finfo(x.dtype).tiny
+        # gradients are measured by the largest one met: at an interior maximum they vanish
+        size = gradient.norm(dim=1).clamp(min=torch.finfo(x.dtype).tiny)
+        if not problem.backbone.piecewise_linear and bool(delta.any()):
+            size = torch.maximum(size, problem.loss_and_input_gradient(theta, x, y)[1].norm(dim=1).to(size))
         iterations = 0
         for iterations in range(1, max_iter + 1):
             d, g, xl, part = delta[live], gradient[live], x[live], rho.take(live)
             pull = damping[live]
             candidate = part.maximise(threat, g, d, pull, xl)
             # in units of the ball, as if the step had been a full one
-            unit = threat.eps / g.norm(dim=1).clamp(min=tiny)
+            size[live] = torch.maximum(size[live], g.norm(dim=1))
+            unit = threat.eps / size[live]
             moved = (candidate - d).norm(dim=1) / threat.eps * (1 + pull[:, 0] * unit)
             residual[live] = moved.to(residual)
             # a proximal term this strong means a kink of the backbone: no direction rises any more
@@ -175,11 +183,15 @@ class InnerSolver:
                 if len(live) == 0:
                     break
                 d, g, xl, part = d[going], g[going], xl[going], part.take(going)
-                candidate, unit = candidate[going], unit[going]
+                candidate, unit, pull = candidate[going], unit[going], pull[going]
             new_loss, new_gradient = problem.loss_and_input_gradient(theta, xl + candidate, y[live])
             new_value = new_loss + part.value(candidate)
-            slack = 4 * torch.finfo(x.dtype).eps * (1 + value[live].abs())
-            rose = new_value >= value[live] - slack
+            change, noise = new_value - value[live], 16 * torch.finfo(x.dtype).eps * (1 + value[live].abs())
+            # where differences of values are rounding, steps must grow shorter (a symmetric contraction near a strict
+            # maximum): values alone settle positions to the square root of the precision only
+            again = part.maximise(threat, new_gradient, candidate, pull, xl)
+            shrinks = (again - candidate).norm(dim=1) <= (candidate - d).norm(dim=1)
+            rose = torch.where(change.abs() <= noise, shrinks, change >= 0)
             if bool(rose.all()):
                 delta[live], gradient[live], value[live] = candidate, new_gradient, new_value
                 damping[live] = damping[live] / 3
