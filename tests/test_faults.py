@@ -17,6 +17,7 @@ import resource
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import time
 from hashlib import sha256
@@ -37,7 +38,7 @@ from lightning_muter.transactions import STAGES
 from .faults import WatchedOs, run_killed
 from .test_checkpoints import Evil, zipped
 from .test_checkpoints import mutated as mutated_checkpoint
-from .test_cli import fixed, folder, muter, project, unlearn, weights  # noqa: F401
+from .test_cli import environment, fixed, folder, muter, project, unlearn, weights  # noqa: F401
 
 PLACES = Places.of("last.ckpt")
 
@@ -187,7 +188,12 @@ def test_successive_requests_equal_one_for_their_union(folder, tmp_path, count):
     together = tmp_path / "together"
     shutil.copytree(folder, together)
     for number, row in enumerate(rows):
-        assert unlearn("--forget.indices", f"[{row}]", "--request_id", f"r{number}") == 0
+        request = ["--forget.indices", f"[{row}]", "--request_id", f"r{number}"]
+        if number < count // 20:  # the real command, in a process of its own
+            command = [sys.executable, "-m", "lightning_muter", "unlearn", "--config", "config.yaml"]
+            subprocess.run([*command, "--ckpt_path", "last.ckpt", *request], env=environment(), check=True)
+        else:
+            assert unlearn(*request) == 0
     assert agreed() == sorted(rows)
     assert muter("audit", "--verify") == 0
     one_by_one, start = weights(), weights("last.ckpt")
@@ -198,8 +204,10 @@ def test_successive_requests_equal_one_for_their_union(folder, tmp_path, count):
     assert start.keys() == before.keys()
     for name in at_once:
         moved = (at_once[name] - before[name]).norm()
+        apart = (one_by_one[name] - at_once[name]).norm() / moved
+        print(f"{name}: {count} requests and one for their union differ by {apart:.1e} of the step")
         assert moved > 0
-        assert (one_by_one[name] - at_once[name]).norm() <= 1e-5 * moved
+        assert apart <= 1e-5
 
 
 def mutated_container(content, draw):
