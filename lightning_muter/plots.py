@@ -13,12 +13,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
-from lightning_muter.results import Row, attack_name, group, summarise
+from lightning_muter.results import REFERENCE, Row, attack_name, group, summarise
 
 # Okabe and Ito's palette, black last; the markers repeat the information
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+MANY = 5  # more settings than this are drawn as a map
 SMALLEST = 1e-6  # distances below this are drawn here: they are retraining to all purposes
 STYLE: Any = {
     "font.size": 10,
@@ -146,11 +148,13 @@ def plot_distance(rows: Sequence[Row], path: Path) -> Path | None:
 
 
 def plot_gaps(rows: Sequence[Row], path: Path, setting: str | None = None) -> Path | None:
-    """Clean and robust accuracy minus retraining's, in points, for one setting (the largest removal when None)."""
+    """Clean and robust accuracy minus retraining's, in points, for one setting (None: a class, else the largest)."""
     rows = [r for r in rows if not math.isnan(r.clean_gap)]
     if not rows:
         return None
-    setting = setting if setting is not None else max(rows, key=lambda r: r.percent).setting
+    if setting is None:
+        classes = [r.setting for r in rows if r.setting.startswith("class")]
+        setting = classes[0] if classes else max(rows, key=lambda r: r.percent).setting
     rows = [r for r in rows if r.setting == setting]
     columns = {"clean accuracy": "clean_gap", "robust accuracy": "robust_gap"}
 
@@ -196,7 +200,47 @@ def plot_times(rows: Sequence[Row], path: Path) -> Path | None:
         axis.set_xlabel("seconds per request (left is faster)")
 
     title = f"Time of one request: {_where(rows)}"
-    return _dots(rows, path, draw, series=_settings(rows), of=lambda r: r.setting, decorate=decorate, title=title)
+    series = _settings(rows)
+    if len(series) > MANY:  # the time of a request hardly depends on what is forgotten
+        return _dots(rows, path, draw, series=["all settings"], of=None, decorate=decorate, title=title)
+    return _dots(rows, path, draw, series=series, of=lambda r: r.setting, decorate=decorate, title=title)
+
+
+def plot_distance_map(rows: Sequence[Row], path: Path) -> Path | None:
+    """Median distance of every method (downwards) in every setting (across): dark is close to retraining."""
+    rows = [r for r in rows if not math.isnan(r.distance) and r.distance > 0]
+    if not rows:
+        return None
+    with plt.rc_context({**STYLE, "axes.grid": False}):
+        methods, settings = _methods(rows), _settings(rows)
+        height = 1.5 + 0.27 * len(methods)
+        figure, panels = _panels(rows, height=height, width=2.6 + 0.62 * len(settings))
+        for axis, same in panels:
+            cells = group(same, lambda r: (r.method, r.setting))
+            for i, method in enumerate(methods):
+                for j, setting in enumerate(settings):
+                    found = cells.get((method, setting))
+                    if not found:
+                        axis.text(j, i, "-", ha="center", va="center", fontsize=7, color="#666666")
+                        continue
+                    middle = summarise(found, "distance").median
+                    shade = min(max((math.log10(max(middle, 1e-9)) + 3) / 3.5, 0.0), 1.0)  # 0.001 .. 3
+                    colour = matplotlib.colormaps["cividis"](shade)
+                    axis.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor=colour, edgecolor="white"))
+                    text = f"{middle:.2g}" if middle >= 1e-3 else f"{middle:.0e}"
+                    axis.text(
+                        j, i, text, ha="center", va="center", fontsize=7, color="white" if shade < 0.55 else "black"
+                    )
+            axis.set_xlim(-0.5, len(settings) - 0.5)
+            axis.set_ylim(len(methods) - 0.5, -0.5)
+            axis.set_yticks(range(len(methods)), methods)
+            axis.set_xticks(range(len(settings)), settings, rotation=40, ha="right", rotation_mode="anchor")
+            axis.tick_params(length=0, labelsize=8)
+            for spine in axis.spines.values():
+                spine.set_visible(False)
+        title = f"Distance to retraining (dark: close; 1: as doing nothing): {_where(rows)}"
+        figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+        return _save(figure, path)
 
 
 def plot_distance_by_size(rows: Sequence[Row], path: Path) -> Path | None:
@@ -206,7 +250,9 @@ def plot_distance_by_size(rows: Sequence[Row], path: Path) -> Path | None:
         return None
     with plt.rc_context(STYLE):
         figure, panels = _panels(rows, height=3.6)
-        methods = _methods(rows)
+        by_method = group(rows, lambda r: r.method)
+        closest = sorted(by_method, key=lambda m: summarise(by_method[m], "distance").median)[: len(COLOURS)]
+        methods = [m for m in by_method if m in closest]  # more lines than colours could not be told apart
         for axis, same in panels:
             for i, method in enumerate(methods):
                 found = group((r for r in same if r.method == method), lambda r: round(r.percent, 1))
@@ -237,10 +283,12 @@ def plot_distance_by_size(rows: Sequence[Row], path: Path) -> Path | None:
 
 def plot_all(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Every picture that the rows allow, in the order in which a reader wants them."""
+    measured = [r for r in rows if r.method != REFERENCE]
+    many = len(_settings(measured)) > MANY
     made = [
-        plot_distance(rows, folder / "distance.png"),
-        plot_distance_by_size(rows, folder / "distance_by_size.png"),
-        plot_gaps(rows, folder / "accuracy_gaps.png"),
-        plot_times(rows, folder / "time.png"),
+        (plot_distance_map if many else plot_distance)(measured, folder / "distance.png"),
+        plot_distance_by_size(measured, folder / "distance_by_size.png"),
+        plot_gaps(measured, folder / "accuracy_gaps.png"),
+        plot_times(measured, folder / "time.png"),
     ]
     return [path for path in made if path is not None]

@@ -21,6 +21,7 @@ from lightning_muter.errors import CorruptFileError
 NAN = math.nan
 FILE = "results.csv"
 PARTS = ("forget", "retain", "test")
+REFERENCE = "retraining"  # the method's name in the rows of the reference itself
 
 
 @dataclass
@@ -125,7 +126,8 @@ def from_csv(text: str, *, origin: str = "results.csv") -> list[Row]:
     rows = []
     for number, cells in enumerate(reader, start=2):
         try:
-            values = {k: _TYPES[k](v) for k, v in cells.items() if k in _TYPES and v not in ("", None)}
+            known = {k: v for k, v in cells.items() if k in _TYPES and v is not None}
+            values = {k: _TYPES[k](v) for k, v in known.items() if v or _TYPES[k] is str}
             rows.append(Row(**values))
         except (TypeError, ValueError) as error:
             raise CorruptFileError(f"{origin}, line {number}: {error}. Remove or repair the line.") from error

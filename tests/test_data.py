@@ -85,11 +85,6 @@ def test_digits_parts_are_disjoint_and_in_the_box() -> None:
     assert len(everything.train_dataset) == len(dm.public_dataset) + len(dm.private_dataset)
 
 
-def test_digest_follows_the_split() -> None:
-    a, again, other = (d.DigitsDataModule(seed=s).split_digest() for s in (0, 0, 1))
-    assert a == again != other
-
-
 def test_digits_as_two_classes() -> None:
     dm = d.DigitsDataModule(classes=[[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]])
     whole = d.DigitsDataModule()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -114,6 +113,12 @@ class SplitDataModule(L.LightningDataModule):
         return self._parts[name]
 
     @property
+    def has_public(self) -> bool:
+        """Whether there is a public part."""
+        self.setup()
+        return self._parts is not None and "public" in self._parts
+
+    @property
     def public_dataset(self) -> ArrayDataset:
         return self._get("public")
 
@@ -143,13 +148,6 @@ class SplitDataModule(L.LightningDataModule):
         """Name of every sample of ``train_dataset``, by position; requests may use them instead of positions."""
         ids = self.train_dataset.ids
         return [str(i) for i in range(len(self.train_dataset))] if ids is None else list(ids)
-
-    def split_digest(self) -> str:
-        """Short digest of the private samples and their order: what a cached result of them depends on."""
-        data = self.private_dataset
-        digest = hashlib.sha256(data.targets.numpy().tobytes())
-        digest.update(data.x.contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
 
     # -- loaders -------------------------------------------------------------------------------------------------------
 
