@@ -131,7 +131,7 @@ class MUter(Method):
         batch = next(iter(request.source.batches(request.forget[-1:])))
         x = batch.x.to(problem.backbone.exact_dtype)
         c = objective.smoothing.coefficients(problem, snapshot.threat_model, x, batch.y)
-        local = LocalPoint(problem, theta, snapshot.threat_model, x, batch.y, delta[-1:], c)
+        local = LocalPoint(problem, theta, snapshot.threat_model, x, batch.y, delta[-1:], c, batch.positions)
         gram = snapshot.response.gram(local, Counter())
         if gram is None:
             return None

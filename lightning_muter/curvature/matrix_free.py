@@ -141,7 +141,7 @@ class WideObjective:
     # -- first order -----------------------------------------------------------------------------------------------
 
     def evaluate(self, w: Tensor) -> Evaluation:
-        """F and its gradient at w, maximisers started from the tracked ones; :meth:`accept` then tracks the new ones."""
+        """F and its gradient at w, maximisers started from the tracked ones; :meth:`accept` tracks the new ones."""
         parts, problem = problem_parts(self.problem, w), self.problem
         value = torch.zeros((), dtype=problem.dtype, device=problem.device)
         gradient = torch.zeros_like(w)

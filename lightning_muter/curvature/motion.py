@@ -62,11 +62,16 @@ class LowRankMotion(Motion):
         return gram if minus is None else gram - minus[:, :, None] * minus[:, None, :]
 
     def sketched(self, backbone: Backbone, at: Tensor, omega: Tensor) -> Tensor:
-        """Columns A (n, f, m + rank) with E[A A^T] = G for Rademacher omega (n, D, m): B exactly, the rest by omega."""
+        """Columns A = J C omega / sqrt(m), (n, f, m), with E[A A^T] = G for Rademacher omega (n, D, m); C C^T = K,
+
+        C = S (I - n n^T + B diag(1 / (1 + sqrt(1 + |B_j|^2))) B^T),    the columns of B being orthogonal to one another and to n.
+        """
+        omega = omega / omega.shape[2] ** 0.5
         if self.normal is not None:
             omega = omega - self.normal[:, :, None] * (self.normal[:, None, :] @ omega)
-        tangents = torch.cat([omega / omega.shape[2] ** 0.5, self.side], 2) * self.scale[:, :, None]
-        return backbone.pushforward(at, tangents)
+        share = 1 / (1 + (1 + self.side.square().sum(1)).sqrt())
+        omega = omega + self.side @ (share[:, :, None] * (self.side.mT @ omega))
+        return backbone.pushforward(at, omega * self.scale[:, :, None])
 
     @property
     def numbers(self) -> int:

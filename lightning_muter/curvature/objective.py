@@ -105,7 +105,7 @@ class RobustObjective:
             start = None if self.delta is None else self.delta[done : done + n]
             c = self.coefficients(done, x, batch.y)
             delta = self._maximise(theta, x, batch.y, c, start, settle, sums.counts)
-            local = LocalPoint(problem, theta, self.threat, x, batch.y, delta, c)
+            local = LocalPoint(problem, theta, self.threat, x, batch.y, delta, c, batch.positions)
             if first_order:
                 extra = None if c is None else Rho(self.threat, x, c).value(delta)
                 add_gradient(sums, local, batch.weight, extra)

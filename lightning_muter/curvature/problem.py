@@ -15,13 +15,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, jacrev, vmap
+from torch.func import grad, jacrev, jvp, vmap
 
 from lightning_muter.head import Head, eval_mode, features, find_head
 from lightning_muter.losses import Loss, per_sample
 
 #: An affine backbone is represented by its matrix up to this many numbers.
 _MAX_LINEAR = 20_000_000
+
+#: Forward-mode products, or reverse passes, taken together.
+_TANGENTS = 6
 
 
 def algebra_dtype(device: torch.device) -> torch.dtype:
@@ -150,30 +153,45 @@ class Backbone:
         with derivatives():
             point = x.detach().clone().requires_grad_(True)
             out = self(point)
+            chunks = covectors.movedim(1, 0).split(_TANGENTS)
             rows = [
-                torch.autograd.grad(out, point, covectors[:, j], retain_graph=j + 1 < covectors.shape[1])[0]
-                for j in range(covectors.shape[1])
+                torch.autograd.grad(
+                    out, point, part[0] if len(part) == 1 else part, retain_graph=True, is_grads_batched=len(part) > 1
+                )[0].reshape(len(part), *point.shape)
+                for part in chunks
             ]
-        return torch.stack(rows, 1).to(self.algebra)
+        return torch.cat(rows).movedim(0, 1).to(self.algebra)
 
     def pushforward(self, x: Tensor, tangents: Tensor) -> Tensor:
-        """J V for tangents V (n, D, m): (n, f, m), by m forward-mode products (two reverse passes each)."""
+        """J V for tangents V (n, D, m): (n, f, m), by m forward-mode products over the batch.
+
+        Layers without forward mode take two reverse passes per product instead.
+        """
         if self.identity:
             return tangents
         if self.matrix is not None:
             return self.matrix @ tangents
         with derivatives():
-            point = x.detach().clone().requires_grad_(True)
-            out = self(point)
-            dummy = torch.zeros_like(out, requires_grad=True)
-            (pulled,) = torch.autograd.grad(out, point, dummy, create_graph=True)
-            columns = [
-                torch.autograd.grad(
-                    pulled, dummy, tangents[:, :, j].to(pulled), retain_graph=j + 1 < tangents.shape[2]
-                )[0]
-                for j in range(tangents.shape[2])
-            ]
-        return torch.stack(columns, 2).to(self.algebra)
+            point = x.detach()
+            rows = tangents.movedim(2, 0).to(self.dtype)
+
+            def push(t: Tensor) -> Tensor:
+                out: Tensor = jvp(self._forward, (point.to(self.dtype),), (t,))[1]
+                return out
+
+            try:  # the forward pass itself is shared by the products of a chunk
+                with torch.no_grad():
+                    pushed = vmap(push, chunk_size=_TANGENTS)(rows)
+            except (NotImplementedError, RuntimeError):
+                pushed = torch.stack(self._pushed_by_reverse(point, list(rows)))
+        return pushed.detach().movedim(0, 2).to(self.algebra)
+
+    def _pushed_by_reverse(self, x: Tensor, columns: list[Tensor]) -> list[Tensor]:
+        point = x.clone().requires_grad_(True)
+        out = self(point)
+        dummy = torch.zeros_like(out, requires_grad=True)
+        (pulled,) = torch.autograd.grad(out, point, dummy, create_graph=True)
+        return [torch.autograd.grad(pulled, dummy, t.to(pulled), retain_graph=True)[0] for t in columns]
 
 
 class HeadProblem:

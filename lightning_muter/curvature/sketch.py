@@ -7,8 +7,14 @@ generator's state.
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
+
+from lightning_muter.curvature.problem import Backbone
+
+_log = logging.getLogger(__name__)
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -39,3 +45,28 @@ def _mix(z: Tensor) -> Tensor:
 
 def _shift(z: Tensor, by: int) -> Tensor:
     return (z >> by) & ((1 << (64 - by)) - 1)
+
+
+#: Random directions per sample where a sketch is the cheaper way.
+_DIRECTIONS = 8
+
+
+def choose_directions(asked: int | None, backbone: Backbone) -> int:
+    """How many random directions sketch G = J K J^T; 0: exactly, from J by one reverse pass per feature.
+
+    Args:
+        asked: the response's ``sketch``; None takes the way that takes fewer passes over the backbone.
+    """
+    if backbone.affine:
+        return 0  # J is one matrix, known
+    if asked is not None:
+        return asked
+    chosen = _DIRECTIONS if backbone.width > 2 * _DIRECTIONS else 0
+    _log.debug(
+        "J K J^T %s: %d passes over the backbone exactly, %d with %d random directions per sample",
+        "sketched" if chosen else "exact",
+        backbone.width,
+        _DIRECTIONS,
+        _DIRECTIONS,
+    )
+    return chosen

@@ -122,6 +122,7 @@ def add_hessian(
             local.y[at],
             local.delta[at],
             None if local.c is None else local.c[at],
+            None if local.positions is None else local.positions[at],
         )
         _add_chunk(sums, part, response, curvature, None if weight is None else weight[at])
 

@@ -199,7 +199,7 @@ class WideProblem:
         return root[:, :, used].to(z) if bool(used.any()) else root[:, :, -1:].to(z)
 
     def _nystrom_root(self, w: Parameters, x: Tensor, z: Tensor, target: Tensor) -> Tensor:
-        """Nystrom from 2 x 32 products with J^T Lambda J (exact up to 32 inputs): R = Y (Q^T Y)^-1/2, Y = J^T Lambda J Q."""
+        """Nystrom by 2 x 32 products with H = J^T Lambda J (exact up to 32 inputs): R = Y (Q^T Y)^-1/2, Y = H Q."""
 
         def slope(at: Tensor) -> Tensor:
             return grad(lambda t: self.loss.inner_values(t, target).sum())(at)

@@ -1,0 +1,97 @@
+"""Sketches of G = J K J^T: unbiased, keyed by position alone, and exact where that is cheaper."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_muter.curvature.objective import RobustObjective
+from lightning_muter.curvature.problem import HeadProblem
+from lightning_muter.curvature.response import L2Response, LinfResponse, LocalPoint
+from lightning_muter.curvature.samples import SampleSource
+from lightning_muter.curvature.sketch import choose_directions, rademacher
+from lightning_muter.errors import ArgumentError
+from lightning_muter.threat import ThreatModel
+from tests.test_matrix_free import EXACT, data, relu_net
+
+
+@pytest.mark.parametrize("width", [1, 31, 32, 33, 100])
+def test_signs_depend_on_key_position_and_column_alone(width: int) -> None:
+    positions = torch.tensor([5, 0, 123456789, 7])
+    signs = rademacher(3, positions, width)
+    assert signs.shape == (4, width)
+    assert set(signs.unique().tolist()) <= {-1, 1}
+    assert torch.equal(rademacher(3, positions.flip(0), width).flip(0), signs)
+    assert torch.equal(rademacher(3, positions, 100)[:, :width], signs)
+
+
+def test_signs_are_balanced_and_independent() -> None:
+    signs = rademacher(1, torch.arange(2000), 64).double()
+    assert signs.mean(0).abs().max() < 5 / 2000**0.5
+    assert signs.mean(1).abs().max() < 5 / 64**0.5
+    products = signs.T @ signs / 2000 - torch.eye(64)
+    assert products.abs().max() < 5.5 / 2000**0.5
+    assert (signs * rademacher(2, torch.arange(2000), 64)).mean().abs() < 5 / (2000 * 64) ** 0.5
+
+
+def head_sums(positions: list[int] | None = None, batch_size: int = 100) -> RobustObjective:
+    threat, dataset = ThreatModel("l2", 0.03, None), data(20, 6)
+    source = SampleSource(dataset, threat=threat, batch_size=batch_size)
+    problem = HeadProblem(relu_net(), F.cross_entropy, source.examples())
+    return RobustObjective(problem, threat, source, torch.zeros(problem.shape), EXACT, positions=positions)
+
+
+def hessian(objective: RobustObjective, sketch: int | None) -> torch.Tensor:
+    theta = objective.problem.read_theta()
+    sums, _ = objective.sums(theta, response=L2Response(sketch=sketch))
+    assert sums.hessian is not None
+    return sums.hessian.dense()
+
+
+def test_many_directions_tend_to_the_exact_sum() -> None:
+    exact = hessian(head_sums(), 0)
+    errors = [float((hessian(head_sums(), m) - exact).norm() / exact.norm()) for m in (4, 64, 1024)]
+    assert errors[1] < 0.5 * errors[0]
+    assert errors[2] < 0.5 * errors[1]
+
+
+def test_a_sketched_sample_is_subtracted_as_it_was_added() -> None:
+    whole, gone, kept = ([0, 3, 9, 15], [3, 15], [0, 9])
+    parts = [hessian(head_sums(p, batch_size=3), 4) for p in (whole, gone, kept)]
+    assert (parts[0] - parts[1] - parts[2]).norm() < 1e-10 * parts[0].norm()
+
+
+def test_linf_sketches_are_unbiased_too() -> None:
+    threat, dataset = ThreatModel("linf", 0.05), data(20, 6)
+    source = SampleSource(dataset, threat=threat)
+    problem = HeadProblem(relu_net(), F.cross_entropy, source.examples())
+    batch = next(iter(source.batches()))
+    lo, hi = threat.bounds(batch.x)
+    middle = 0.3 * (lo + hi)  # strictly inside
+    c = torch.full_like(batch.x, 5.0)
+    local = LocalPoint(problem, problem.read_theta(), threat, batch.x, batch.y, middle, c, batch.positions)
+    eye = torch.eye(problem.backbone.width, dtype=torch.float64).expand(len(batch.x), -1, -1)
+    found = [LinfResponse(sketch=m).gram(local, Counter()) for m in (0, 20000)]
+    exact, sketched = (g.times(eye) for g in found if g is not None)
+    assert (exact - sketched).norm() < 0.05 * exact.norm()
+
+
+def test_the_cheaper_way_is_taken_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    source = SampleSource(data(8, 6))
+    narrow = HeadProblem(relu_net(), F.cross_entropy, source.examples()).backbone
+    wide_net = nn.Sequential(nn.Linear(6, 100), nn.ReLU(), nn.Linear(100, 3)).double()
+    wide = HeadProblem(wide_net, F.cross_entropy, source.examples()).backbone
+    linear = HeadProblem(nn.Sequential(nn.Linear(6, 3)).double(), F.cross_entropy, source.examples()).backbone
+    with caplog.at_level(logging.DEBUG, logger="lightning_muter"):
+        assert choose_directions(None, narrow) == 0
+        assert choose_directions(None, wide) > 0
+    assert "100 passes over the backbone exactly" in caplog.text
+    assert choose_directions(0, wide) == 0
+    assert choose_directions(5, linear) == 0
+    with pytest.raises(ArgumentError, match="sketch"):
+        L2Response(sketch=-1)
