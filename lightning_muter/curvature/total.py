@@ -110,7 +110,7 @@ def add_hessian(
 ) -> None:
     """Add the total Hessians of these samples, in chunks whose temporaries stay below the workspace."""
     n, (k, q) = len(local.x), local.problem.shape
-    per_sample = max(k * k * q, local.problem.backbone.width**2 * 3, local.x.shape[1] * (q + 2 * k))
+    per_sample = max(2 * k * q, local.problem.backbone.width**2 * 3, local.x.shape[1] * (q + 2 * k))
     step = max(1, _WORKSPACE // per_sample)
     for begin in range(0, n, step):
         at = slice(begin, begin + step)
@@ -143,12 +143,12 @@ def _add_chunk(sums: Sums, local: LocalPoint, response: Response, curvature: Cur
         core = core + hess @ local.weight @ moved
         core = (core + core.mT) / 2
         target.blocks[:, :f, :f] += gram.outer_sum(scale[:, None] * r[:, left] * r[:, right])
-        # r_k E_l phi^T for all k, l at once: (K, K, f, q)
+        # r_k phi E_l^T for all k, l in one product, (K, q, K, f)
         n, k = r.shape
-        weighted = (scale[:, None] * r)[:, :, None, None] * moved.mT[:, None, :, :]
-        cross = (weighted.reshape(n, k * k * f).T @ phi).reshape(k, k, f, -1)
-        target.blocks[:, :f, :] += cross[left, right]
-        target.blocks[:, :, :f] += cross[right, left].mT
+        outer = ((scale[:, None] * r)[:, :, None] * phi[:, None, :]).reshape(n, -1)
+        cross = (outer.T @ moved.mT.reshape(n, -1)).reshape(k, -1, k, f)
+        target.blocks[:, :f, :] += cross[left, :, right].mT
+        target.blocks[:, :, :f] += cross[right, :, left]
     packed = scale[:, None] * core[:, left, right]
     for p in range(packed.shape[1]):
         target.blocks[p] += (phi * packed[:, p, None]).T @ phi

@@ -1,0 +1,115 @@
+"""Two processes give the numbers of one: dense sums, products, and a whole request."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from lightning_muter.curvature.response import as_response
+from lightning_muter.distributed import Shards, refuse_sharded_parameters
+from lightning_muter.errors import UnsuitableError
+from lightning_muter.sharded import ShardedObjective
+from lightning_muter.threat import ThreatModel
+from lightning_muter.wide import unlearn_wide
+from tests.test_matrix_free import EXACT, data, direction, objective, relu_net
+
+N = 13  # odd: the shares differ in size
+
+
+def numbers(shards: Shards) -> dict[str, Tensor]:
+    """Everything that must not depend on how many processes computed it."""
+    threat, dataset = ThreatModel("l2", 0.03), data(N, 6)
+    wide = objective(relu_net(), dataset, threat)
+    wide.positions, wide.reduce = shards.share(range(N)), shards.sum_
+    w = wide.problem.read()
+    now = wide.evaluate(w)
+    wide.accept(now)
+    out = {"value": torch.tensor(now.value), "gradient": now.gradient, "product": wide.product(w, direction(len(w)))}
+    out["scale"] = torch.tensor(now.scale)
+
+    head = _head_objective(shards, threat, dataset)
+    theta = head.problem.read_theta()
+    sums, delta = head.sums(theta, response=as_response("auto", threat))
+    assert sums.hessian is not None
+    out |= {"hessian": sums.hessian.dense(), "head": head.evaluation(theta, sums, delta).gradient}
+    out["delta"] = shards.gather_rows(delta, N)
+    out["counts"] = torch.tensor([sums.count, sums.counts["samples"]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        model = relu_net()
+        unlearn_wide(
+            model,
+            [0, 4],
+            dataset,
+            threat_model=threat,
+            weight_decay=0.01,
+            steps=2,
+            inner=EXACT,
+            shards=shards,
+            progress=False,
+        )
+    out["weights"] = torch.cat([p.detach().flatten() for p in model.parameters()])
+    return out
+
+
+def _head_objective(shards: Shards, threat: ThreatModel, dataset: Any) -> ShardedObjective:
+    from torch.nn import functional as F
+
+    from lightning_muter.curvature.problem import HeadProblem
+    from lightning_muter.curvature.samples import SampleSource
+
+    source = SampleSource(dataset, threat=threat, batch_size=5)
+    problem = HeadProblem(relu_net(), F.cross_entropy, source.examples())
+    decay = torch.full(problem.shape, 0.01, dtype=torch.float64)
+    return ShardedObjective(problem, threat, source, decay, EXACT, positions=range(N), shards=shards)
+
+
+def _process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    try:
+        torch.save(numbers(Shards.current()), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
+    alone = numbers(Shards())
+    mp.start_processes(_process, args=(str(tmp_path),), nprocs=2, start_method="spawn")
+    both = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for name, one in alone.items():
+        assert torch.equal(both[0][name], both[1][name]), name
+        found, expected = both[0][name].double(), one.double()
+        error = (found - expected).norm() / expected.norm().clamp(min=1e-300)
+        # the scale is an estimate whose signs go by the place in a batch; CG amplifies rounding
+        limit = {"scale": 0.5, "weights": 1e-8}.get(name, 1e-10)
+        assert error < limit, name
+
+
+def test_every_position_has_one_reader() -> None:
+    positions = list(range(100, 111))
+    shares = [Shards(r, 3).share(positions) for r in range(3)]
+    assert sorted(p for share in shares for p in share) == positions
+    assert Shards().share(positions) == positions
+
+
+def test_one_process_reduces_nothing() -> None:
+    value = torch.ones(3)
+    Shards().sum_([value])
+    assert torch.equal(value, torch.ones(3))
+    assert torch.equal(Shards().gather_rows(value[:, None], 3), value[:, None])
+
+
+def test_split_parameters_are_refused() -> None:
+    class FullyShardedDataParallel(nn.Linear):
+        pass
+
+    with pytest.raises(UnsuitableError, match="strategy='ddp'"):
+        refuse_sharded_parameters(nn.Sequential(FullyShardedDataParallel(2, 2)))
