@@ -22,19 +22,26 @@ from lightning_muter.solvers import Border, Solution, Solver
 
 @dataclass
 class Request:
-    """One deletion request: what is to be forgotten, and everything a method may look at. Nothing in it may be changed."""
+    """One deletion request: what is to be forgotten, and everything a method may look at. Nothing in it may be changed.
+
+    Attributes:
+        source: holds the samples to forget; retained: the others, where retained data was given.
+    """
 
     problem: HeadProblem
     snapshot: Snapshot
     source: SampleSource
     forget: list[int]
     solver: Solver
+    retained: SampleSource | None = None
 
     @property
     def n_retained(self) -> int:
         return self.snapshot.n_retained - len(self.forget)
 
-    def objective(self, positions: list[int], starts: Tensor | None) -> RobustObjective:
+    def objective(
+        self, positions: list[int], starts: Tensor | None, source: SampleSource | None = None
+    ) -> RobustObjective:
         """The robust objective over some positions, its maximisers starting where the snapshot says."""
         snapshot, problem = self.snapshot, self.problem
         smoothing = snapshot.smoothing
@@ -47,7 +54,7 @@ class Request:
         return RobustObjective(
             problem,
             snapshot.threat_model,
-            self.source,
+            source or self.source,
             snapshot.decay.to(problem.device),
             snapshot.inner,
             smoothing,

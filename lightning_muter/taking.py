@@ -35,6 +35,7 @@ Decay = float | Mapping[str, float] | str
 AIM = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 
+@torch.inference_mode(False)
 def take_snapshot(
     model: nn.Module,
     dataset: Dataset[Any],
@@ -146,11 +147,11 @@ def take_snapshot(
         raise UnsuitableError("The objective is not finite at the model's weights. Check the weights and the loss.")
     key = key or (like.key if like is not None else None) or DigestKey.generate()
     digests = like.digests if like is not None else sample_digests(key, source, range(source.n))
+    assert sums.hessian is not None
+    for note in notes:  # before anything is changed: a warning may be an error
+        warning_module.warn(note, stacklevel=3)
     if done is not None:
         problem.write_theta(theta)
-    assert sums.hessian is not None
-    for note in notes:
-        warning_module.warn(note, stacklevel=2)
     return Snapshot(
         theta_ref=theta.cpu(),
         theta_base=theta.cpu(),
@@ -375,7 +376,7 @@ def check_digests(
             f"{snapshot.key_id} of their digests is not at hand. Keep the .key file beside the snapshot, or load with "
             "Snapshot.load(path, key=DigestKey.load(...))."
         )
-    source = SampleSource(data, collate=collate, threat=None)
+    source = SampleSource(data, collate=collate, threat=None, readable=positions)
     found = sample_digests(snapshot.key, source, positions)
     wrong = (found != snapshot.digests[torch.tensor(list(positions), dtype=torch.int64)]).any(1).nonzero()[:, 0]
     if len(wrong):

@@ -59,6 +59,7 @@ class UnlearnResult:
         return asdict(self)
 
 
+@torch.inference_mode(False)
 def unlearn(
     model: nn.Module,
     snapshot: Snapshot,
@@ -80,10 +81,11 @@ def unlearn(
     Args:
         model: with the weights the snapshot belongs to.
         forget: positions in the training dataset.
-        data: the training dataset (only the rows to forget are read unless ``retain`` is given).
+        data: the training dataset (the rows to forget are read, and a few others to recognise the model's form).
         method: default :class:`lightning_muter.methods.MUter`.
         solver: "auto", "cholesky", "cg", "neumann", "schur" or a Solver.
-        retain: the full training dataset again: allows ``refine``, stationarity and the certificate.
+        retain: the full training dataset again: allows ``refine``, stationarity and the certificate. Rows forgotten now
+            or before are not read.
         refine: accepted steps of L-BFGS on the retained objective in the metric of the total Hessian.
         dry_run: compute everything, change nothing.
 
@@ -113,21 +115,28 @@ def unlearn(
         snapshot.check_length(retain, "retain")
         check_digests(snapshot, retain, kept, "retain", collate)
     device = next(model.parameters()).device
-    source = SampleSource(
-        data if retain is None else retain,
-        collate=collate,
-        batch_size=batch_size,
-        device=device,
-        weight=snapshot.sample_weight,
-        threat=snapshot.threat_model,
-    )
+
+    def source_of(dataset: Dataset[Any], readable: list[int]) -> SampleSource:
+        return SampleSource(
+            dataset,
+            collate=collate,
+            batch_size=batch_size,
+            device=device,
+            weight=snapshot.sample_weight,
+            threat=snapshot.threat_model,
+            readable=readable,
+        )
+
+    source = source_of(data, sorted([*positions, *kept]))
+    # forgotten rows are read from `data` alone: in `retain` they may be blank
+    retained = None if retain is None else source_of(retain, kept)
     problem = HeadProblem(model, loss, source.examples())
     if problem.head.name != snapshot.head_name or tuple(snapshot.theta_ref.shape) != problem.shape:
         raise MismatchError(
             f"model: its head is {problem.head.name!r} {problem.shape}, the snapshot's {snapshot.head_name!r} "
             f"{tuple(snapshot.theta_ref.shape)}. Take a new snapshot."
         )
-    request = Request(problem, snapshot, source, positions, chosen_solver)
+    request = Request(problem, snapshot, source, positions, chosen_solver, retained)
     now = problem.read_theta()
     step = method.step(request)
     result = UnlearnResult(
@@ -149,11 +158,11 @@ def unlearn(
         raise SolveError("The new weights are not finite. Nothing was changed; take a new snapshot and try again.")
     result.step_norm = float((theta - now).norm())
     result.warnings += _warnings(model, problem, snapshot, result, retain)
+    outside = outside_head(model, problem)
+    if outside:  # before anything is changed: a warning may be an error
+        warning_module.warn(outside, stacklevel=3)
     _commit(model, problem, snapshot, after, theta, result, dry_run)
     result.seconds = time.perf_counter() - began
-    outside = outside_head(model, problem)
-    if outside:
-        warning_module.warn(outside, stacklevel=2)
     return result
 
 
@@ -164,7 +173,7 @@ def checked_positions(forget: Iterable[int], snapshot: Snapshot) -> list[int]:
         ArgumentError: empty, not whole numbers, out of range or twice.
         RequestError: already forgotten, or nothing would be left.
     """
-    if isinstance(forget, (str, bytes)):
+    if isinstance(forget, (str, bytes)) or not isinstance(forget, Iterable) or getattr(forget, "ndim", 1) != 1:
         raise ArgumentError("forget", forget, "positions in the training dataset, e.g. [3, 17]")
     values = forget.tolist() if isinstance(forget, Tensor) else list(forget)
     positions = []
@@ -232,7 +241,7 @@ def _with_retained(
     """Stationarity before and after, refine steps, and the certificate; updates ``after`` and ``result``."""
     snapshot, theta = request.snapshot, step.theta
     starts = snapshot.base_starts if snapshot.base_starts is not None else snapshot.starts
-    objective = request.objective(kept, starts)
+    objective = request.objective(kept, starts, request.retained)
     with bar(objective, "refine" if refine else "certify", progress) as on_step:
         at_now = objective.evaluate(now)
         objective.accept(at_now)

@@ -36,6 +36,7 @@ class SampleSource:
         collate: the training loader's ``collate_fn``.
         weight: optional weights w_i (n,) of the objective sum_i w_i phi_i.
         threat: inputs outside its box are refused.
+        readable: positions that may be read (forgotten rows may be gone from the disk); all by default.
 
     Raises:
         UnsuitableError: an iterable dataset.
@@ -51,6 +52,7 @@ class SampleSource:
         device: torch.device | str = "cpu",
         weight: Tensor | None = None,
         threat: ThreatModel | None = None,
+        readable: Sequence[int] | None = None,
     ) -> None:
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
             raise UnsuitableError(
@@ -68,11 +70,13 @@ class SampleSource:
             if len(weight) != self.n or not bool(torch.isfinite(weight).all()) or bool((weight < 0).any()):
                 raise ArgumentError("sample_weight", tuple(weight.shape), f"{self.n} finite weights, 0 or larger")
         self.weight = weight
-        first = self._raw([0])
+        self._readable: Sequence[int] = range(self.n) if readable is None else list(readable)
+        first = self._raw(self._readable[:1])
         self.input_shape = tuple(first[0].shape[1:])
         bytes_needed = self.n * first[0].element_size() * first[0][0].numel()
         self._cacheable = bytes_needed <= _CACHE_BYTES
         self._cache: tuple[Tensor, Tensor] | None = None
+        self._row = torch.full((self.n,), -1)  # of a position in the cache
 
     def _raw(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
         collate = self.collate or torch.utils.data.default_collate
@@ -81,8 +85,9 @@ class SampleSource:
 
     def examples(self, count: int = 8) -> Tensor:
         """Up to ``count`` inputs spread over the dataset, as the model takes them."""
-        spread = torch.linspace(0, self.n - 1, min(count, self.n)).long().tolist()
-        return self._raw(spread)[0]
+        last = len(self._readable) - 1
+        spread = torch.linspace(0, last, min(count, last + 1)).long().tolist()
+        return self._raw([self._readable[i] for i in spread])[0]
 
     def raw_samples(self, positions: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(position, x, y) one by one, exactly as the dataset gives them (for digests)."""
@@ -96,14 +101,16 @@ class SampleSource:
         """Batches in the order of ``positions`` (all samples by default), on the device."""
         wanted = list(range(self.n)) if positions is None else [int(i) for i in positions]
         if self._cacheable and self._cache is None and len(wanted) * 2 > self.n:
-            parts = list(self._load(list(range(self.n))))
+            parts = list(self._load(wanted))
             self._cache = torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts])
-        if self._cache is None:
+            self._row[torch.tensor(wanted)] = torch.arange(len(wanted))
+        if self._cache is None or bool((self._row[torch.tensor(wanted, dtype=torch.int64)] < 0).any()):
             yield from self._load(wanted)
             return
         for begin in range(0, len(wanted), self.batch_size):
             at = torch.tensor(wanted[begin : begin + self.batch_size])
-            yield self._samples(at, self._cache[0][at.to(self.device)], self._cache[1][at.to(self.device)])
+            row = self._row[at].to(self.device)
+            yield self._samples(at, self._cache[0][row], self._cache[1][row])
 
     def _load(self, positions: list[int]) -> Iterator[Samples]:
         loader: DataLoader[Any] = DataLoader(
