@@ -49,7 +49,7 @@ def descend(
     objective.accept(now)
     pairs: list[tuple[Tensor, Tensor]] = []
     history = [now.stationarity]
-    steps, status = 0, "capped"
+    steps, status, settled, noise = 0, "capped", 0, 0.0
     while steps < max_steps:
         if now.stationarity <= tolerance:
             status = "converged"
@@ -63,8 +63,16 @@ def descend(
             if slope >= 0:
                 status = "stalled"
                 break
-        found = _weak_wolfe(objective, theta, now, direction.reshape(shape), slope)
+        found = _weak_wolfe(objective, theta, now, direction.reshape(shape), slope, noise)
         if found is None:
+            if not objective.reproducible and settled < 3:
+                # the inner maxima here were still rising: compare like with like
+                settled += 1
+                again = objective.evaluate(theta)
+                objective.accept(again)
+                noise, now = abs(again.value - now.value), again
+                if noise > 1e-7 * abs(now.value):
+                    continue
             if pairs:
                 pairs.clear()
                 continue
@@ -78,7 +86,7 @@ def descend(
             del pairs[:-memory]
         theta, now = theta + s.reshape(shape), new
         objective.accept(now)
-        steps += 1
+        steps, settled, noise = steps + 1, 0, noise / 4
         history.append(now.stationarity)
         if on_step is not None:
             on_step(steps, now)
@@ -101,17 +109,18 @@ def _two_loop(gradient: Tensor, pairs: list[tuple[Tensor, Tensor]], metric: Metr
 
 
 def _weak_wolfe(
-    objective: RobustObjective, theta: Tensor, now: Evaluation, direction: Tensor, slope: float, trials: int = 25
+    objective: RobustObjective, theta: Tensor, now: Evaluation, direction: Tensor, slope: float, noise: float
 ) -> tuple[float, Evaluation] | None:
     """Bisection for F(t) <= F + 1e-4 t slope and slope(t) >= 0.9 slope; near the end, where differences of F are rounding,
     the slopes alone decide (Hager and Zhang's approximate condition)."""
     low, high, t = 0.0, float("inf"), 1.0
-    noise = 1e-12 * abs(now.value)
+    noise = max(noise, 1e-12 * abs(now.value))
+    trials = 25 if objective.reproducible else 6
     best: tuple[float, Evaluation] | None = None
     for _ in range(trials):
         new = objective.evaluate(theta + t * direction)
         new_slope = float((new.gradient * direction).sum())
-        enough = new.value <= now.value + 1e-4 * t * slope
+        enough = new.value <= now.value + 1e-4 * t * slope + (0.0 if objective.reproducible else noise)
         flat = new.value <= now.value + noise and abs(new_slope) <= 0.9 * abs(slope)
         if not torch.isfinite(new.gradient).all() or not (enough or flat):
             high = t
@@ -157,14 +166,17 @@ def polish(
     """
     begin = objective.passes
     before: float | None = None
-    status, shift, steps, idle = "capped", 0.0, 0, 0
+    status, shift, steps, idle, rounds = "capped", 0.0, 0, 0, 0
     best: tuple[Tensor, Evaluation] | None = None
     while objective.passes - begin < max_passes:
         if not anchored and objective.smoothing_moves(theta):
             objective.anchor(theta)
             best = None  # another objective
         objective.restart()
-        sums, objective.delta = objective.sums(theta, response=response, curvature=curvature)
+        # other local maxima are looked for while theta still moves far; afterwards F must stay one continuous function
+        explore = not objective.reproducible and rounds < 4
+        rounds += 1
+        sums, objective.delta = objective.sums(theta, response=response, curvature=curvature, explore=explore)
         first = objective.evaluation(theta, sums, objective.delta)
         before = first.stationarity if before is None else before
         assert sums.hessian is not None

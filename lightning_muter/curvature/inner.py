@@ -65,6 +65,17 @@ class Maximisers:
     iterations: int
     tolerance: float
 
+    def better(self, other: Maximisers) -> Maximisers:
+        """Sample by sample the one of larger value."""
+        wins = other.value > self.value + 1e-9 * (1 + self.value.abs())
+        return Maximisers(
+            torch.where(wins[:, None], other.delta, self.delta),
+            torch.where(wins, other.value, self.value),
+            torch.where(wins, other.residual, self.residual),
+            max(self.iterations, other.iterations),
+            self.tolerance,
+        )
+
     @property
     def converged(self) -> Tensor:
         return self.residual <= self.tolerance
@@ -88,6 +99,9 @@ class InnerSolver:
     max_iter: int = 300
     starts: bool = True
     screening: int = field(default=3, repr=False)
+    descent: int = field(default=40, repr=False)
+    tracking: int = field(default=10, repr=False)
+    finish: int = field(default=6, repr=False)
 
     def tolerance_for(self, dtype: torch.dtype) -> float:
         if self.tolerance is not None:
@@ -116,7 +130,44 @@ class InnerSolver:
             first = threat.project(start.to(x), x)
         else:
             first = self._screen(problem, theta, threat, x, y, rho)
-        return self._ascend(problem, theta, threat, x, y, rho, first, self.max_iter, tol)
+        if problem.backbone.affine or not problem.backbone.piecewise_linear:
+            return self._ascend(problem, theta, threat, x, y, rho, first, self.max_iter, tol)
+        steps, step = (self.descent, 1.0) if start is None else (self.tracking, 0.1)
+        first = self._shrinking(problem, theta, threat, x, y, rho, first, steps, step)
+        return self._ascend(problem, theta, threat, x, y, rho, first, self.finish, tol)
+
+    def _shrinking(
+        self,
+        problem: HeadProblem,
+        theta: Tensor,
+        threat: ThreatModel,
+        x: Tensor,
+        y: Tensor,
+        rho: Rho,
+        delta: Tensor,
+        steps: int,
+        step: float,
+    ) -> Tensor:
+        """The best iterate of projected steps of length step * eps, shrinking by a tenth (scratch) or a quarter (tracked:
+        short enough to stay with the same local maximum).
+
+        Maximisers of a ReLU network like to sit on kinks, where monotone ascent zigzags and stalls; steps that may fall
+        and shrink get past them (a subgradient method).
+        """
+        shrink = 0.9 if step == 1.0 else 0.75
+        best, value = delta, torch.full_like(x[:, 0], -math.inf)
+        for _ in range(steps):
+            loss, gradient = problem.loss_and_input_gradient(theta, x + delta, y)
+            now = loss.to(x) + rho.value(delta)
+            rose = now > value
+            best, value = torch.where(rose[:, None], delta, best), torch.where(rose, now, value)
+            slope = gradient + rho.gradient(delta)
+            size = slope.norm(dim=1, keepdim=True) if threat.norm == "l2" else slope.abs().mean(1, keepdim=True)
+            size = size.clamp(min=torch.finfo(x.dtype).tiny)
+            pull = size / (step * threat.eps)
+            delta = rho.maximise(threat, gradient, delta, pull, x)
+            step *= shrink
+        return best
 
     def _screen(
         self, problem: HeadProblem, theta: Tensor, threat: ThreatModel, x: Tensor, y: Tensor, rho: Rho

@@ -88,12 +88,14 @@ class RobustObjective:
         response: Response | None = None,
         curvature: Curvature = "hessian",
         settle: bool = True,
+        explore: bool = False,
         first_order: bool = True,
     ) -> tuple[Sums, Tensor]:
         """One pass: first-order sums and, with a ``response``, total Hessians at theta; and the maximisers.
 
         Args:
             settle: run the inner solver (else the tracked maximisers are taken as they are).
+            explore: also solve from scratch, and take the better of the two.
         """
         problem = self.problem
         sums = Sums.zeros(problem.shape, problem.dtype, problem.device, hessian=response is not None)
@@ -104,7 +106,7 @@ class RobustObjective:
             x = batch.x.to(problem.backbone.exact_dtype)
             start = None if self.delta is None else self.delta[done : done + n]
             c = self.coefficients(done, x, batch.y)
-            delta = self._maximise(theta, x, batch.y, c, start, settle, sums.counts)
+            delta = self._maximise(theta, x, batch.y, c, start, settle, explore, sums.counts)
             local = LocalPoint(problem, theta, self.threat, x, batch.y, delta, c, batch.positions)
             if first_order:
                 extra = None if c is None else Rho(self.threat, x, c).value(delta)
@@ -126,11 +128,15 @@ class RobustObjective:
         c: Tensor | None,
         start: Tensor | None,
         settle: bool,
+        explore: bool,
         counts: Counter[str],
     ) -> Tensor:
         if not settle and start is not None:
             return self.threat.project(start.to(x), x)
         found = self.inner.solve(self.problem, theta, self.threat, x, y, c, start)
+        if explore and start is not None:
+            anew = self.inner.solve(self.problem, theta, self.threat, x, y, c)
+            found = found.better(anew)
         counts["samples"] += len(x)
         counts["maximisers converged"] += int(found.converged.sum())
         return found.delta
