@@ -311,7 +311,7 @@ def definite_inverse(matrix: Tensor) -> tuple[Product, float]:
         eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
         factor, info = torch.linalg.cholesky_ex(matrix + shift * eye if shift else matrix)
         if int(info) == 0:
-            return (lambda v: torch.cholesky_solve(v[:, None], factor)[:, 0]), shift
+            return (lambda v, factor=factor: torch.cholesky_solve(v[:, None], factor)[:, 0]), shift
         if shift > 1e6 * top or not math.isfinite(top):
             raise SolveError("The curvature matrix holds NaN or infinity. Check data and weights.")
         shift = 1e-3 * top if shift == 0.0 else 10 * shift

@@ -207,7 +207,8 @@ def polish(
         if (found.status == "stalled" and found.steps == 0) or idle >= 4:
             status = "stalled"
             break
-    assert best is not None and before is not None
+    assert best is not None
+    assert before is not None
     theta, evaluation = best
     objective.accept(evaluation)
     return Polish(theta, evaluation, before, status, objective.passes - begin, shift)

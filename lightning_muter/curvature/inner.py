@@ -218,7 +218,8 @@ class InnerSolver:
         if not problem.backbone.piecewise_linear and bool(delta.any()):
             size = torch.maximum(size, problem.loss_and_input_gradient(theta, x, y)[1].norm(dim=1).to(size))
         iterations = 0
-        for iterations in range(1, max_iter + 1):
+        for done in range(max_iter):
+            iterations = done + 1
             d, g, xl, part = delta[live], gradient[live], x[live], rho.take(live)
             pull = damping[live]
             candidate = part.maximise(threat, g, d, pull, xl)
