@@ -47,6 +47,8 @@ def _compare(one: Case, threat: ThreatModel, start: Tensor | None = None) -> Cou
     good = found.converged
     if isinstance(one.net[-2], nn.ReLU):  # exact away from the backbone's kinks
         good &= one.net[0](one.x + found.delta).abs().min(1).values > 1e-2
+        # on a plateau the maximiser is not unique, and its response is none
+        good &= problem.loss_and_input_gradient(theta, one.x + found.delta, one.y)[1].norm(dim=1) > 1e-6
     assert int(good.sum()) * 2 > len(good)
     x, y, delta = one.x[good], one.y[good], found.delta[good]
     lo, hi = threat.bounds(x)

@@ -134,7 +134,7 @@ class InnerSolver:
             return self._ascend(problem, theta, threat, x, y, rho, first, self.max_iter, tol)
         steps, step = (self.descent, 1.0) if start is None else (self.tracking, 0.1)
         first = self._shrinking(problem, theta, threat, x, y, rho, first, steps, step)
-        return self._ascend(problem, theta, threat, x, y, rho, first, self.finish, tol)
+        return self._ascend(problem, theta, threat, x, y, rho, first, self.max_iter, tol, kinked=True)
 
     def _shrinking(
         self,
@@ -206,7 +206,9 @@ class InnerSolver:
         delta: Tensor,
         max_iter: int,
         tol: float,
+        kinked: bool = False,
     ) -> Maximisers:
+        """Monotone ascent; ``kinked``: samples whose steps fall again and again sit on a kink and are left there."""
         delta = delta.clone()
         loss, gradient = problem.loss_and_input_gradient(theta, x + delta, y)
         value = loss + rho.value(delta)
@@ -217,6 +219,8 @@ class InnerSolver:
         size = gradient.norm(dim=1).clamp(min=torch.finfo(x.dtype).tiny)
         if not problem.backbone.piecewise_linear and bool(delta.any()):
             size = torch.maximum(size, problem.loss_and_input_gradient(theta, x, y)[1].norm(dim=1).to(size))
+        falls = torch.zeros_like(live)
+        limit = max_iter if not kinked else self.finish
         iterations = 0
         for done in range(max_iter):
             iterations = done + 1
@@ -229,7 +233,7 @@ class InnerSolver:
             moved = (candidate - d).norm(dim=1) / threat.eps * (1 + pull[:, 0] * unit)
             residual[live] = moved.to(residual)
             # a proximal term this strong means a kink of the backbone: no direction rises any more
-            going = (moved > tol) & (pull[:, 0] * unit <= 1e13)
+            going = (moved > tol) & (pull[:, 0] * unit <= 1e13) & (falls[live] < limit)
             if not bool(going.all()):
                 live = live[going]
                 if len(live) == 0:
@@ -252,6 +256,7 @@ class InnerSolver:
             delta[up], gradient[up], value[up] = candidate[rose], new_gradient[rose], new_value[rose]
             damping[up] = damping[up] / 3
             damping[down] = torch.maximum(damping[down] * 6, unit[~rose, None].reciprocal())
+            falls[down] += 1
         return Maximisers(delta, value, residual, iterations, tol)
 
 
