@@ -27,6 +27,7 @@ from lightning_muter.errors import ArgumentError, MismatchError, UnsuitableError
 from lightning_muter.identity import DigestKey, weight_fingerprint
 from lightning_muter.losses import Loss, accuracy, resolve_loss
 from lightning_muter.reading import attack_note
+from lightning_muter.sharded import ShardedObjective
 from lightning_muter.snapshot import Snapshot, loss_name, sample_digests
 from lightning_muter.threat import ThreatModel
 
@@ -108,7 +109,7 @@ def take_snapshot(
     decay = head_decay(problem, model, weight_decay, optimizers)
     chosen = as_response(response, threat)
     inner = inner or (like.inner if like is not None else InnerSolver())
-    objective = RobustObjective(problem, threat, source, decay, inner, smoothing or Smoothing())
+    objective = ShardedObjective(problem, threat, source, decay, inner, smoothing or Smoothing())
     theta = problem.read_theta()
     anchored = smoothing is not None and smoothing.anchor is not None
     if like is not None:
@@ -116,7 +117,8 @@ def take_snapshot(
         anchored = True
         objective.set_smoothing(like.smoothing)
         if like.starts is not None:
-            objective.delta = like.starts.to(problem.device, problem.backbone.exact_dtype)
+            starts_here = like.starts[objective.shards.share(range(source.n))]
+            objective.delta = starts_here.to(problem.device, problem.backbone.exact_dtype)
     elif not anchored:
         objective.anchor(theta)
     aim = tolerance if tolerance is not None else AIM.get(parameter.dtype, 1e-3)
@@ -130,6 +132,7 @@ def take_snapshot(
             done = _polish(objective, theta, metric, aim, limit, anchored, on_step)
             theta = done.theta
     starts = rounded_starts(objective)
+    starts = None if starts is None else objective.shards.gather_rows(starts, source.n)
     with bar(objective, "snapshot", progress):
         sums, final = objective.sums(theta, response=chosen, curvature=curvature)
     reached = objective.evaluation(theta, sums, final)
@@ -442,7 +445,7 @@ def _polish_figures(
     def clean(theta: Tensor) -> float | None:
         right: list[Tensor] = []
         count = 0
-        for batch in objective.source.batches(objective.positions):
+        for batch in objective.source.batches():
             x = batch.x.to(problem.backbone.exact_dtype)
             with torch.no_grad():
                 share = accuracy(loss, problem.logits(theta, problem.backbone(x)), batch.y)

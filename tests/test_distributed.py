@@ -16,6 +16,7 @@ from lightning_muter.curvature.response import as_response
 from lightning_muter.distributed import Shards, refuse_sharded_parameters
 from lightning_muter.errors import UnsuitableError
 from lightning_muter.sharded import ShardedObjective
+from lightning_muter.taking import take_snapshot
 from lightning_muter.threat import ThreatModel
 from lightning_muter.wide import unlearn_wide
 from tests.test_matrix_free import EXACT, data, direction, objective, relu_net
@@ -55,6 +56,11 @@ def numbers(shards: Shards) -> dict[str, Tensor]:
             shards=shards,
             progress=False,
         )
+        network = relu_net()
+        snapshot = take_snapshot(network, dataset, threat_model=threat, weight_decay=0.01, polish=3, progress=False)
+    out |= {"stored": snapshot.hessian.blocks, "polished": snapshot.theta_ref}
+    assert snapshot.starts is not None
+    out["starts"] = snapshot.starts.double()
     out["weights"] = torch.cat([p.detach().flatten() for p in model.parameters()])
     return out
 
