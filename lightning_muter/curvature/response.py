@@ -121,6 +121,11 @@ class Response(ABC):
 
     name: str
 
+    @property
+    def forms_squares(self) -> bool:
+        """Whether :meth:`gram` holds a matrix of the size of features x features (or inputs) for every sample."""
+        return True
+
     @abstractmethod
     def gram(self, local: LocalPoint, counts: Counter[str]) -> Gram | None:
         """The Gram of these samples, `None` if no maximiser moves."""
@@ -138,6 +143,10 @@ class NoResponse(Response):
     """K = 0: the direct Hessian alone (ordinary second-order unlearning)."""
 
     name = "none"
+
+    @property
+    def forms_squares(self) -> bool:
+        return False
 
     def gram(self, local: LocalPoint, counts: Counter[str]) -> Gram | None:
         return None
@@ -169,6 +178,10 @@ class Unconstrained(Response):
         if space not in ("features", "inputs"):
             raise ArgumentError("space", space, "'features' or 'inputs'")
         self.terms, self.space = terms, space
+
+    @property
+    def forms_squares(self) -> bool:
+        return self.space == "inputs"
 
     def gram(self, local: LocalPoint, counts: Counter[str]) -> Gram | None:
         weight, hess = local.weight, local.hess

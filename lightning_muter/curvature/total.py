@@ -110,7 +110,9 @@ def add_hessian(
 ) -> None:
     """Add the total Hessians of these samples, in chunks whose temporaries stay below the workspace."""
     n, (k, q) = len(local.x), local.problem.shape
-    per_sample = max(2 * k * q, local.problem.backbone.width**2 * 3, local.x.shape[1] * (q + 2 * k))
+    per_sample = 2 * k * q
+    if response.forms_squares:
+        per_sample = max(per_sample, local.problem.backbone.width**2 * 3, local.x.shape[1] * (q + 2 * k))
     step = max(1, _WORKSPACE // per_sample)
     for begin in range(0, n, step):
         at = slice(begin, begin + step)
