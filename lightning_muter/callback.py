@@ -79,6 +79,9 @@ class MUterCallback(pl.Callback):
         self._skip: str | None = "No snapshot was taken yet: fit a model with this callback, or use take_snapshot."
         self._dataset: Dataset[Any] | None = None
         self._collate: Any = None
+        self._loss: Loss | None = None
+        # rows once forgotten, as positions in the dataset they were first counted in (kept over later fits)
+        self._origin: Dataset[Any] | None = None
         self._forgotten: list[int] = []
         self._n_total: int | None = None
 
@@ -95,8 +98,9 @@ class MUterCallback(pl.Callback):
             callback=self,
             cap=self.size_cap,
         )
-        self._skip = enforce(findings)
+        skip = enforce(findings)
         self._refuse_forgotten(trainer)
+        self._skip = skip
         self.snapshot = None
 
     def _refuse_forgotten(self, trainer: pl.Trainer) -> None:
@@ -105,8 +109,12 @@ class MUterCallback(pl.Callback):
             return
         loader = trainer.train_dataloader
         dataset = getattr(loader, "dataset", None)
-        allowed = set(range(self._n_total or 0)) - set(self._forgotten)
-        clean = isinstance(dataset, Subset) and dataset.dataset is self._dataset and set(dataset.indices) <= allowed
+        clean = False
+        if isinstance(dataset, Subset):
+            base: Any = dataset.dataset
+            # a run that was resumed has the list from its checkpoint and a dataset object of its own
+            same = base is self._origin if self._origin is not None else len(base) == self._n_total
+            clean = same and not {int(i) for i in dataset.indices} & set(self._forgotten)
         if not clean:
             raise RequestError(
                 f"train_dataloader: its dataset still holds the {len(self._forgotten)} forgotten rows (or another object "
@@ -122,6 +130,7 @@ class MUterCallback(pl.Callback):
             return
         adversary = adversary_of(pl_module)
         threat = self.threat_model or (adversary.threat if adversary is not None else None)
+        loss = self.loss if self.loss is not None else (adversary.loss if adversary is not None else None)
         snapshot = take_snapshot(
             pl_module,
             loader.dataset,
@@ -129,7 +138,7 @@ class MUterCallback(pl.Callback):
             scope=self.scope,
             response=self.response,
             curvature=self.curvature,
-            loss=self.loss if self.loss is not None else (adversary.loss if adversary is not None else None),
+            loss=loss,
             weight_decay=self.weight_decay,
             optimizers=trainer.optimizers,
             polish=self.polish,
@@ -143,7 +152,11 @@ class MUterCallback(pl.Callback):
             rank_zero_warn(note)
             snapshot.warnings.append(note)
         self.snapshot, self._dataset, self._collate = snapshot, loader.dataset, loader.collate_fn
-        self._n_total, self._forgotten = snapshot.n_total, []
+        self._loss = loss
+        if not self._forgotten:
+            self._origin, self._n_total = loader.dataset, snapshot.n_total
+        elif self._origin is None:
+            self._origin = loader.dataset.dataset
         self._log(trainer, snapshot)
         stem = self._stem(trainer)
         if stem is not None and trainer.is_global_zero:
@@ -224,7 +237,8 @@ class MUterCallback(pl.Callback):
 
     def _at_hand(self) -> Snapshot:
         if self.snapshot is None:
-            raise UnsuitableError(self._skip or "No snapshot is at hand.")
+            nothing = "No snapshot was taken: the fit made no step. Use take_snapshot(model, dataset, ...)."
+            raise UnsuitableError(self._skip or nothing)
         return self.snapshot
 
     def unlearn(
@@ -261,12 +275,16 @@ class MUterCallback(pl.Callback):
             retain=retain,
             refine=refine,
             dry_run=dry_run,
-            loss=self.loss,
+            loss=self._loss,
             collate=self._collate,
             batch_size=self.batch_size,
             progress=self.verbose if progress is None else progress,
         )
-        self._forgotten = list(snapshot.forgotten)
+        if not dry_run:
+            rows: list[int] = list(snapshot.forgotten)
+            if isinstance(self._dataset, Subset) and self._dataset is not self._origin:  # a fit on what was retained
+                rows = [int(self._dataset.indices[i]) for i in rows]
+            self._forgotten += [i for i in rows if i not in set(self._forgotten)]
         return result
 
     def refresh(self, model: pl.LightningModule, data: Dataset[Any] | None = None) -> Snapshot:
@@ -275,12 +293,17 @@ class MUterCallback(pl.Callback):
         if dataset is None:
             raise ArgumentError("data", None, "the training dataset", "Pass data=train_dataset.")
         self.snapshot = refresh(
-            model, self._at_hand(), dataset, progress=self.verbose, loss=self.loss, collate=self._collate
+            model, self._at_hand(), dataset, progress=self.verbose, loss=self._loss, collate=self._collate
         )
         return self.snapshot
 
     def retained(self, dataset: Dataset[Any]) -> Subset[Any]:
         """The part of the training dataset that may still be trained on."""
+        if (
+            self._forgotten and dataset is self._origin
+        ):  # also after a later fit, whose snapshot counts in its own subset
+            gone = set(self._forgotten)
+            return Subset(dataset, [i for i in range(self._n_total or 0) if i not in gone])
         return self._at_hand().retained(dataset)
 
     def save(self, path: str | Path | None = None) -> Path:
