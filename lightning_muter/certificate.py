@@ -15,6 +15,7 @@ with L an upper bound of the input curvature over all of B. On an L2 sphere the 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_muter.curvature.inner import Rho
-from lightning_muter.curvature.objective import RobustObjective
+from lightning_muter.curvature.objective import Evaluation, RobustObjective
 from lightning_muter.curvature.problem import HeadProblem
 from lightning_muter.threat import ThreatModel
 
@@ -47,6 +48,34 @@ def certified_distance(gradient: Tensor, decay: Tensor, count: int, gap: float) 
     m = float(decay.min()) * count
     g = float(gradient.norm())
     return (g + (g * g + 4 * m * max(gap, 0.0)) ** 0.5) / (2 * m)
+
+
+def certify(objective: RobustObjective, theta: Tensor, evaluation: Evaluation) -> float:
+    """The bound at theta, given the objective's evaluation there.
+
+    One logit: the loss is a convex function of w^T delta, so the global maximiser is one of two that are known in closed form
+    (unless it is smoothed): the gradient is taken there and nothing is left to the gap.
+    """
+    problem, threat = objective.problem, objective.threat
+    if problem.n_logits == 1 and objective.smoothing.anchor is None and threat.eps > 0:
+        exact = replace(objective, delta=_worst_of_two(objective, theta), tick=None)
+        sums, delta = exact.sums(theta, settle=False)
+        gradient = exact.evaluation(theta, sums, delta).gradient
+        return certified_distance(gradient, objective.decay, objective.count, 0.0)
+    gap = total_gap(objective, theta, evaluation.delta)
+    return certified_distance(evaluation.gradient, objective.decay, objective.count, gap)
+
+
+def _worst_of_two(objective: RobustObjective, theta: Tensor) -> Tensor:
+    problem, threat = objective.problem, objective.threat
+    found = []
+    for batch in objective.source.batches(objective.positions):
+        x = batch.x.to(problem.backbone.exact_dtype)
+        through = problem.backbone.pullback(x, problem.weight(theta).expand(len(x), 1, -1))[:, 0]
+        ends = [threat.linear_maximiser(sign * through, x) for sign in (1.0, -1.0)]
+        up, down = (problem.losses(problem.logits(theta, problem.backbone(x + d)), batch.y) for d in ends)
+        found.append(torch.where((up > down)[:, None], ends[0], ends[1]))
+    return torch.cat(found)
 
 
 def total_gap(objective: RobustObjective, theta: Tensor, delta: Tensor) -> float:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_muter.certificate import certified_distance, total_gap, why_no_certificate
+from lightning_muter.certificate import certify, why_no_certificate
 from lightning_muter.curvature.descent import descend
 from lightning_muter.curvature.problem import HeadProblem
 from lightning_muter.curvature.samples import SampleSource
@@ -267,8 +267,7 @@ def _with_retained(
         after.stationarity = evaluation.stationarity
         why = why_no_certificate(request.problem, objective.decay)
         if why is None:
-            gap = total_gap(objective, theta, evaluation.delta)
-            result.bound = certified_distance(evaluation.gradient, objective.decay, len(kept), gap)
+            result.bound = certify(objective, theta, evaluation)
         else:
             result.warnings.append(why)
     return theta

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_muter.curvature.direct import Curvature
 from lightning_muter.curvature.objective import Evaluation, RobustObjective
-from lightning_muter.curvature.response import Response
+from lightning_muter.curvature.response import NoResponse, Response
 from lightning_muter.solvers import definite_inverse
 
 Metric = Callable[[Tensor], Tensor]
@@ -95,6 +95,16 @@ def descend(
     return Descent(theta, now, status, steps, history)
 
 
+def _newton_point(objective: RobustObjective, theta: Tensor) -> Tensor:
+    """theta after one Newton step of the direct Hessian."""
+    sums, delta = objective.sums(theta, response=NoResponse())
+    assert sums.hessian is not None
+    matrix = sums.hessian.dense()
+    matrix.diagonal().add_(objective.count * objective.decay.flatten())
+    metric, _ = definite_inverse(matrix)
+    return theta - metric(objective.evaluation(theta, sums, delta).gradient.flatten()).reshape(theta.shape)
+
+
 def _two_loop(gradient: Tensor, pairs: list[tuple[Tensor, Tensor]], metric: Metric) -> Tensor:
     q = gradient.clone()
     alphas = []
@@ -170,7 +180,9 @@ def polish(
     best: tuple[Tensor, Evaluation] | None = None
     while objective.passes - begin < max_passes:
         if not anchored and objective.smoothing_moves(theta):
-            objective.anchor(theta)
+            # at a zero head there is nothing to smooth, yet F has its worst kink there: look from where Newton points
+            zero = not bool(objective.problem.weight(theta).any())
+            objective.anchor(_newton_point(objective, theta) if zero else theta)
             best = None  # another objective
         objective.restart()
         # other local maxima are looked for while theta still moves far; afterwards F must stay one continuous function
