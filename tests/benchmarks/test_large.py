@@ -1,0 +1,58 @@
+"""What ends in memory under 4 GB: a head of 512 000 parameters, and a whole PreActResNet-18. Each in its own process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.benchmark
+
+_HEAD = """
+data, model = features(300, 512, 1000)
+model = model.float()
+data = TensorDataset(data.tensors[0].float(), data.tensors[1])
+threat, count = ThreatModel("l2", 0.01, None), 3
+"""
+_NETWORK = """
+work = resnet(32)
+model, data, threat, count = work.model, work.dataset, work.threat, 2
+"""
+_REQUEST = """
+import json, time, warnings
+import torch
+from torch.utils.data import TensorDataset
+from lightning_muter.curvature.inner import InnerSolver
+from lightning_muter.threat import ThreatModel
+from lightning_muter.truncated import TruncatedCG
+from lightning_muter.wide import unlearn_wide
+from tests.benchmarks.workloads import features, peak_bytes, resnet
+torch.set_num_threads({threads})
+warnings.simplefilter("ignore")
+{make}
+result = unlearn_wide(model, range(count), data, threat_model=threat, weight_decay=1e-3, steps=1, batch_size=32,
+                      cg=TruncatedCG(max_iter={cg}), inner=InnerSolver(max_iter=10), progress=False)
+print(json.dumps(dict(seconds=result.seconds, gigabytes=peak_bytes() / 1e9, status=result.solver["status"],
+                      residual=result.solver["residual"], iterations=result.solver["iterations"],
+                      parameters=sum(p.numel() for p in model.parameters()))))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "cg"), [("head", _HEAD, 30), ("network", _NETWORK, 8)], ids=["head", "network"]
+)
+def test_a_request_ends_under_4_gb(benchmark: Any, name: str, make: str, cg: int) -> None:
+    import torch
+
+    code = _REQUEST.format(threads=torch.get_num_threads(), make=make, cg=cg)
+    found: list[dict[str, Any]] = []
+
+    def run() -> None:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+
+    benchmark.pedantic(run, rounds=1)
+    benchmark.extra_info |= {"ratio": found[0]["gigabytes"] / 4, "aim": "<= 1"} | found[0]

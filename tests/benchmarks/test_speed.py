@@ -1,0 +1,209 @@
+"""Ratios, each measured in one run; nothing here is asserted about time (run by ``python -m tests.benchmarks``)."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lightning_muter.curvature.descent import polish
+from lightning_muter.curvature.matrix_free import Batch, WideObjective, batch_product, problem_parts
+from lightning_muter.curvature.response import NoResponse, Unconstrained, as_response
+from lightning_muter.curvature.samples import SampleSource
+from lightning_muter.curvature.wide_problem import WideProblem
+from lightning_muter.sharded import ShardedObjective
+from lightning_muter.taking import take_snapshot
+from lightning_muter.threat import ThreatModel
+from lightning_muter.unlearning import unlearn
+from tests.benchmarks import workloads
+from tests.benchmarks.workloads import Workload
+
+pytestmark = pytest.mark.benchmark
+WORKLOADS: dict[str, Callable[[], Workload]] = {"cnn": workloads.cnn, "preactresnet18": lambda: workloads.resnet(64)}
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_a_snapshot_per_epoch(benchmark: Any, name: str) -> None:
+    """What a snapshot takes beside the inner maximisation, / one PGD-10 training epoch; and the maximisation itself."""
+    work = WORKLOADS[name]()
+    rounds = 3 if name == "cnn" else 1
+    epoch = workloads.seconds(work.epoch, rounds)
+    objective = work.objective(max_iter=20)
+    theta = objective.problem.read_theta()
+    response = as_response("auto", work.threat)
+    began = time.perf_counter()
+    sums, objective.delta = objective.sums(theta)
+    maximising = time.perf_counter() - began
+    benchmark.pedantic(lambda: objective.sums(theta, response=response, settle=False), rounds=rounds)
+    rest = benchmark.stats.stats.median
+    benchmark.extra_info |= {
+        "ratio": rest / epoch,
+        "aim": "<= 1",
+        "epoch": epoch,
+        "20 maximiser steps / PGD-20": maximising / (2 * epoch),
+        "converged": sums.counts["maximisers converged"] / sums.counts["samples"],
+    }
+
+
+@pytest.mark.parametrize("name", ["cnn"])
+def test_b_request_per_retraining(benchmark: Any, name: str) -> None:
+    """A request for 1 % / retraining to the same stationarity: cold, and warm with the best metric."""
+    work = WORKLOADS[name]()
+    data, n = work.dataset, len(work.dataset)
+    snapshot = take_snapshot(work.model, data, threat_model=work.threat, weight_decay=1e-2, polish=30, progress=False)
+    forget = list(range(0, n, 100))
+    kept = [i for i in range(n) if i not in set(forget)]
+    reached = unlearn(work.model, snapshot, forget, data, retain=data, dry_run=True, progress=False)
+    aim = reached.stationarity_after
+    assert aim is not None
+
+    def retrain(start: torch.Tensor) -> float:
+        objective = work.objective(max_iter=300)
+        retained = ShardedObjective(objective.problem, work.threat, objective.source, snapshot.decay, positions=kept)
+        began = time.perf_counter()
+        polish(retained, start, as_response("auto", work.threat), tolerance=aim, max_passes=60)
+        return time.perf_counter() - began
+
+    warm, cold = retrain(snapshot.theta_ref), retrain(torch.zeros_like(snapshot.theta_ref))
+    benchmark.pedantic(lambda: unlearn(work.model, snapshot, forget, data, dry_run=True, progress=False), rounds=5)
+    request = benchmark.stats.stats.median
+    benchmark.extra_info |= {
+        "ratio": cold / request,
+        "aim": ">= 100 (cold), >= 10 (warm)",
+        "warm": warm / request,
+        "stationarity": aim,
+    }
+
+
+def test_c_unconstrained_per_published(benchmark: Any) -> None:
+    """The published sum by per-sample second derivatives and T = 100 dense products / ours; 640 features, 10 classes."""
+    data, model = workloads.features(256, 640, 10)
+    x, y = data.tensors
+    published = 0.0
+    done = 0
+    weight, bias = (p.detach() for p in model.parameters())
+    while published < 20.0 and done < 4:
+        began = time.perf_counter()
+        workloads.published_sums(x[done : done + 1], y[done : done + 1], weight, bias, 100)
+        published += time.perf_counter() - began
+        done += 1
+    work = Workload("features", model, data, ThreatModel("l2", 0.0, None))
+    objective = work.objective(max_iter=1)
+    theta = objective.problem.read_theta()
+    benchmark.pedantic(lambda: objective.sums(theta, response=Unconstrained(100)), rounds=3)
+    ours = benchmark.stats.stats.median / len(x)
+    benchmark.extra_info |= {
+        "ratio": published / done / ours,
+        "aim": ">= 1000",
+        "published per sample": published / done,
+    }
+
+
+@pytest.mark.parametrize("response", [NoResponse(), Unconstrained(3)], ids=["direct", "unconstrained"])
+def test_d_dense_sums_per_gemm(benchmark: Any, response: Any) -> None:
+    """Useful arithmetic of the dense sums per second / the machine's own rate for a product of these sizes."""
+    n, f, k = 1000, 640, 10
+    data, model = workloads.features(n, f, k)
+    phi = torch.rand(n, f + 1, dtype=torch.float64)
+    gemm = 2 * n * (f + 1) ** 2 / workloads.seconds(lambda: phi.T @ phi, 20)
+    objective = Workload("features", model, data, ThreatModel("l2", 0.0, None)).objective(max_iter=1)
+    theta = objective.problem.read_theta()
+    benchmark.pedantic(lambda: objective.sums(theta, response=response), rounds=3, warmup_rounds=1)
+    products = k * (k + 1) / 2 + (k * k if response.name != "none" else 0)
+    useful = products * 2 * n * (f + 1) ** 2
+    benchmark.extra_info |= {
+        "ratio": useful / benchmark.stats.stats.median / gemm,
+        "aim": ">= 0.5",
+        "gemm GFlop/s": gemm / 1e9,
+    }
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_e_product_per_gauss_newton(benchmark: Any, name: str) -> None:
+    """A total-Hessian product with all parameters / curvlinops' Gauss-Newton product on the same batch."""
+    curvlinops = pytest.importorskip("curvlinops")
+    work = WORKLOADS[name]()
+    x, y = (t[:32] for t in work.dataset.tensors)
+    problem = WideProblem(work.model, F.cross_entropy, "all", x)
+    flat, w = x.flatten(1), problem.read()
+    parts, v = problem_parts(problem, w), torch.randn_like(w)
+    noise = torch.randn_like(flat)
+    batch = Batch(flat, y, 0.1 * noise / noise.norm(dim=1, keepdim=True), None, None)
+    objective = WideObjective(
+        problem, work.threat, SampleSource(work.dataset), w * 0, as_response("auto", work.threat), [], 0
+    )
+    motion = objective._motion(0, parts, batch)
+    direction = problem_parts(problem, v)
+    moved = (flat + batch.delta).reshape(x.shape)
+    operator = curvlinops.GGNLinearOperator(
+        work.model,
+        torch.nn.CrossEntropyLoss(reduction="sum"),
+        dict(work.model.named_parameters()),
+        [(moved, y)],
+        check_deterministic=False,
+    )
+    flat_v = v.to(problem.model_dtype)
+    theirs = workloads.seconds(lambda: operator @ flat_v, 5)
+    benchmark.pedantic(
+        lambda: batch_product(problem, parts, batch, motion, direction, "ggn"), rounds=5, warmup_rounds=1
+    )
+    benchmark.extra_info |= {"ratio": benchmark.stats.stats.median / theirs, "aim": "<= 4", "curvlinops": theirs}
+
+
+def test_f_memory_per_matrix(benchmark: Any) -> None:
+    """Peak memory of the dense sums over the stored, packed matrix; 1280 features, 10 classes."""
+    data, model = workloads.features(600, 1280, 10)
+    objective = Workload("features", model, data, ThreatModel("l2", 0.0, None)).objective(max_iter=1)
+    theta = objective.problem.read_theta()
+    before = workloads.peak_bytes()
+    found: list[Any] = []
+    benchmark.pedantic(lambda: found.append(objective.sums(theta, response=Unconstrained(3))[0]), rounds=1)
+    matrix = found[0].hessian.blocks.numel() * 8
+    benchmark.extra_info |= {
+        "ratio": (workloads.peak_bytes() - before) / matrix,
+        "aim": "<= 1.5",
+        "matrix MiB": matrix / 2**20,
+    }
+
+
+@pytest.mark.parametrize("what", ["n", "f", "K"])
+def test_g_growth(benchmark: Any, what: str) -> None:
+    """Seconds at twice the size / at the size (2 is linear); the direct and unconstrained sums."""
+    sizes = {"n": 1000, "f": 200, "K": 8}
+
+    def run(factor: int) -> Callable[[], Any]:
+        used = sizes | {what: sizes[what] * factor}
+        data, model = workloads.features(used["n"], used["f"], used["K"])
+        objective = Workload("features", model, data, ThreatModel("l2", 0.0, None)).objective(max_iter=1)
+        theta = objective.problem.read_theta()
+        return lambda: objective.sums(theta, response=Unconstrained(3))
+
+    once = workloads.seconds(run(1), 5)
+    benchmark.pedantic(run(2), rounds=5, warmup_rounds=1)
+    benchmark.extra_info |= {
+        "ratio": benchmark.stats.stats.median / once,
+        "aim": {"n": "2", "f": "4", "K": "4"}[what],
+    }
+
+
+def test_g_growth_with_the_forget_set(benchmark: Any) -> None:
+    """A request for 2k samples / for k."""
+    data, model = workloads.features(2000, 200, 10)
+    snapshot = take_snapshot(
+        model, data, threat_model=ThreatModel("l2", 0.01, None), weight_decay=0.01, polish=0, progress=False
+    )
+    few = workloads.seconds(lambda: unlearn(model, snapshot, range(200), data, dry_run=True, progress=False))
+    benchmark.pedantic(lambda: unlearn(model, snapshot, range(400), data, dry_run=True, progress=False), rounds=3)
+    benchmark.extra_info |= {"ratio": benchmark.stats.stats.median / few, "aim": "<= 2"}
