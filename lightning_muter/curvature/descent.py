@@ -185,7 +185,7 @@ def polish(
             objective.anchor(_newton_point(objective, theta) if zero else theta)
             best = None  # another objective
         objective.restart()
-        # other local maxima are looked for while theta still moves far; afterwards F must stay one continuous function
+        # other local maxima are looked for between descents, so that in the end they depend on theta and not on the path
         explore = not objective.reproducible and rounds < 4
         rounds += 1
         sums, objective.delta = objective.sums(theta, response=response, curvature=curvature, explore=explore)
@@ -200,7 +200,7 @@ def polish(
             objective,
             theta,
             metric,
-            max_steps=4 if first.stationarity > 1e-3 else 15,
+            max_steps=4 if first.stationarity > 1e-3 else 10,
             tolerance=tolerance,
             first=first,
             on_step=None if on_step is None else (lambda _, e, offset=steps: on_step(offset + _, e)),  # type: ignore[misc]
