@@ -189,9 +189,16 @@ class Snapshot:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the snapshot atomically, and the key of its digests beside it (`<path without suffix>.key`, mode 0600)."""
         writer = self.writer()
+        key = key_path(path)
+        first = self.key is not None and not key.exists()
         if self.key is not None:
-            self.key.keep(key_path(path))
-        atomic_write(path, writer)
+            self.key.keep(key)
+        try:
+            atomic_write(path, writer)
+        except BaseException:
+            if first and not Path(path).exists():  # a key without a snapshot is of no use
+                key.unlink(missing_ok=True)
+            raise
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], key: DigestKey | None = None) -> Snapshot:
@@ -238,8 +245,15 @@ class Snapshot:
         if len(set(forgotten)) != len(forgotten) or not all(0 <= i < n for i in forgotten):
             raise ValueError("forgotten rows are not rows of the dataset")
         for name in ("theta_ref", "theta_base", "gradient", "hessian", "decay", "starts", "base_starts", "anchor"):
-            if name in tensors and not bool(torch.isfinite(tensors[name]).all()):
+            if name not in tensors:
+                continue
+            allowed = (torch.float16,) if name.endswith("starts") else (torch.float64, torch.float32)
+            if tensors[name].dtype not in allowed:
+                raise ValueError(f"{name} has dtype {tensors[name].dtype}")
+            if not bool(torch.isfinite(tensors[name]).all()):
                 raise ValueError(f"{name} is not finite")
+        if tensors["digests"].dtype != torch.uint8:
+            raise ValueError(f"digests have dtype {tensors['digests'].dtype}")
         if bool((tensors["decay"] < 0).any()):
             raise ValueError("decay is negative")
         for name in ("starts", "base_starts", "sample_weight"):

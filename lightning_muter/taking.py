@@ -118,7 +118,8 @@ def take_snapshot(
         objective.set_smoothing(like.smoothing)
         if like.starts is not None:
             starts_here = like.starts[objective.shards.share(range(source.n))]
-            objective.delta = starts_here.to(problem.device, problem.backbone.exact_dtype)
+            # as `unlearn` restores them: stored in units of the radius
+            objective.delta = starts_here.to(problem.device, problem.backbone.exact_dtype) * threat.eps
     elif not anchored:
         objective.anchor(theta)
     aim = tolerance if tolerance is not None else AIM.get(parameter.dtype, 1e-3)
