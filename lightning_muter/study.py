@@ -18,6 +18,8 @@ from lightning_muter.results import PARTS, REFERENCE, Row
 from lightning_muter.scenarios import Scenario
 from lightning_muter.world import World, head_vector, set_head
 
+STATIONARY = 1e-2  # |gradient| / sum of the samples' |gradients|: above this no reference is one
+
 
 @dataclass
 class Part:
@@ -183,8 +185,16 @@ def _started(method: Competitor, world: World) -> State | MuterError:
 
 
 def _reference_row(referee: Referee, reference: Reference, row: Row) -> Row:
+    note = ""
+    if reference.stationarity > STATIONARY:
+        note = f"the reference is stationary to {reference.stationarity:.1e} only: distances below tell little"
     outcome = Outcome(
-        reference.model, reference.seconds, reference.vector, status="reference", stationarity=reference.stationarity
+        reference.model,
+        reference.seconds,
+        reference.vector,
+        status="reference",
+        stationarity=reference.stationarity,
+        note=note,
     )
     return referee.measure(replace(row, method=REFERENCE), outcome, reference)
 

@@ -89,6 +89,16 @@ def test_figures_of_known_models(world: World) -> None:
     assert nothing.n_forgotten == len(_forgotten(world))
 
 
+def test_a_reference_that_is_none_says_so(world: World) -> None:
+    world.retrainer = lambda model, dataset: 0.14
+    scenarios = Fractions([0.1]).scenarios(world.data, 0)
+    with torch.no_grad():
+        world.model.head.weight += 1  # the untouched zero head must differ from the model
+    first = next(iter(study.run(world, [], scenarios, Cache(None), ROW)))
+    assert first.status == "reference"
+    assert "stationary to 1.4e-01 only" in first.note
+
+
 def _forgotten(world: World) -> list[int]:
     return Fractions([0.1]).scenarios(world.data, 0)[0].forgotten(0)
 
