@@ -150,7 +150,7 @@ def test_e_product_per_gauss_newton(benchmark: Any, name: str) -> None:
     operator = curvlinops.GGNLinearOperator(
         work.model,
         torch.nn.CrossEntropyLoss(reduction="sum"),
-        dict(work.model.named_parameters()),
+        list(work.model.parameters()),
         [(moved, y)],
         check_deterministic=False,
     )
