@@ -144,13 +144,20 @@ def _add_chunk(sums: Sums, local: LocalPoint, response: Response, curvature: Cur
         moved = gram.times(through)  # E
         core = core + hess @ local.weight @ moved
         core = (core + core.mT) / 2
-        target.blocks[:, :f, :f] += gram.outer_sum(scale[:, None] * r[:, left] * r[:, right])
-        # r_k phi E_l^T for all k, l in one product, (K, q, K, f)
+        # a few blocks at a time: temporaries stay small beside the matrix
+        for at in range(0, len(left), problem.n_logits):
+            some = slice(at, at + problem.n_logits)
+            target.blocks[some, :f, :f] += gram.outer_sum(scale[:, None] * r[:, left[some]] * r[:, right[some]])
         n, k = r.shape
-        outer = ((scale[:, None] * r)[:, :, None] * phi[:, None, :]).reshape(n, -1)
-        cross = (outer.T @ moved.mT.reshape(n, -1)).reshape(k, -1, k, f)
-        target.blocks[:, :f, :] += cross[left, :, right].mT
-        target.blocks[:, :, :f] += cross[right, :, left]
+        flat = moved.mT.reshape(n, -1)
+        firsts, seconds = left.tolist(), right.tolist()
+        for row in range(k):
+            cross = ((phi * (scale * r[:, row])[:, None]).T @ flat).reshape(-1, k, f)  # r_row phi E_l^T for all l
+            for p, (first, second) in enumerate(zip(firsts, seconds, strict=True)):
+                if first == row:
+                    target.blocks[p, :f, :] += cross[:, second].T
+                if second == row:
+                    target.blocks[p, :, :f] += cross[:, first]
     packed = scale[:, None] * core[:, left, right]
     for p in range(packed.shape[1]):
         target.blocks[p] += (phi * packed[:, p, None]).T @ phi
