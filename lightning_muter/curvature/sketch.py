@@ -49,19 +49,21 @@ def _shift(z: Tensor, by: int) -> Tensor:
 
 #: Random directions per sample where a sketch is the cheaper way.
 _DIRECTIONS = 8
+#: Features up to which J itself is taken: exact statistics are worth that many reverse passes, once.
+_EXACT_WIDTH = 128
 
 
 def choose_directions(asked: int | None, backbone: Backbone) -> int:
     """How many random directions sketch G = J K J^T; 0: exactly, from J by one reverse pass per feature.
 
     Args:
-        asked: the response's ``sketch``; None takes the way that takes fewer passes over the backbone.
+        asked: the response's ``sketch``; None takes J up to 128 features, directions beyond.
     """
     if backbone.affine:
         return 0  # J is one matrix, known
     if asked is not None:
         return asked
-    chosen = _DIRECTIONS if backbone.width > 2 * _DIRECTIONS else 0
+    chosen = _DIRECTIONS if backbone.width > _EXACT_WIDTH else 0
     _log.debug(
         "J K J^T %s: %d passes over the backbone exactly, %d with %d random directions per sample",
         "sketched" if chosen else "exact",
