@@ -84,7 +84,7 @@ def test_linf_sketches_are_unbiased_too() -> None:
 def test_the_cheaper_way_is_taken_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     source = SampleSource(data(8, 6))
     narrow = HeadProblem(relu_net(), F.cross_entropy, source.examples()).backbone
-    wide_net = nn.Sequential(nn.Linear(6, 200), nn.ReLU(), nn.Linear(100, 3)).double()
+    wide_net = nn.Sequential(nn.Linear(6, 200), nn.ReLU(), nn.Linear(200, 3)).double()
     wide = HeadProblem(wide_net, F.cross_entropy, source.examples()).backbone
     linear = HeadProblem(nn.Sequential(nn.Linear(6, 3)).double(), F.cross_entropy, source.examples()).backbone
     with caplog.at_level(logging.DEBUG, logger="lightning_muter"):
