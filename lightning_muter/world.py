@@ -92,10 +92,16 @@ class World:
         self.base = self.snapshot(self.model)
 
     def minimise(self, model: Classifier, data: Any) -> float:
-        """Minimise the robust objective on a dataset further, from where the head stands; the stationarity reached."""
+        """Minimise the robust objective on a dataset further, from where the head stands; the stationarity reached.
+
+        The objective is the base snapshot's: the smoothing of an L-infinity adversary belongs to it, as eps does.
+        """
         if self.retrainer is not None:
             return self.retrainer(model, data)
-        return float(self.snapshot(model, data).stationarity)
+        options: dict[str, Any] = {}
+        if self.base is not None and self.base.smoothing.anchor is not None:
+            options["smoothing"] = self.base.smoothing
+        return float(self.snapshot(model, data, **options).stationarity)
 
     def retrain(self, forgotten: Sequence[int], start: Classifier | None = None) -> tuple[Classifier, float, float]:
         """Minimise on what is left, from a zero head or from ``start``'s; ``(model, stationarity, seconds)``."""
@@ -108,6 +114,7 @@ class World:
 
     def key(self) -> str:
         """Digest of everything that a retrained reference depends on, the forgotten samples aside."""
+        anchor = None if self.base is None else self.base.smoothing.anchor
         parts = {
             "weights": weight_fingerprint(
                 {k: v for k, v in self.model.state_dict().items() if k.startswith("backbone")}
@@ -122,6 +129,7 @@ class World:
             "head": list(self.model.head.weight.shape),
             "dtype": str(self.model.head.weight.dtype),
             "options": {k: repr(v) for k, v in sorted(self.snapshot_options.items())},
+            "smoothing": None if anchor is None else weight_fingerprint({"anchor": anchor}),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
