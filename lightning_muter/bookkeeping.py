@@ -16,7 +16,7 @@ from lightning_muter.files import Writer
 from lightning_muter.identity import DigestKey, versions, weight_fingerprint
 from lightning_muter.ledger import Ledger
 from lightning_muter.places import Places, receipt_path
-from lightning_muter.snapshot import Snapshot
+from lightning_muter.snapshot import CHECKPOINT_KEY, Snapshot
 from lightning_muter.transactions import commit_request
 from lightning_muter.unlearning import UnlearnResult
 
@@ -184,6 +184,10 @@ def commit(
             f"left out of the new checkpoint, for they may remember samples: {', '.join(left_out)}"
         )
     expected = weight_fingerprint(new["state_dict"])
+    if snapshot.forgotten:
+        # a fit that resumes from here with the callback refuses data that still holds these rows
+        new["callbacks"] = {}  # Lightning shows a checkpoint to callbacks only where it has this entry
+        new[CHECKPOINT_KEY] = {"forgotten": list(snapshot.forgotten), "n_total": snapshot.n_total}
     content["checkpoint"]["fingerprint_after"] = expected
 
     def check(stages: Mapping[Path, Path]) -> None:

@@ -21,7 +21,7 @@ from lightning_muter.losses import Loss
 from lightning_muter.methods import Method
 from lightning_muter.preflight import DEFAULT_CAP, inspect_fit
 from lightning_muter.reading import attack_note
-from lightning_muter.snapshot import Snapshot, key_path
+from lightning_muter.snapshot import CHECKPOINT_KEY, Snapshot, key_path
 from lightning_muter.solvers import Solver, as_solver
 from lightning_muter.taking import refresh, take_snapshot
 from lightning_muter.threat import ThreatModel
@@ -232,6 +232,21 @@ class MUterCallback(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._forgotten = [int(i) for i in state_dict["forgotten"]]
         self._n_total = state_dict["n_total"]
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """An unlearned checkpoint carries the list of what may not be trained on again."""
+        listed = checkpoint.get(CHECKPOINT_KEY)
+        if listed is None:
+            return
+        self._forgotten, self._n_total = [int(i) for i in listed["forgotten"]], int(listed["n_total"])
+        if trainer.state.fn == "fit":
+            raise RequestError(
+                f"ckpt_path: the checkpoint is the result of a deletion request ({len(self._forgotten)} forgotten rows) and "
+                "holds no optimiser state to resume. Load its weights with load_from_checkpoint and train on "
+                "Snapshot.load(<name>.muter.snapshot).retained(dataset)."
+            )
 
     # -- afterwards --------------------------------------------------------------------------------------------------
 

@@ -36,6 +36,8 @@ from lightning_muter.storage import container_writer, read_container
 from lightning_muter.threat import ThreatModel
 
 KIND = "snapshot"
+#: Entry of an unlearned checkpoint that lists the forgotten rows.
+CHECKPOINT_KEY = "lightning_muter"
 VERSION = 1
 _RESPONSES = (NoResponse, Unconstrained, L2Response, LinfResponse)
 

@@ -12,18 +12,24 @@ import sys
 import time
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from lightning_muter import cli
+from lightning_muter.callback import MUterCallback
 from lightning_muter.checkpoints import load_checkpoint
+from lightning_muter.errors import RequestError
 from lightning_muter.identity import DigestKey
 from lightning_muter.ledger import Ledger
 from lightning_muter.places import Places
 from lightning_muter.snapshot import Snapshot
+from lightning_muter.threat import ThreatModel
 from lightning_muter.transactions import exclusive
 
 from .faults import listing
+from .userproject import UserData, UserNet
 
 SOURCE = Path(__file__).with_name("userproject.py")
 ROOT = Path(__file__).parents[1]
@@ -215,6 +221,17 @@ def test_weights_from_before_a_deletion_do_not_come_back(folder, capsys):
     assert unlearn("--forget.indices", "[5]") == 1
     assert "changed or replaced" in capsys.readouterr().err
     assert muter("audit") == 1
+
+
+def test_a_fit_resumed_from_an_unlearned_checkpoint_refuses_the_forgotten_rows(folder):
+    assert unlearn("--forget.indices", "[3,5]") == 0
+    model, data = UserNet(), UserData()
+    data.setup("fit")
+    callback = MUterCallback(threat_model=ThreatModel("l2", 0.1, None), verbose=False)
+    trainer = L.Trainer(max_epochs=9, callbacks=[callback], logger=False, enable_progress_bar=False, accelerator="cpu",
+                        enable_model_summary=False, enable_checkpointing=False)  # fmt: skip
+    with pytest.raises(RequestError, match="2 forgotten rows"):
+        trainer.fit(model, DataLoader(data.rows, 40), ckpt_path="last.muter.ckpt")
 
 
 def test_a_later_fit_keeps_the_list_of_forgotten_rows(folder, capsys):
