@@ -186,7 +186,7 @@ def polish(
             best = None  # another objective
         objective.restart()
         # other local maxima are looked for between descents, so that in the end they depend on theta and not on the path
-        explore = not objective.reproducible and rounds < 4
+        explore = not objective.reproducible and rounds < 8
         rounds += 1
         sums, objective.delta = objective.sums(theta, response=response, curvature=curvature, explore=explore)
         first = objective.evaluation(theta, sums, objective.delta)

@@ -99,7 +99,7 @@ class InnerSolver:
     max_iter: int = 300
     starts: bool = True
     screening: int = field(default=3, repr=False)
-    descent: int = field(default=40, repr=False)
+    descent: int = field(default=80, repr=False)
     tracking: int = field(default=10, repr=False)
     finish: int = field(default=6, repr=False)
 
@@ -148,13 +148,13 @@ class InnerSolver:
         steps: int,
         step: float,
     ) -> Tensor:
-        """The best iterate of projected steps of length step * eps, shrinking by a tenth (scratch) or a quarter (tracked:
+        """The best iterate of projected steps of length step * eps, shrinking by a twentieth (scratch) or a quarter (tracked:
         short enough to stay with the same local maximum).
 
         Maximisers of a ReLU network like to sit on kinks, where monotone ascent zigzags and stalls; steps that may fall
         and shrink get past them (a subgradient method).
         """
-        shrink = 0.9 if step == 1.0 else 0.75
+        shrink = 0.95 if step == 1.0 else 0.75
         best, value = delta, torch.full_like(x[:, 0], -math.inf)
         for _ in range(steps):
             loss, gradient = problem.loss_and_input_gradient(theta, x + delta, y)
