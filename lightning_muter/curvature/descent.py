@@ -125,7 +125,7 @@ def _weak_wolfe(
     the slopes alone decide (Hager and Zhang's approximate condition)."""
     low, high, t = 0.0, float("inf"), 1.0
     noise = max(noise, 1e-12 * abs(now.value))
-    trials = 25 if objective.reproducible else 6
+    trials = 25 if objective.reproducible else 8
     best: tuple[float, Evaluation] | None = None
     for _ in range(trials):
         new = objective.evaluate(theta + t * direction)
@@ -176,6 +176,7 @@ def polish(
     """
     begin = objective.passes
     before: float | None = None
+    damping = 0.0
     status, shift, steps, idle, rounds = "capped", 0.0, 0, 0, 0
     best: tuple[Tensor, Evaluation] | None = None
     while objective.passes - begin < max_passes:
@@ -194,6 +195,8 @@ def polish(
         assert sums.hessian is not None
         matrix = sums.hessian.dense()
         matrix.diagonal().add_(objective.count * objective.decay.flatten())
+        if damping:
+            matrix.diagonal().add_(damping * matrix.diagonal().mean())
         metric, shift = definite_inverse(matrix)
         # far from the end the curvature ages fast: short rounds
         found = descend(
@@ -207,7 +210,8 @@ def polish(
         )
         steps += found.steps
         theta = found.theta
-        if best is None or found.evaluation.stationarity < 0.5 * best[1].stationarity:
+        falls = found.evaluation.value < first.value - 1e-3 * abs(first.value)
+        if best is None or falls or found.evaluation.stationarity < 0.5 * best[1].stationarity:
             idle = 0
         else:
             idle += 1
@@ -216,9 +220,14 @@ def polish(
         if found.status == "converged" and (anchored or not objective.smoothing_moves(theta)):
             status = "converged"
             break
-        if (found.status == "stalled" and found.steps == 0) or idle >= 4:
+        stuck = found.status == "stalled" and found.steps == 0
+        if stuck and damping < 1.0 and found.evaluation.stationarity > 1e-2:
+            damping = max(10 * damping, 0.01)  # far from the end: shorter steps, as in Levenberg-Marquardt
+            continue
+        if stuck or idle >= 4:
             status = "stalled"
             break
+        damping = 0.0 if damping < 0.01 else damping / 10
     assert best is not None
     assert before is not None
     theta, evaluation = best
