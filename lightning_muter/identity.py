@@ -106,24 +106,8 @@ class DigestKey:
     def load_or_create(cls, path: str | os.PathLike[str]) -> DigestKey:
         """Read the key file, or create it with a fresh key (mode 0600, never over an existing file)."""
         path = Path(path)
-        # Written under another name and linked into place: whoever sees the file sees all of it; the first one wins.
-        temp = path.parent / f".{path.name}.{secrets.token_hex(8)}.muter-tmp"
         if not path.exists():
-            try:
-                descriptor = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            except FileNotFoundError:
-                raise ArgumentError(
-                    "key", str(path), "a file in an existing folder", f"Create {path.parent} first."
-                ) from None
-            try:
-                with os.fdopen(descriptor, "wb") as file:
-                    file.write(secrets.token_bytes(KEY_BYTES))
-                    file.flush()
-                    os.fsync(file.fileno())
-                _link_new(temp, path)
-            finally:
-                temp.unlink(missing_ok=True)
-            fsync_folder(path.parent)
+            _write_secret(path, secrets.token_bytes(KEY_BYTES))
         return cls.load(path)
 
     def keep(self, path: str | os.PathLike[str]) -> None:
@@ -134,17 +118,7 @@ class DigestKey:
         """
         path = Path(path)
         if not path.exists():
-            temp = path.parent / f".{path.name}.{secrets.token_hex(8)}.muter-tmp"
-            descriptor = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            try:
-                with os.fdopen(descriptor, "wb") as file:
-                    file.write(self._secret)
-                    file.flush()
-                    os.fsync(file.fileno())
-                _link_new(temp, path)
-            finally:
-                temp.unlink(missing_ok=True)
-            fsync_folder(path.parent)
+            _write_secret(path, self._secret)
         if self.load(path).key_id != self.key_id:
             raise MismatchError(
                 f"{path}: it holds another key than this snapshot's ({self.key_id}). Save under another name, or pass "
@@ -176,6 +150,24 @@ class DigestKey:
             mac.update(struct.pack("<Q", len(part)))
             mac.update(part)
         return mac.digest()[:DIGEST_BYTES]
+
+
+def _write_secret(path: Path, secret: bytes) -> None:
+    """Written under another name and linked into place: whoever sees the file sees all of it; the first one wins."""
+    temp = path.parent / f".{path.name}.{secrets.token_hex(8)}.muter-tmp"
+    try:
+        descriptor = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileNotFoundError:
+        raise ArgumentError("key", str(path), "a file in an existing folder", f"Create {path.parent} first.") from None
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(secret)
+            file.flush()
+            os.fsync(file.fileno())
+        _link_new(temp, path)
+    finally:
+        temp.unlink(missing_ok=True)
+    fsync_folder(path.parent)
 
 
 def _link_new(temp: Path, path: Path) -> None:

@@ -20,7 +20,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_muter.curvature.inner import Smoothing
 from lightning_muter.curvature.motion import LowRankMotion, Motion, SeriesMotion, SpectralMotion
 from lightning_muter.curvature.problem import HeadProblem, LogitTerms
 from lightning_muter.curvature.sketch import choose_directions, rademacher
@@ -394,8 +393,3 @@ def as_response(response: str | Response, threat: ThreatModel) -> Response:
     if threat.eps == 0 and chosen.name in ("l2", "linf"):
         return NoResponse()
     return chosen
-
-
-def default_smoothing(threat: ThreatModel, anchor: Tensor, strength: float = 1.0, bandwidth: float = 0.03) -> Smoothing:
-    """Smoothing for L-infinity, none for L2."""
-    return Smoothing(strength, bandwidth, anchor.clone() if threat.norm == "linf" and threat.eps > 0 else None)
