@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_muter.attacks import LossAttack
+    from lightning_muter.adversarial.attacks import LossAttack
     from lightning_muter.callback import MUterCallback
     from lightning_muter.curvature.inner import Smoothing
     from lightning_muter.curvature.response import Response
@@ -44,7 +44,7 @@ __all__ = [  # noqa: RUF022 - in the order of the flow
 # Public name -> module that defines it; the same names as above, in the same order.
 _HOME = {
     "ThreatModel": "threat",
-    "LossAttack": "attacks",
+    "LossAttack": "adversarial.attacks",
     "AdversarialTrainingMixin": "training",
     "AdversarialTraining": "training",
     "MUterCallback": "callback",

@@ -11,16 +11,16 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import Dataset, Subset
 
+from lightning_muter.adversarial.reading import attack_note
 from lightning_muter.curvature.direct import Curvature
 from lightning_muter.curvature.response import Response
 from lightning_muter.errors import ArgumentError, RequestError, UnsuitableError
 from lightning_muter.files import commit_files
-from lightning_muter.findings import enforce
 from lightning_muter.identity import DigestKey
 from lightning_muter.losses import Loss
 from lightning_muter.methods import Method
-from lightning_muter.preflight import DEFAULT_CAP, inspect_fit
-from lightning_muter.reading import attack_note
+from lightning_muter.preflight.checks import DEFAULT_CAP, inspect_fit
+from lightning_muter.preflight.findings import enforce
 from lightning_muter.snapshot import CHECKPOINT_KEY, Snapshot, key_path
 from lightning_muter.solvers import Solver, as_solver
 from lightning_muter.taking import refresh, take_snapshot

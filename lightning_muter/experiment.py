@@ -20,15 +20,16 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_muter import __version__, groundwork, resolvers, study, tables
-from lightning_muter.baselines import Competitor
-from lightning_muter.cache import Cache
+from lightning_muter import __version__
 from lightning_muter.errors import ArgumentError, MuterError
-from lightning_muter.progress import Progress
 from lightning_muter.report import wide_console, write_report
-from lightning_muter.results import FILE, Row, append_rows, write_rows
-from lightning_muter.sweeps import CombinedTable, FinishedJobs, job_key
-from lightning_muter.world import World
+from lightning_muter.study import groundwork, protocol, resolvers, tables
+from lightning_muter.study.baselines import Competitor
+from lightning_muter.study.cache import Cache
+from lightning_muter.study.progress import Progress
+from lightning_muter.study.results import FILE, Row, append_rows, write_rows
+from lightning_muter.study.sweeps import CombinedTable, FinishedJobs, job_key
+from lightning_muter.study.world import World
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def methods_of(config: DictConfig) -> list[Competitor]:
 
 
 def build_world(config: DictConfig, cache: Cache, begin: Callable[[str], None] = lambda what: None) -> World:
-    """Train the model of a configuration; see :mod:`lightning_muter.groundwork`."""
+    """Train the model of a configuration; see :mod:`lightning_muter.study.groundwork`."""
     L.seed_everything(config.seed, verbose=False)
     data = instantiate(config.dataset.module, _convert_="all")
     attack = None if config.attack.build is None else instantiate(config.attack.build, _convert_="all")
@@ -97,7 +98,7 @@ def run_job(config: DictConfig, folder: Path, *, sweep: bool = False) -> list[Ro
     with Progress(groundwork.STEPS, shown=config.progress) as progress:
         world = build_world(config, cache, progress.begin)
         scenarios = setting.scenarios(world.data, config.forget_seed)
-        progress.extend(study.steps(methods, scenarios))
+        progress.extend(protocol.steps(methods, scenarios))
         shared = Row(
             dataset=config.dataset.name,
             model=config.model.name,
@@ -110,7 +111,7 @@ def run_job(config: DictConfig, folder: Path, *, sweep: bool = False) -> list[Ro
             job=key,
         )
         rows = []
-        for row in study.run(world, methods, scenarios, cache, shared, progress.begin):
+        for row in protocol.run(world, methods, scenarios, cache, shared, progress.begin):
             rows.append(row)
             append_rows(folder / FILE, [row])
     finished.keep(key, rows)

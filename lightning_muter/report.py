@@ -14,9 +14,9 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 from rich.console import Console
 
-from lightning_muter import plots, tables
 from lightning_muter.errors import MuterError
-from lightning_muter.results import PARTS, Row, group, read_rows, summarise
+from lightning_muter.study import plots, tables
+from lightning_muter.study.results import PARTS, Row, group, read_rows, summarise
 
 PICTURES = {
     "distance.png": "Each method's distance to the model retrained without the removed samples. Dot: median over the "

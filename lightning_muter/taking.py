@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from lightning_muter.adversarial.reading import attack_note
 from lightning_muter.curvature.descent import Polish, polish
 from lightning_muter.curvature.direct import Curvature
 from lightning_muter.curvature.inner import InnerSolver, Smoothing
@@ -22,11 +23,10 @@ from lightning_muter.curvature.problem import HeadProblem
 from lightning_muter.curvature.response import Response, as_response
 from lightning_muter.curvature.samples import SampleSource
 from lightning_muter.curvature.total import Sums
-from lightning_muter.decay import no_decay_text, read_weight_decay
 from lightning_muter.errors import ArgumentError, MismatchError, UnsuitableError
 from lightning_muter.identity import DigestKey, weight_fingerprint
 from lightning_muter.losses import Loss, accuracy, resolve_loss
-from lightning_muter.reading import attack_note
+from lightning_muter.preflight.decay import no_decay_text, read_weight_decay
 from lightning_muter.sharded import ShardedObjective
 from lightning_muter.snapshot import Snapshot, loss_name, sample_digests
 from lightning_muter.threat import ThreatModel

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_muter.adversarial.reading import Norm, read_ball
 from lightning_muter.errors import ArgumentError
-from lightning_muter.reading import Norm, read_ball
 
 
 @dataclass(frozen=True)

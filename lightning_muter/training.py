@@ -11,10 +11,18 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from lightning_muter.attacks import Adversary, LossAttack
+from lightning_muter.adversarial.attacks import Adversary, LossAttack
+from lightning_muter.adversarial.steps import (
+    MARK,
+    STATE,
+    STEPS,
+    AdversarialSteps,
+    dressed_as,
+    refuse_unwrappable,
+    steps_of,
+)
 from lightning_muter.errors import RequestError, UnsuitableError
 from lightning_muter.losses import Loss
-from lightning_muter.steps import MARK, STATE, STEPS, AdversarialSteps, dressed_as, refuse_unwrappable, steps_of
 from lightning_muter.threat import ThreatModel
 
 if TYPE_CHECKING:

@@ -30,11 +30,11 @@ from lightning_muter.curvature.response import Response, as_response
 from lightning_muter.curvature.samples import SampleSource
 from lightning_muter.curvature.sketch import rademacher
 from lightning_muter.curvature.wide_problem import WideProblem
-from lightning_muter.decay import read_weight_decay
 from lightning_muter.distributed import Shards, refuse_sharded_parameters
 from lightning_muter.errors import ArgumentError, SolveError
 from lightning_muter.identity import weight_fingerprint
 from lightning_muter.losses import Loss, resolve_loss
+from lightning_muter.preflight.decay import read_weight_decay
 from lightning_muter.solvers import Product
 from lightning_muter.taking import Decay, _optimizers, _threat
 from lightning_muter.threat import ThreatModel

@@ -10,7 +10,7 @@ import torchattacks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_muter.attacks import Adversary, LossAttack, adversarial_batch, divergence
+from lightning_muter.adversarial.attacks import Adversary, LossAttack, adversarial_batch, divergence
 from lightning_muter.errors import ArgumentError, UnsuitableError
 from lightning_muter.losses import per_sample
 from lightning_muter.threat import ThreatModel

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_muter.baselines import SISA, FineTune, NegativeGradient, Nothing, RetrainCold, RetrainWarm, descend
 from lightning_muter.data import ArrayDataset, DigitsDataModule
 from lightning_muter.errors import ArgumentError
-from lightning_muter.evaluation import PGD
 from lightning_muter.losses import per_sample
 from lightning_muter.models import Classifier, LogisticRegression, SoftmaxRegression
+from lightning_muter.study.baselines import SISA, FineTune, NegativeGradient, Nothing, RetrainCold, RetrainWarm, descend
+from lightning_muter.study.evaluation import PGD
+from lightning_muter.study.world import World, head_vector
 from lightning_muter.threat import ThreatModel
-from lightning_muter.world import World, head_vector
 
 FORGET = [3, 10, 11, 40]
 

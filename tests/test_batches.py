@@ -7,7 +7,7 @@ from collections import OrderedDict, UserDict, namedtuple
 import pytest
 import torch
 
-from lightning_muter.batches import split_batch
+from lightning_muter.adversarial.batches import split_batch
 from lightning_muter.errors import ArgumentError
 
 X, Y, W = torch.rand(4, 3), torch.arange(4), torch.rand(4)

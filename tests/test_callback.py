@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from lightning_muter import AdversarialTraining, AdversarialTrainingMixin, MUterCallback, Snapshot, ThreatModel
-from lightning_muter.attacks import LossAttack
+from lightning_muter.adversarial.attacks import LossAttack
 from lightning_muter.errors import MismatchError, RequestError, UnsuitableError
 from tests.faults import listing
 from tests.test_unlearning import state

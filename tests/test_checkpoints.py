@@ -13,7 +13,7 @@ import lightning as L
 import pytest
 import torch
 
-from lightning_muter import checkpoints
+from lightning_muter.deletion import checkpoints
 from lightning_muter.errors import ArgumentError, CorruptFileError
 
 

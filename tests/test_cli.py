@@ -19,14 +19,14 @@ from torch.utils.data import DataLoader
 
 from lightning_muter import cli
 from lightning_muter.callback import MUterCallback
-from lightning_muter.checkpoints import load_checkpoint
+from lightning_muter.deletion.checkpoints import load_checkpoint
+from lightning_muter.deletion.ledger import Ledger
+from lightning_muter.deletion.places import Places
+from lightning_muter.deletion.transactions import exclusive
 from lightning_muter.errors import RequestError
 from lightning_muter.identity import DigestKey
-from lightning_muter.ledger import Ledger
-from lightning_muter.places import Places
 from lightning_muter.snapshot import Snapshot
 from lightning_muter.threat import ThreatModel
-from lightning_muter.transactions import exclusive
 
 from .faults import listing
 from .userproject import UserData, UserNet

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_muter.closed_forms import ClosedForm
 from lightning_muter.data import ArrayDataset
 from lightning_muter.errors import ArgumentError
-from lightning_muter.evaluation import PGD
 from lightning_muter.losses import per_sample
 from lightning_muter.models import Classifier, LogisticRegression, SoftmaxRegression
+from lightning_muter.study.closed_forms import ClosedForm
+from lightning_muter.study.evaluation import PGD
+from lightning_muter.study.world import World, head_vector
 from lightning_muter.threat import ThreatModel
-from lightning_muter.world import World, head_vector
 
 FORGET = [0, 7, 19]
 DECAY = 0.05

@@ -13,14 +13,15 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
-from lightning_muter import experiment, resolvers
-from lightning_muter.baselines import Competitor
+from lightning_muter import experiment
 from lightning_muter.data import SplitDataModule
 from lightning_muter.errors import ArgumentError
-from lightning_muter.evaluation import Evaluation
-from lightning_muter.groundwork import threat_of
 from lightning_muter.models import Classifier
-from lightning_muter.scenarios import Setting
+from lightning_muter.study import resolvers
+from lightning_muter.study.baselines import Competitor
+from lightning_muter.study.evaluation import Evaluation
+from lightning_muter.study.groundwork import threat_of
+from lightning_muter.study.scenarios import Setting
 
 CONF = Path(experiment.config_dir())
 

@@ -8,17 +8,17 @@ import math
 import pytest
 import torch
 
-from lightning_muter.baselines import Competitor, Outcome
-from lightning_muter.closed_forms import ClosedForm
 from lightning_muter.curvature.response import Unconstrained
-from lightning_muter.curved import Unlearn
 from lightning_muter.data import DigitsDataModule
-from lightning_muter.evaluation import PGD
 from lightning_muter.metrics import relative_parameter_distance
 from lightning_muter.models import LogisticRegression, SoftmaxRegression
 from lightning_muter.solvers import Schur
+from lightning_muter.study.baselines import Competitor, Outcome
+from lightning_muter.study.closed_forms import ClosedForm
+from lightning_muter.study.curved import Unlearn
+from lightning_muter.study.evaluation import PGD
+from lightning_muter.study.world import World, head_vector
 from lightning_muter.threat import ThreatModel
-from lightning_muter.world import World, head_vector
 
 FORGET = [2, 9, 30, 31]
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from lightning_muter.data import DigitsDataModule
 from lightning_muter.errors import ArgumentError
-from lightning_muter.evaluation import PGD, AutoAttack, stacked
 from lightning_muter.models import LogisticRegression, SmallCNN
+from lightning_muter.study.evaluation import PGD, AutoAttack, stacked
 from lightning_muter.threat import ThreatModel
 
 

@@ -26,14 +26,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_muter import bookkeeping, cli, files, lineage, transactions
-from lightning_muter import places as places_module
-from lightning_muter.checkpoints import checkpoint_fingerprint, load_checkpoint
+from lightning_muter.deletion import bookkeeping, cli, files, lineage, transactions
+from lightning_muter.deletion import places as places_module
+from lightning_muter.deletion.checkpoints import checkpoint_fingerprint, load_checkpoint
+from lightning_muter.deletion.ledger import Ledger
+from lightning_muter.deletion.places import Places
+from lightning_muter.deletion.transactions import STAGES
 from lightning_muter.identity import DigestKey
-from lightning_muter.ledger import Ledger
-from lightning_muter.places import Places
 from lightning_muter.snapshot import Snapshot
-from lightning_muter.transactions import STAGES
 
 from .faults import WatchedOs, run_killed
 from .test_checkpoints import Evil, zipped
@@ -230,7 +230,7 @@ def mutated_receipt(content, draw):
         receipt = json.loads(content)
         name = draw.choice(["forgotten", "method", "time", "n_retained", "previous", "id"])
         receipt[name] = draw.choice([[], "x", 0, None, {"a": [1]}, 1e308, "\ud800"])
-        from lightning_muter.receipts import content_sha256
+        from lightning_muter.deletion.receipts import content_sha256
 
         try:
             receipt["sha256"] = content_sha256(receipt)

@@ -12,8 +12,6 @@ import torch
 import torchattacks
 from torch.utils.data import Subset
 
-from lightning_muter import groundwork
-from lightning_muter.cache import Cache
 from lightning_muter.curvature.inner import InnerSolver
 from lightning_muter.data import (
     ArrayDataset,
@@ -22,9 +20,11 @@ from lightning_muter.data import (
     LacunaDataModule,
     SplitDataModule,
 )
-from lightning_muter.evaluation import PGD
 from lightning_muter.models import Classifier, LogisticRegression, SmallCNN, SoftmaxRegression
-from lightning_muter.world import World, head_vector
+from lightning_muter.study import groundwork
+from lightning_muter.study.cache import Cache
+from lightning_muter.study.evaluation import PGD
+from lightning_muter.study.world import World, head_vector
 from tests.test_data import write_images
 
 TRAINER = functools.partial(

@@ -10,11 +10,11 @@ from contextlib import closing
 
 import pytest
 
-from lightning_muter import ledger as ledger_module
-from lightning_muter import receipts
+from lightning_muter.deletion import ledger as ledger_module
+from lightning_muter.deletion import receipts
+from lightning_muter.deletion.ledger import Ledger, Switch
 from lightning_muter.errors import CorruptFileError, RequestError
 from lightning_muter.identity import DigestKey
-from lightning_muter.ledger import Ledger, Switch
 
 KEY = DigestKey(bytes(range(32)))
 

@@ -16,11 +16,9 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, WeightedRandomSampler
 
-from lightning_muter.decay import inspect_optimizers, read_weight_decay
 from lightning_muter.errors import UnsuitableError
-from lightning_muter.findings import Finding, enforce, skip_reason
 from lightning_muter.head import find_head
-from lightning_muter.preflight import (
+from lightning_muter.preflight.checks import (
     inspect_fit,
     inspect_loss,
     inspect_model,
@@ -28,7 +26,9 @@ from lightning_muter.preflight import (
     inspect_trainer,
     predict_bytes,
 )
-from lightning_muter.preflight_data import example_batch, inspect_loaders
+from lightning_muter.preflight.data import example_batch, inspect_loaders
+from lightning_muter.preflight.decay import inspect_optimizers, read_weight_decay
+from lightning_muter.preflight.findings import Finding, enforce, skip_reason
 from lightning_muter.threat import ThreatModel
 from lightning_muter.training import AdversarialTraining
 

@@ -13,18 +13,19 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_muter import experiment, study
-from lightning_muter.baselines import Competitor, Nothing, Outcome, RetrainWarm, State
-from lightning_muter.cache import Cache
+from lightning_muter import experiment
 from lightning_muter.data import DigitsDataModule
 from lightning_muter.errors import ArgumentError, SolveError
-from lightning_muter.evaluation import PGD
 from lightning_muter.models import Classifier, SoftmaxRegression
-from lightning_muter.results import Row, read_rows
-from lightning_muter.scenarios import Fractions, Scenario, Successive
-from lightning_muter.sweeps import FinishedJobs, add_failure, failures, job_key
+from lightning_muter.study import protocol
+from lightning_muter.study.baselines import Competitor, Nothing, Outcome, RetrainWarm, State
+from lightning_muter.study.cache import Cache
+from lightning_muter.study.evaluation import PGD
+from lightning_muter.study.results import Row, read_rows
+from lightning_muter.study.scenarios import Fractions, Scenario, Successive
+from lightning_muter.study.sweeps import FinishedJobs, add_failure, failures, job_key
+from lightning_muter.study.world import World, head_vector
 from lightning_muter.threat import ThreatModel
-from lightning_muter.world import World, head_vector
 from tests.test_configs import composed
 
 ROW = Row("digits", "softmax", "pgd_l2", "", "", eps=0.1)
@@ -75,7 +76,9 @@ class Refuses(Competitor):
 
 def test_figures_of_known_models(world: World) -> None:
     methods = [Oracle(), Nothing(), Refuses()]
-    rows = {r.method: r for r in study.run(world, methods, Fractions([0.1]).scenarios(world.data, 0), Cache(None), ROW)}
+    rows = {
+        r.method: r for r in protocol.run(world, methods, Fractions([0.1]).scenarios(world.data, 0), Cache(None), ROW)
+    }
     oracle, nothing, refused = rows["oracle"], rows["doing nothing"], rows["refuses"]
     assert (oracle.distance, oracle.clean_gap, oracle.robust_gap) == (0, 0, 0)
     assert (oracle.agreement_test_clean, oracle.kl_retain_robust) == (1, 0)
@@ -94,7 +97,7 @@ def test_a_reference_that_is_none_says_so(world: World) -> None:
     scenarios = Fractions([0.1]).scenarios(world.data, 0)
     with torch.no_grad():
         world.model.head.weight += 1  # the untouched zero head must differ from the model
-    first = next(iter(study.run(world, [], scenarios, Cache(None), ROW)))
+    first = next(iter(protocol.run(world, [], scenarios, Cache(None), ROW)))
     assert first.status == "reference"
     assert "stationary to 1.4e-01 only" in first.note
 
@@ -107,19 +110,19 @@ def test_references_are_retrained_once_and_shared(world: World, tmp_path: Path) 
     scenarios = Fractions([0.1, 0.2]).scenarios(world.data, 0)
     retrainer = world.retrainer
     assert isinstance(retrainer, Retrainer)
-    first = list(study.run(world, [Nothing()], scenarios, Cache(tmp_path), ROW))
+    first = list(protocol.run(world, [Nothing()], scenarios, Cache(tmp_path), ROW))
     assert retrainer.calls == 2
-    second = list(study.run(world, [Nothing()], scenarios, Cache(tmp_path), ROW))
+    second = list(protocol.run(world, [Nothing()], scenarios, Cache(tmp_path), ROW))
     assert retrainer.calls == 2
     assert [(r.distance_absolute, r.seconds_retrain) for r in first] == [
         (r.distance_absolute, r.seconds_retrain) for r in second
     ]
     for file in (tmp_path / "reference").iterdir():
         file.write_bytes(file.read_bytes()[:-10])
-    list(study.run(world, [Nothing()], scenarios, Cache(tmp_path), ROW))
+    list(protocol.run(world, [Nothing()], scenarios, Cache(tmp_path), ROW))
     assert retrainer.calls == 4  # damaged files are made again
     world.threat = ThreatModel("l2", 0.2)
-    list(study.run(world, [Nothing()], scenarios, Cache(tmp_path), ROW))
+    list(protocol.run(world, [Nothing()], scenarios, Cache(tmp_path), ROW))
     assert retrainer.calls == 6  # another threat model is another reference
 
 
@@ -131,7 +134,7 @@ def test_successive_requests_reach_the_method_one_by_one(world: World) -> None:
             seen.append((len(request), len(forgotten)))
             return super().answer(state, request, forgotten)
 
-    rows = list(study.run(world, [Records()], Successive(3, size=2).scenarios(world.data, 0), Cache(None), ROW))
+    rows = list(protocol.run(world, [Records()], Successive(3, size=2).scenarios(world.data, 0), Cache(None), ROW))
     assert seen == [(2, 2), (2, 4), (2, 6)]
     assert [r.n_forgotten for r in rows] == [2, 2, 4, 4, 6, 6]
 
@@ -140,7 +143,7 @@ def test_scenarios_do_not_see_each_other(world: World) -> None:
     """A method's state starts afresh for every scenario, and continues within one."""
     outcomes = []
     for scenarios in ([Scenario(("a",), ((1, 2),)), Scenario(("b",), ((3,),))], [Scenario(("b",), ((3,),))]):
-        rows = study.run(world, [RetrainWarm()], scenarios, Cache(None), ROW)
+        rows = protocol.run(world, [RetrainWarm()], scenarios, Cache(None), ROW)
         outcomes.append(next(r.distance_absolute for r in rows if r.method.endswith("warm start") and r.setting == "b"))
     assert outcomes[0] == outcomes[1]
 
@@ -153,7 +156,7 @@ def test_a_refusal_ends_the_scenario_for_that_method_only(world: World) -> None:
             return super().answer(state, request, forgotten)
 
     rows = list(
-        study.run(world, [Second(), Nothing()], Successive(3, size=2).scenarios(world.data, 0), Cache(None), ROW)
+        protocol.run(world, [Second(), Nothing()], Successive(3, size=2).scenarios(world.data, 0), Cache(None), ROW)
     )
     assert [r.status for r in rows if r.method == "refuses"] == ["", "refused", "refused"]
     assert len([r for r in rows if r.method == "doing nothing"]) == 3
@@ -181,7 +184,7 @@ def test_finished_jobs_and_failures_come_back(tmp_path: Path) -> None:
 
 
 def test_the_progress_bar_counts_what_is_finished(capsys: pytest.CaptureFixture[str]) -> None:
-    from lightning_muter.progress import Progress
+    from lightning_muter.study.progress import Progress
 
     with Progress(2) as progress:
         progress.begin("one")

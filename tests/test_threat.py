@@ -10,9 +10,9 @@ import torch
 import torchattacks
 from torch import Tensor, nn
 
-from lightning_muter.attacks import LossAttack
+from lightning_muter.adversarial.attacks import LossAttack
+from lightning_muter.adversarial.reading import attack_note, read_climb
 from lightning_muter.errors import ArgumentError
-from lightning_muter.reading import attack_note, read_climb
 from lightning_muter.threat import ThreatModel
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_muter.attacks import Adversary, LossAttack, divergence
+from lightning_muter.adversarial.attacks import Adversary, LossAttack, divergence
+from lightning_muter.adversarial.steps import STATE, STEPS
 from lightning_muter.errors import ArgumentError, RequestError, UnsuitableError
-from lightning_muter.steps import STATE, STEPS
 from lightning_muter.threat import ThreatModel
 from lightning_muter.training import AdversarialTraining, AdversarialTrainingMixin, adversary_of
 

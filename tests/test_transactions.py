@@ -9,12 +9,13 @@ import sqlite3
 
 import pytest
 
-from lightning_muter import files, ledger, lineage, transactions
-from lightning_muter import places as places_module
+from lightning_muter import files
+from lightning_muter.deletion import ledger, lineage, transactions
+from lightning_muter.deletion import places as places_module
+from lightning_muter.deletion.ledger import Ledger
+from lightning_muter.deletion.places import Places
 from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError, RequestError
 from lightning_muter.identity import DigestKey
-from lightning_muter.ledger import Ledger
-from lightning_muter.places import Places
 
 from .faults import WatchedOs, listing, no_space, run_killed
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from lightning_muter.batches import split_batch
+from lightning_muter.adversarial.batches import split_batch
 from lightning_muter.errors import ArgumentError, UnsuitableError
 from lightning_muter.threat import ThreatModel
 

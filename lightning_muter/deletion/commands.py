@@ -1,6 +1,6 @@
 """The subcommands of `muter` that need a model and its training data: snapshot, unlearn, refresh.
 
-They are methods of a Trainer, as LightningCLI wants it; each is one transaction (:mod:`lightning_muter.transactions`).
+They are methods of a Trainer, as LightningCLI wants it; each is one transaction (:mod:`lightning_muter.deletion.transactions`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_muter.bookkeeping import (
+from lightning_muter.curvature.response import Response
+from lightning_muter.deletion.bookkeeping import (
     commit,
     forgotten_again,
     forgotten_rows,
@@ -30,18 +31,17 @@ from lightning_muter.bookkeeping import (
     report_dry_run,
     snapshot_key,
 )
-from lightning_muter.checkpoints import checkpoint_fingerprint, load_checkpoint
-from lightning_muter.curvature.response import Response
-from lightning_muter.ledger import Ledger
-from lightning_muter.lineage import check_agreement, fork, open_ledger, reading
+from lightning_muter.deletion.checkpoints import checkpoint_fingerprint, load_checkpoint
+from lightning_muter.deletion.ledger import Ledger
+from lightning_muter.deletion.lineage import check_agreement, fork, open_ledger, reading
+from lightning_muter.deletion.places import Places
+from lightning_muter.deletion.preparation import load_into, threat_of, training_data
+from lightning_muter.deletion.requests import ForgetConfig, asked_digest, checked_request_id, refuse_forgotten, resolve
+from lightning_muter.deletion.transactions import exclusive
 from lightning_muter.methods import Method
-from lightning_muter.places import Places
-from lightning_muter.preparation import load_into, threat_of, training_data
-from lightning_muter.requests import ForgetConfig, asked_digest, checked_request_id, refuse_forgotten, resolve
 from lightning_muter.solvers import Solver
 from lightning_muter.taking import refresh, take_snapshot
 from lightning_muter.threat import ThreatModel
-from lightning_muter.transactions import exclusive
 from lightning_muter.unlearning import unlearn
 
 

@@ -17,8 +17,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_muter.attacks import Adversary, divergence
-from lightning_muter.batches import split_batch
+from lightning_muter.adversarial.attacks import Adversary, divergence
+from lightning_muter.adversarial.batches import split_batch
 from lightning_muter.errors import UnsuitableError
 from lightning_muter.losses import accuracy, mean_loss
 

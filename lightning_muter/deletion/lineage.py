@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lightning_muter.deletion.ledger import Ledger
+from lightning_muter.deletion.places import Places, pending_request
 from lightning_muter.errors import MismatchError, RequestError
 from lightning_muter.files import STAGE, beside, file_sha256, fsync_folder, write_new
-from lightning_muter.ledger import Ledger
-from lightning_muter.places import Places, pending_request
 
 
 @contextlib.contextmanager

@@ -6,12 +6,12 @@ import math
 import time
 from typing import Any
 
-from lightning_muter.baselines import Competitor, Outcome, State, head_outcome
 from lightning_muter.curvature.direct import Curvature
 from lightning_muter.models.base import Classifier
 from lightning_muter.snapshot import Snapshot
+from lightning_muter.study.baselines import Competitor, Outcome, State, head_outcome
+from lightning_muter.study.world import World
 from lightning_muter.unlearning import unlearn
-from lightning_muter.world import World
 
 
 class Unlearn(Competitor):

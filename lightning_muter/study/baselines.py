@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_muter.attacks import LossAttack
+from lightning_muter.adversarial.attacks import LossAttack
 from lightning_muter.errors import ArgumentError
 from lightning_muter.losses import per_sample
 from lightning_muter.models.base import Classifier
-from lightning_muter.world import World, head_vector
+from lightning_muter.study.world import World, head_vector
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""From configuration to a :class:`~lightning_muter.world.World`: train the backbone on the public part, the head on the
+"""From configuration to a :class:`~lightning_muter.study.world.World`: train the backbone on the public part, the head on the
 private part, both adversarially, and leave the head where its objective is stationary."""
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_muter.cache import Cache, digest
 from lightning_muter.data.base import SplitDataModule
-from lightning_muter.evaluation import Evaluation
 from lightning_muter.models.base import Classifier
+from lightning_muter.study.cache import Cache, digest
+from lightning_muter.study.evaluation import Evaluation
+from lightning_muter.study.world import World, data_digest
 from lightning_muter.threat import ThreatModel
 from lightning_muter.training import AdversarialTraining
-from lightning_muter.world import World, data_digest
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import torch
 import torchattacks
 from torch import Tensor, nn
 
-from lightning_muter.attacks import LossAttack, attack_scope
+from lightning_muter.adversarial.attacks import LossAttack, attack_scope
 from lightning_muter.errors import ArgumentError
 from lightning_muter.head import eval_mode
 from lightning_muter.losses import Loss, per_sample, resolve_loss

@@ -24,7 +24,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_muter.baselines import Competitor, Outcome, State, head_outcome
 from lightning_muter.curvature.direct import Curvature
 from lightning_muter.curvature.inner import InnerSolver
 from lightning_muter.curvature.problem import HeadProblem
@@ -32,8 +31,9 @@ from lightning_muter.curvature.response import LocalPoint, NoResponse
 from lightning_muter.curvature.total import BlockSymmetric, Sums, add_gradient, add_hessian
 from lightning_muter.errors import ArgumentError, SolveError
 from lightning_muter.models.base import Classifier
+from lightning_muter.study.baselines import Competitor, Outcome, State, head_outcome
+from lightning_muter.study.world import World
 from lightning_muter.threat import ThreatModel
-from lightning_muter.world import World
 
 BATCH = 512
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_muter.batches import split_batch
+from lightning_muter.adversarial.batches import split_batch
+from lightning_muter.adversarial.reading import attack_note, build_attack, is_tpgd, read_climb
 from lightning_muter.errors import ArgumentError, UnsuitableError
 from lightning_muter.head import eval_mode
 from lightning_muter.losses import Loss, is_cross_entropy, one_logit, per_sample, resolve_loss
-from lightning_muter.reading import attack_note, build_attack, is_tpgd, read_climb
 from lightning_muter.threat import ThreatModel
 
 

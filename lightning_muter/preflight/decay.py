@@ -13,7 +13,7 @@ from torch import nn, optim
 from torch.optim import Optimizer
 
 from lightning_muter.errors import UnsuitableError
-from lightning_muter.findings import Finding
+from lightning_muter.preflight.findings import Finding
 
 _COUPLED = (
     optim.SGD,

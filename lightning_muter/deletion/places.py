@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_muter.deletion.ledger import Ledger
+from lightning_muter.deletion.receipts import canonical, markdown, receipt_name
 from lightning_muter.errors import ArgumentError, CorruptFileError
 from lightning_muter.files import commit_files
-from lightning_muter.ledger import Ledger
-from lightning_muter.receipts import canonical, markdown, receipt_name
 from lightning_muter.storage import parse_json
 
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import lightning as L
 
-from lightning_muter.checkpoints import checkpoint_fingerprint, checkpoint_writer, load_checkpoint, renewed
+from lightning_muter.deletion.checkpoints import checkpoint_fingerprint, checkpoint_writer, load_checkpoint, renewed
+from lightning_muter.deletion.ledger import Ledger
+from lightning_muter.deletion.places import Places, receipt_path
+from lightning_muter.deletion.transactions import commit_request
 from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError, MuterError, RequestError
 from lightning_muter.files import Writer
 from lightning_muter.identity import DigestKey, versions, weight_fingerprint
-from lightning_muter.ledger import Ledger
-from lightning_muter.places import Places, receipt_path
 from lightning_muter.snapshot import CHECKPOINT_KEY, Snapshot
-from lightning_muter.transactions import commit_request
 from lightning_muter.unlearning import UnlearnResult
 
 

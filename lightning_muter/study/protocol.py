@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_muter import metrics
-from lightning_muter.baselines import Competitor, Outcome, State
-from lightning_muter.cache import Cache, digest
 from lightning_muter.errors import MuterError
-from lightning_muter.evaluation import stacked
-from lightning_muter.results import PARTS, REFERENCE, Row
-from lightning_muter.scenarios import Scenario
-from lightning_muter.world import World, head_vector, set_head
+from lightning_muter.study.baselines import Competitor, Outcome, State
+from lightning_muter.study.cache import Cache, digest
+from lightning_muter.study.evaluation import stacked
+from lightning_muter.study.results import PARTS, REFERENCE, Row
+from lightning_muter.study.scenarios import Scenario
+from lightning_muter.study.world import World, head_vector, set_head
 
 STATIONARY = 1e-2  # |gradient| / sum of the samples' |gradients|: above this no reference is one
 

@@ -6,14 +6,14 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_muter.bookkeeping import load_snapshot
-from lightning_muter.checkpoints import checkpoint_fingerprint, load_checkpoint, remembers
+from lightning_muter.deletion.bookkeeping import load_snapshot
+from lightning_muter.deletion.checkpoints import checkpoint_fingerprint, load_checkpoint, remembers
+from lightning_muter.deletion.ledger import Ledger
+from lightning_muter.deletion.lineage import check_agreement, reading
+from lightning_muter.deletion.places import Places, receipt_path
+from lightning_muter.deletion.receipts import read_receipt
 from lightning_muter.errors import MuterError
 from lightning_muter.identity import DigestKey
-from lightning_muter.ledger import Ledger
-from lightning_muter.lineage import check_agreement, reading
-from lightning_muter.places import Places, receipt_path
-from lightning_muter.receipts import read_receipt
 from lightning_muter.snapshot import Snapshot
 
 

@@ -14,8 +14,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_muter.cache import digest
-from lightning_muter.results import FILE, Row, append_rows, from_csv, read_rows, write_rows
+from lightning_muter.study.cache import digest
+from lightning_muter.study.results import FILE, Row, append_rows, from_csv, read_rows, write_rows
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +69,8 @@ class CombinedTable(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from rich.markup import escape
 
-        from lightning_muter import tables
         from lightning_muter.report import wide_console, write_report
+        from lightning_muter.study import tables
 
         folder, console = Path(config.hydra.sweep.dir), wide_console()
         if (folder / FILE).is_file():

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from lightning_muter.results import Row, Summary, attack_name, group, summarise
+from lightning_muter.study.results import Row, Summary, attack_name, group, summarise
 
 HEADERS = (
     "removed",

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from lightning_muter.data.arrays import ArrayDataset
-from lightning_muter.evaluation import Evaluation, stacked
 from lightning_muter.identity import weight_fingerprint
 from lightning_muter.models.base import Classifier
 from lightning_muter.snapshot import Snapshot
+from lightning_muter.study.evaluation import Evaluation, stacked
 from lightning_muter.taking import take_snapshot
 from lightning_muter.threat import ThreatModel
 

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_muter.deletion.receipts import GENESIS, canonical, make_receipt, parse_receipt
 from lightning_muter.errors import CorruptFileError, RequestError
 from lightning_muter.identity import DigestKey
-from lightning_muter.receipts import GENESIS, canonical, make_receipt, parse_receipt
 
 SCHEMA = 1
 _BUSY_SECONDS = 10.0
@@ -78,7 +78,7 @@ class Switch:
 class Ledger:
     """The ledger in one file. Use :meth:`open` in a `with` block.
 
-    Not for two writers at once: the lock of :mod:`lightning_muter.transactions` sees to that.
+    Not for two writers at once: the lock of :mod:`lightning_muter.deletion.transactions` sees to that.
     """
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
@@ -154,7 +154,7 @@ class Ledger:
         """Enter a request; when this returns it counts. Returns its receipt.
 
         Args:
-            content: the receipt's content (see :mod:`lightning_muter.receipts`) without number, links and seals.
+            content: the receipt's content (see :mod:`lightning_muter.deletion.receipts`) without number, links and seals.
             asked: digest of what was asked for, to tell a repeated request from another one under the same id.
             switches: the files, already durable under their stage names, that are to be moved into place.
             key: seals the receipt.
