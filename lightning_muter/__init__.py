@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from lightning_muter.threat import ThreatModel
     from lightning_muter.training import AdversarialTraining, AdversarialTrainingMixin
     from lightning_muter.unlearning import UnlearnResult, unlearn
+    from lightning_muter.wide import unlearn_wide
+    from lightning_muter.wide_snapshot import WideSnapshot
+    from lightning_muter.wide_taking import take_wide_snapshot
 
 __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022 - in the order of the flow
@@ -30,9 +33,12 @@ __all__ = [  # noqa: RUF022 - in the order of the flow
     "AdversarialTraining",
     "MUterCallback",
     "take_snapshot",
+    "take_wide_snapshot",
     "refresh",
     "Snapshot",
+    "WideSnapshot",
     "unlearn",
+    "unlearn_wide",
     "UnlearnResult",
     "Method",
     "MUter",
@@ -49,9 +55,12 @@ _HOME = {
     "AdversarialTraining": "training",
     "MUterCallback": "callback",
     "take_snapshot": "taking",
+    "take_wide_snapshot": "wide_taking",
     "refresh": "taking",
     "Snapshot": "snapshot",
+    "WideSnapshot": "wide_snapshot",
     "unlearn": "unlearning",
+    "unlearn_wide": "wide",
     "UnlearnResult": "unlearning",
     "Method": "methods",
     "MUter": "methods",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from lightning_muter.taking import refresh, take_snapshot
 from lightning_muter.threat import ThreatModel
 from lightning_muter.training import adversary_of
 from lightning_muter.unlearning import UnlearnResult, unlearn
+from lightning_muter.wide_snapshot import WIDE_BATCH, WideSnapshot
+from lightning_muter.wide_taking import take_wide_snapshot
 
 
 class MUterCallback(pl.Callback):
@@ -37,14 +39,16 @@ class MUterCallback(pl.Callback):
     ``<stem>.muter.snapshot`` are written next to the last checkpoint (or into ``dirpath``).
 
     Args:
-        scope: "head".
+        scope: "head" (dense sums are stored, requests read the forgotten rows alone); "all" or a list of patterns over
+            parameter names (nothing dense is stored, requests read the retained rows and take Newton-CG steps).
         response: "auto" (from the threat model), "none", "unconstrained", "l2", "linf" or a Response.
-        curvature: direct part, "hessian", "ggn" or "fisher".
+        curvature: direct part, "hessian", "ggn" or "fisher"; None: "hessian" for the head, "ggn" for wider scopes.
         solver: how H_R delta = g is solved: "auto", "cholesky", "cg", "neumann", "schur" or a Solver.
         threat_model: read off the adversarial training when None; ``ThreatModel("l2", 0.0)`` for standard training.
         loss: ``callable(logits, y, reduction="none")``; the module's ``criterion``, else cross-entropy.
         weight_decay: lambda, one number or by parameter name; "auto" reads it off the optimiser.
-        polish: "auto", a number of passes, or 0 to leave the weights as they are.
+        polish: "auto", a number of passes (wider scopes: of Newton-CG steps, "auto" takes none), or 0 to leave the weights as
+            they are.
         dirpath: folder of the files; None puts them beside the last checkpoint, and writes none where there is none.
         size_cap: largest snapshot in bytes (default 2 GiB).
         verbose: progress bars and a summary.
@@ -52,9 +56,9 @@ class MUterCallback(pl.Callback):
 
     def __init__(
         self,
-        scope: str = "head",
+        scope: str | list[str] = "head",
         response: str | Response = "auto",
-        curvature: Curvature = "hessian",
+        curvature: Curvature | None = None,
         solver: str | Solver = "auto",
         threat_model: ThreatModel | None = None,
         loss: Loss | None = None,
@@ -65,16 +69,14 @@ class MUterCallback(pl.Callback):
         batch_size: int = 1024,
         size_cap: int = DEFAULT_CAP,
     ) -> None:
-        if scope != "head":
-            raise ArgumentError(
-                "scope", scope, "'head'", "Freeze the backbone after training it on data that is never forgotten."
-            )
+        if not scope or (isinstance(scope, str) and scope not in ("head", "all")):
+            raise ArgumentError("scope", scope, "'head', 'all' or a list of patterns", "A pattern goes in a list.")
         as_solver(solver)
         self.scope, self.response, self.curvature, self.solver = scope, response, curvature, solver
         self.threat_model, self.loss, self.weight_decay, self.polish = threat_model, loss, weight_decay, polish
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.verbose, self.batch_size, self.size_cap = verbose, batch_size, size_cap
-        self.snapshot: Snapshot | None = None
+        self.snapshot: Snapshot | WideSnapshot | None = None
         self.paths: dict[str, Path] = {}
         self._skip: str | None = "No snapshot was taken yet: fit a model with this callback, or use take_snapshot."
         self._dataset: Dataset[Any] | None = None
@@ -131,21 +133,25 @@ class MUterCallback(pl.Callback):
         adversary = adversary_of(pl_module)
         threat = self.threat_model or (adversary.threat if adversary is not None else None)
         loss = self.loss if self.loss is not None else (adversary.loss if adversary is not None else None)
-        snapshot = take_snapshot(
+        wide = self.scope != "head"
+        take: Callable[..., Snapshot | WideSnapshot] = take_wide_snapshot if wide else take_snapshot
+        options: dict[str, Any] = {"trades_beta": adversary.trades_beta} if wide and adversary is not None else {}
+        snapshot = take(
             pl_module,
             loader.dataset,
             threat_model=threat,
             scope=self.scope,
             response=self.response,
-            curvature=self.curvature,
+            curvature=self.curvature or ("ggn" if wide else "hessian"),
             loss=loss,
             weight_decay=self.weight_decay,
             optimizers=trainer.optimizers,
             polish=self.polish,
             collate=loader.collate_fn,
-            batch_size=self.batch_size,
+            batch_size=min(self.batch_size, WIDE_BATCH) if wide else self.batch_size,
             key=self._key(trainer),
             progress=self.verbose and trainer.is_global_zero,
+            **options,
         )
         note = attack_note(adversary.attack) if adversary is not None else None
         if note is not None:
@@ -189,7 +195,7 @@ class MUterCallback(pl.Callback):
         stem.parent.mkdir(parents=True, exist_ok=True)
         return DigestKey.load_or_create(key_path(f"{stem}.muter.snapshot"))
 
-    def _write(self, trainer: pl.Trainer, snapshot: Snapshot, stem: Path) -> None:
+    def _write(self, trainer: pl.Trainer, snapshot: Snapshot | WideSnapshot, stem: Path) -> None:
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
         self.paths = {
             "checkpoint": Path(f"{stem}.muter.ckpt"),
@@ -209,7 +215,7 @@ class MUterCallback(pl.Callback):
                 f"{snapshot.nbytes / 2**20:.1f} MiB: {self.paths['snapshot']} (weights: {self.paths['checkpoint'].name})"
             )
 
-    def _log(self, trainer: pl.Trainer, snapshot: Snapshot) -> None:
+    def _log(self, trainer: pl.Trainer, snapshot: Snapshot | WideSnapshot) -> None:
         figures: dict[str, float] = {
             "muter/stationarity": snapshot.stationarity,
             "muter/seconds": float(snapshot.figures["seconds"]),
@@ -250,7 +256,7 @@ class MUterCallback(pl.Callback):
 
     # -- afterwards --------------------------------------------------------------------------------------------------
 
-    def _at_hand(self) -> Snapshot:
+    def _at_hand(self) -> Snapshot | WideSnapshot:
         if self.snapshot is None:
             nothing = "No snapshot was taken: the fit made no step. Use take_snapshot(model, dataset, ...)."
             raise UnsuitableError(self._skip or nothing)
@@ -274,7 +280,8 @@ class MUterCallback(pl.Callback):
         Args:
             forget: positions in the training dataset of the fit.
             data: that dataset, if it is another object by now.
-            retain: the full training dataset: allows ``refine``, stationarity and the certificate.
+            retain: the full training dataset: allows ``refine``, stationarity and the certificate. Wider scopes read it in any
+                case (from ``data`` if it is not given).
         """
         snapshot = self._at_hand()
         dataset = data if data is not None else retain if retain is not None else self._dataset
@@ -302,7 +309,7 @@ class MUterCallback(pl.Callback):
             self._forgotten += [i for i in rows if i not in set(self._forgotten)]
         return result
 
-    def refresh(self, model: pl.LightningModule, data: Dataset[Any] | None = None) -> Snapshot:
+    def refresh(self, model: pl.LightningModule, data: Dataset[Any] | None = None) -> Snapshot | WideSnapshot:
         """A new snapshot of the retained samples at the current weights."""
         dataset = data if data is not None else self._dataset
         if dataset is None:

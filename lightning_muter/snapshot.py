@@ -9,41 +9,29 @@ starting points of the maximisers) is frozen here, so that a sample is subtracte
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch import Tensor
 
 from lightning_muter.curvature.direct import Curvature
 from lightning_muter.curvature.inner import InnerSolver, Smoothing
-from lightning_muter.curvature.response import (
-    L2Response,
-    LinfResponse,
-    NoResponse,
-    Response,
-    Unconstrained,
-)
+from lightning_muter.curvature.response import Response
 from lightning_muter.curvature.total import BlockSymmetric
-from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError
-from lightning_muter.files import Writer, atomic_write
-from lightning_muter.identity import DigestKey, versions, weight_fingerprint
-from lightning_muter.storage import container_writer, read_container
+from lightning_muter.identity import DigestKey, versions
+from lightning_muter.stored import KIND, Stored, described, key_path, response_from, restored_rows
 from lightning_muter.threat import ThreatModel
 
-KIND = "snapshot"
+__all__ = ["CHECKPOINT_KEY", "KIND", "Snapshot", "key_path", "loss_name", "sample_digests"]
+
 #: Entry of an unlearned checkpoint that lists the forgotten rows.
 CHECKPOINT_KEY = "lightning_muter"
-VERSION = 1
-_RESPONSES = (NoResponse, Unconstrained, L2Response, LinfResponse)
 
 
 @dataclass
-class Snapshot:
+class Snapshot(Stored):
     """Statistics of one trained head, tied to its weights, data and threat model.
 
     Attributes:
@@ -84,54 +72,6 @@ class Snapshot:
     versions: dict[str, str] = field(default_factory=versions)
     key: DigestKey | None = field(default=None, repr=False)
 
-    # -- what users ask ----------------------------------------------------------------------------------------------
-
-    @property
-    def n_retained(self) -> int:
-        return self.n_total - len(self.forgotten)
-
-    @property
-    def retained_positions(self) -> list[int]:
-        gone = set(self.forgotten)
-        return [i for i in range(self.n_total) if i not in gone]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the stored tensors."""
-        return sum(t.numel() * t.element_size() for t in self._tensors().values())
-
-    def retained(self, dataset: Dataset[Any]) -> Subset[Any]:
-        """The part of the training dataset that may still be trained on.
-
-        Raises:
-            ArgumentError: the dataset has another length than the one that was trained on.
-        """
-        self.check_length(dataset, "dataset")
-        return Subset(dataset, self.retained_positions)
-
-    def check_length(self, dataset: Dataset[Any], argument: str) -> None:
-        length = len(dataset)  # type: ignore[arg-type]
-        if length != self.n_total:
-            raise MismatchError(
-                f"{argument}: it has {length} samples, the snapshot was taken of {self.n_total}. Pass the full training "
-                "dataset, forgotten rows included (positions are counted in it)."
-            )
-
-    def check_model(self, model: nn.Module) -> None:
-        """Raise `MismatchError` unless the model's weights are the ones this snapshot belongs to."""
-        found = weight_fingerprint(model.state_dict())
-        if found != self.fingerprint:
-            raise MismatchError(
-                f"model: its weights have fingerprint {found[:16]}…, the snapshot belongs to {self.fingerprint[:16]}…. "
-                "Load the weights that were saved with this snapshot (<name>.muter.ckpt), or take a new snapshot of these."
-            )
-
-    # -- copies ------------------------------------------------------------------------------------------------------
-
-    def adopt(self, other: Snapshot) -> None:
-        """Become `other` (used to switch to the state after a request in one step)."""
-        self.__dict__.update(other.__dict__)
-
     # -- files -------------------------------------------------------------------------------------------------------
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -153,18 +93,10 @@ class Snapshot:
         return found | {k: v for k, v in optional.items() if v is not None}
 
     def _meta(self) -> dict[str, Any]:
-        if type(self.response) not in _RESPONSES:
-            raise ArgumentError(
-                "response",
-                type(self.response).__name__,
-                "one of this package's responses for a snapshot that is saved",
-                "A class of your own cannot be restored from a file that holds no code.",
-            )
         return {
-            "version": VERSION,
             "n_total": self.n_total,
             "threat_model": self.threat_model.to_dict(),
-            "response": {"name": self.response.name, **vars(self.response)},
+            "response": described(self.response),
             "curvature": self.curvature,
             "loss": self.loss_name,
             "head": self.head_name,
@@ -184,68 +116,18 @@ class Snapshot:
             "versions": self.versions,
         }
 
-    def writer(self) -> Writer:
-        """Writes the container file (see :mod:`lightning_muter.storage`)."""
-        return container_writer(KIND, self._meta(), self._tensors())
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the snapshot atomically, and the key of its digests beside it (`<path without suffix>.key`, mode 0600)."""
-        writer = self.writer()
-        key = key_path(path)
-        first = self.key is not None and not key.exists()
-        if self.key is not None:
-            self.key.keep(key)
-        try:
-            atomic_write(path, writer)
-        except BaseException:
-            if first and not Path(path).exists():  # a key without a snapshot is of no use
-                key.unlink(missing_ok=True)
-            raise
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], key: DigestKey | None = None) -> Snapshot:
-        """Read a snapshot; its key is looked for beside it.
-
-        Raises:
-            CorruptFileError: damaged, altered or of an unknown version.
-        """
-        meta, tensors = read_container(path, KIND)
-        if meta.get("version") != VERSION:
-            raise CorruptFileError(
-                f"{path}: snapshot version {meta.get('version')!r}; this release reads version {VERSION}. Take a new one "
-                "with `muter snapshot`, or use the release that wrote it."
-            )
-        try:
-            snapshot = cls._restore(meta, tensors)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-            raise CorruptFileError(
-                f"{path}: its content does not describe a snapshot ({type(error).__name__}: {error}). Restore it from a "
-                "backup, or take a new one with `muter snapshot`."
-            ) from error
-        if key is None and key_path(path).exists():
-            key = DigestKey.load(key_path(path))
-        if key is not None and key.key_id != snapshot.key_id:
-            raise MismatchError(
-                f"{path}: its digests were made with key {snapshot.key_id}, the key at hand is {key.key_id}. Restore "
-                f"{key_path(path).name} from a backup."
-            )
-        snapshot.key = key
-        return snapshot
-
     @classmethod
     def _restore(cls, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Snapshot:
         theta, blocks = tensors["theta_ref"], tensors["hessian"]
         k, q = theta.shape
         n = int(meta["n_total"])
-        forgotten = [int(i) for i in tensors["forgotten"].tolist()]
-        expected = {"theta_base": (k, q), "gradient": (k, q), "decay": (k, q), "digests": (n, 16)}
+        forgotten = restored_rows(n, tensors)
+        expected = {"theta_base": (k, q), "gradient": (k, q), "decay": (k, q)}
         for name, shape in expected.items():
             if tuple(tensors[name].shape) != shape:
                 raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, not {shape}")
         if tuple(blocks.shape) != (k * (k + 1) // 2, q, q):
             raise ValueError(f"hessian has shape {tuple(blocks.shape)}")
-        if len(set(forgotten)) != len(forgotten) or not all(0 <= i < n for i in forgotten):
-            raise ValueError("forgotten rows are not rows of the dataset")
         for name in ("theta_ref", "theta_base", "gradient", "hessian", "decay", "starts", "base_starts", "anchor"):
             if name not in tensors:
                 continue
@@ -254,15 +136,11 @@ class Snapshot:
                 raise ValueError(f"{name} has dtype {tensors[name].dtype}")
             if not bool(torch.isfinite(tensors[name]).all()):
                 raise ValueError(f"{name} is not finite")
-        if tensors["digests"].dtype != torch.uint8:
-            raise ValueError(f"digests have dtype {tensors['digests'].dtype}")
         if bool((tensors["decay"] < 0).any()):
             raise ValueError("decay is negative")
-        for name in ("starts", "base_starts", "sample_weight"):
+        for name in ("starts", "base_starts"):
             if name in tensors and len(tensors[name]) != n:
                 raise ValueError(f"{name} has {len(tensors[name])} rows, not {n}")
-        described = dict(meta["response"])
-        kind = {r.name: r for r in _RESPONSES}[described.pop("name")]
         smoothing = Smoothing(
             float(meta["smoothing"]["strength"]), float(meta["smoothing"]["bandwidth"]), tensors.get("anchor")
         )
@@ -277,7 +155,7 @@ class Snapshot:
             n_total=n,
             forgotten=forgotten,
             threat_model=ThreatModel.from_dict(meta["threat_model"]),
-            response=kind(**described),
+            response=response_from(meta["response"]),
             curvature=meta["curvature"],
             loss_name=str(meta["loss"]),
             head_name=str(meta["head"]),
@@ -296,11 +174,6 @@ class Snapshot:
             figures=dict(meta["figures"]),
             versions={str(k): str(v) for k, v in meta["versions"].items()},
         )
-
-
-def key_path(path: str | os.PathLike[str]) -> Path:
-    """Where the key of a snapshot lies: `a.muter.snapshot` -> `a.muter.key`."""
-    return Path(path).with_suffix(".key")
 
 
 def loss_name(loss: Callable[..., Tensor]) -> str:

@@ -29,7 +29,9 @@ from lightning_muter.losses import Loss, accuracy, resolve_loss
 from lightning_muter.preflight.decay import no_decay_text, read_weight_decay
 from lightning_muter.sharded import ShardedObjective
 from lightning_muter.snapshot import Snapshot, loss_name, sample_digests
+from lightning_muter.stored import Stored
 from lightning_muter.threat import ThreatModel
+from lightning_muter.wide_snapshot import WIDE_BATCH, WideSnapshot
 
 Decay = float | Mapping[str, float] | str
 #: Stationarity that polish aims at, by the dtype of the backbone.
@@ -88,7 +90,9 @@ def take_snapshot(
     """
     began = time.perf_counter()
     if scope != "head":
-        raise ArgumentError("scope", scope, "'head' for a stored snapshot", "Other scopes are unlearned matrix-free.")
+        raise ArgumentError(
+            "scope", scope, "'head' for stored sums", "Other scopes: lightning_muter.take_wide_snapshot."
+        )
     if polish != "auto" and not (isinstance(polish, int) and polish >= 0):
         raise ArgumentError("polish", polish, "'auto', 0 or a number of passes")
     if device is not None:
@@ -189,7 +193,7 @@ def take_snapshot(
 
 def refresh(
     model: nn.Module,
-    snapshot: Snapshot,
+    snapshot: Snapshot | WideSnapshot,
     data: Dataset[Any],
     *,
     polish: str | int = "auto",
@@ -197,7 +201,7 @@ def refresh(
     loss: Loss | None = None,
     collate: Callable[[list[Any]], Any] | None = None,
     batch_size: int = 1024,
-) -> Snapshot:
+) -> Snapshot | WideSnapshot:
     """A new snapshot of the retained samples at the current weights: nothing computed at the old ones remains.
 
     Args:
@@ -207,6 +211,10 @@ def refresh(
     Returns:
         The new snapshot; the old one is left as it is.
     """
+    if isinstance(snapshot, WideSnapshot):
+        from lightning_muter.wide_taking import refresh_wide
+
+        return refresh_wide(model, snapshot, data, loss=loss, collate=collate, batch_size=min(batch_size, WIDE_BATCH))
     snapshot.check_length(data, "data")
     kept = snapshot.retained_positions
     check_digests(snapshot, data, kept, "data", collate=collate)
@@ -363,7 +371,7 @@ def restore_starts(stored: Tensor, threat: ThreatModel, like: Tensor) -> Tensor:
 
 
 def check_digests(
-    snapshot: Snapshot,
+    snapshot: Stored,
     data: Dataset[Any],
     positions: Sequence[int],
     argument: str,

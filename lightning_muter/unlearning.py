@@ -22,7 +22,9 @@ from lightning_muter.losses import Loss, resolve_loss
 from lightning_muter.methods import Method, MUter, Request, Step, check_requirements
 from lightning_muter.snapshot import Snapshot, loss_name
 from lightning_muter.solvers import Solver, as_solver, definite_inverse
+from lightning_muter.stored import Stored
 from lightning_muter.taking import bar, check_digests, outside_head, rounded_starts
+from lightning_muter.wide_snapshot import WIDE_BATCH, WideSnapshot
 
 
 @dataclass
@@ -62,7 +64,7 @@ class UnlearnResult:
 @torch.inference_mode(False)
 def unlearn(
     model: nn.Module,
-    snapshot: Snapshot,
+    snapshot: Snapshot | WideSnapshot,
     forget: Iterable[int],
     data: Dataset[Any],
     *,
@@ -76,7 +78,11 @@ def unlearn(
     batch_size: int = 1024,
     progress: bool = True,
 ) -> UnlearnResult:
-    """Remove samples from a trained model's head: on success model and snapshot hold the new state, else the old one.
+    """Remove samples from a trained model: on success model and snapshot hold the new state, else the old one.
+
+    A `Snapshot` is of the head and needs the rows to forget alone. A `WideSnapshot` (any subset of the parameters) reads the
+    retained rows too, from ``retain`` or else ``data``, and takes 1 + ``refine`` Newton-CG steps
+    (:func:`lightning_muter.wide.unlearn_stored`).
 
     Args:
         model: with the weights the snapshot belongs to.
@@ -93,6 +99,13 @@ def unlearn(
         ArgumentError, RequestError: bad positions; MismatchError: model, data or loss are not the snapshot's;
         SolveError: the system was not solved. Model and snapshot are as they were.
     """
+    if isinstance(snapshot, WideSnapshot):
+        from lightning_muter.wide import unlearn_stored
+
+        return unlearn_stored(
+            model, snapshot, forget, data, retain=retain, refine=refine, method=method, solver=solver, dry_run=dry_run,
+            loss=loss, collate=collate, batch_size=min(batch_size, WIDE_BATCH), progress=progress,
+        )  # fmt: skip
     began = time.perf_counter()
     positions = checked_positions(forget, snapshot)
     if not (isinstance(refine, int) and not isinstance(refine, bool) and refine >= 0):
@@ -166,7 +179,7 @@ def unlearn(
     return result
 
 
-def checked_positions(forget: Iterable[int], snapshot: Snapshot) -> list[int]:
+def checked_positions(forget: Iterable[int], snapshot: Stored) -> list[int]:
     """Positions to forget, as a list.
 
     Raises:

@@ -4,46 +4,47 @@ Nothing of the size p x p is stored: Newton steps on the retained objective F_R,
 
     (H_R + mu |R| I) d = -grad F_R(w),      H_R = sum_R D2 phi_i + |R| Lambda_d  by products (`curvature.matrix_free`)
 
-with the maximisers moving along by their response. Levenberg and Marquardt decide: a step is accepted where the robust
-objective, its inner problems solved anew, falls; mu grows where it does not and shrinks where the model predicts well.
+with the maximisers moving along by their response. Levenberg and Marquardt decide (`levenberg`): a step is accepted where the
+robust objective, its inner problems solved anew, falls; mu grows where it does not and shrinks where the model predicts well.
 """
 
 from __future__ import annotations
 
-import logging
 import time
 import warnings as warning_module
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from lightning_muter.curvature.inner import InnerSolver, Smoothing
 from lightning_muter.curvature.matrix_free import WideCurvature, WideObjective
-from lightning_muter.curvature.objective import Evaluation
 from lightning_muter.curvature.response import Response, as_response
 from lightning_muter.curvature.samples import SampleSource
-from lightning_muter.curvature.sketch import rademacher
 from lightning_muter.curvature.wide_problem import WideProblem
 from lightning_muter.distributed import Shards, refuse_sharded_parameters
-from lightning_muter.errors import ArgumentError, SolveError
+from lightning_muter.errors import ArgumentError, MismatchError
 from lightning_muter.identity import weight_fingerprint
+from lightning_muter.levenberg import Found, LevenbergMarquardt
 from lightning_muter.losses import Loss, resolve_loss
 from lightning_muter.preflight.decay import read_weight_decay
-from lightning_muter.solvers import Product
-from lightning_muter.taking import Decay, _optimizers, _threat
+from lightning_muter.snapshot import loss_name
+from lightning_muter.solvers import CG, Solver
+from lightning_muter.taking import Decay, _optimizers, _threat, check_digests
 from lightning_muter.threat import ThreatModel
 from lightning_muter.truncated import TruncatedCG
 from lightning_muter.unlearning import UnlearnResult, checked_positions
+from lightning_muter.wide_snapshot import WIDE_BATCH, WideSnapshot
 
-_log = logging.getLogger(__name__)
+#: mu at the start, per sample.
+DAMPING = 1e-3
 
 
+@torch.inference_mode(False)
 def unlearn_wide(
     model: nn.Module,
     forget: Iterable[int],
@@ -60,7 +61,7 @@ def unlearn_wide(
     optimizers: Iterable[Any] | None = None,
     forgotten: Iterable[int] = (),
     steps: int = 5,
-    damping: float = 1e-3,
+    damping: float = DAMPING,
     cg: TruncatedCG | None = None,
     tolerance: float = 1e-6,
     seconds: float | None = None,
@@ -68,7 +69,7 @@ def unlearn_wide(
     inner: InnerSolver | None = None,
     sample_weight: Tensor | None = None,
     collate: Callable[[list[Any]], Any] | None = None,
-    batch_size: int = 256,
+    batch_size: int = WIDE_BATCH,
     num_workers: int = 0,
     shards: Shards | None = None,
     dry_run: bool = False,
@@ -96,17 +97,128 @@ def unlearn_wide(
         SolveError: no trial lowered the objective. The model is as it was.
     """
     began = time.perf_counter()
-    if not (isinstance(steps, int) and steps >= 1) or not damping >= 0:
-        raise ArgumentError("steps, damping", (steps, damping), "steps >= 1 and damping >= 0")
-    refuse_sharded_parameters(model)
-    n_total = len(data)  # type: ignore[arg-type]
     before = [int(i) for i in forgotten]
+    n_total = len(data)  # type: ignore[arg-type]
     stand_in: Any = SimpleNamespace(n_total=n_total, forgotten=before, n_retained=n_total - len(set(before)))
     positions = checked_positions(forget, stand_in)
     gone = {*positions, *before}
-    kept = [i for i in range(n_total) if i not in gone]
+    objective = wide_objective(
+        model,
+        data,
+        [i for i in range(n_total) if i not in gone],
+        scope=scope,
+        threat=_threat(model, threat_model, attack),
+        trades_beta=trades_beta,
+        response=response,
+        curvature=curvature,
+        loss=loss,
+        decay=lambda problem: wide_decay(problem, model, weight_decay, optimizers),
+        smoothing=smoothing,
+        inner=inner,
+        sample_weight=sample_weight,
+        collate=collate,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        shards=shards,
+    )
+    deadline = None if seconds is None else began + seconds
+    result, new = _carry_out(objective, scope, positions, steps, damping, cg, tolerance, deadline, progress)
+    _commit(objective.problem, new, result, dry_run, lambda: None)
+    result.seconds = time.perf_counter() - began
+    return result
+
+
+@torch.inference_mode(False)
+def unlearn_stored(
+    model: nn.Module,
+    snapshot: WideSnapshot,
+    forget: Iterable[int],
+    data: Dataset[Any],
+    *,
+    retain: Dataset[Any] | None = None,
+    refine: int = 0,
+    method: object = None,
+    solver: str | Solver | TruncatedCG = "auto",
+    dry_run: bool = False,
+    loss: Loss | None = None,
+    collate: Callable[[list[Any]], Any] | None = None,
+    batch_size: int = WIDE_BATCH,
+    progress: bool = True,
+) -> UnlearnResult:
+    """What :func:`lightning_muter.unlearn` does for a `WideSnapshot`: one accepted Newton-CG step and ``refine`` more.
+
+    Args:
+        data, retain: the full training dataset; retained rows are read from ``retain`` where it is given.
+        solver: "auto", "cg", a `CG` or a `TruncatedCG`: systems are known by their products alone.
+
+    Raises:
+        ArgumentError: a method or solver that needs stored sums. The others as in :func:`unlearn_wide`.
+        MismatchError: weights, data, scope or loss are not the snapshot's.
+    """
+    began = time.perf_counter()
+    positions = checked_positions(forget, snapshot)
+    if not (isinstance(refine, int) and not isinstance(refine, bool) and refine >= 0):
+        raise ArgumentError("refine", refine, "a whole number, 0 or larger")
+    if method is not None:
+        raise ArgumentError(
+            "method", method, "None beyond the head", "Methods solve with stored sums; take a snapshot of scope='head'."
+        )
+    read = retain if retain is not None else data
+    snapshot.check_length(data, "data")
+    snapshot.check_length(read, "retain")
+    snapshot.check_model(model)
+    snapshot.check_parameters(model)
+    found = resolve_loss(loss, model)
+    if loss_name(found) != snapshot.loss_name:
+        raise MismatchError(
+            f"loss: got {loss_name(found)}, the snapshot was taken with {snapshot.loss_name}. Pass that loss, or take a "
+            "new snapshot."
+        )
+    gone = set(positions)
+    kept = [i for i in snapshot.retained_positions if i not in gone]
+    check_digests(snapshot, data, positions, "data", collate)
+    check_digests(snapshot, read, kept, "data" if retain is None else "retain", collate)
+    objective = stored_objective(model, snapshot, read, kept, loss=found, collate=collate, batch_size=batch_size)
+    result, new = _carry_out(
+        objective, snapshot.scope, positions, 1 + refine, DAMPING, _as_cg(solver), 1e-6, None, progress
+    )
+    after = replace(snapshot, forgotten=[*snapshot.forgotten, *positions], digests=snapshot.digests.clone())
+    after.digests[torch.tensor(positions)] = 0
+    assert result.stationarity_after is not None
+    after.stationarity = result.stationarity_after
+
+    def adopt() -> None:
+        after.fingerprint = result.fingerprint_after
+        snapshot.adopt(after)
+
+    _commit(objective.problem, new, result, dry_run, adopt)
+    result.seconds = time.perf_counter() - began
+    return result
+
+
+def wide_objective(
+    model: nn.Module,
+    data: Dataset[Any],
+    positions: Sequence[int],
+    *,
+    scope: str | Sequence[str],
+    threat: ThreatModel,
+    trades_beta: float | None,
+    response: str | Response,
+    curvature: WideCurvature,
+    loss: Loss | None,
+    decay: Callable[[WideProblem], Tensor],
+    smoothing: Smoothing | None,
+    inner: InnerSolver | None,
+    sample_weight: Tensor | None,
+    collate: Callable[[list[Any]], Any] | None,
+    batch_size: int,
+    num_workers: int = 0,
+    shards: Shards | None = None,
+) -> WideObjective:
+    """The robust objective of the parameters in ``scope`` over ``positions`` of ``data``, anchored at the weights at hand."""
+    refuse_sharded_parameters(model)
     shards = shards or Shards.current()
-    threat = _threat(model, threat_model, attack)
     source = SampleSource(
         data,
         collate=collate,
@@ -115,141 +227,92 @@ def unlearn_wide(
         device=next(model.parameters()).device,
         weight=sample_weight,
         threat=threat,
+        readable=positions,
     )
     problem = WideProblem(model, resolve_loss(loss, model), scope, source.examples(), trades_beta)
-    w = problem.read()
-    objective = WideObjective(
+    return WideObjective(
         problem,
         threat,
         source,
-        wide_decay(problem, model, weight_decay, optimizers),
+        decay(problem),
         as_response(response, threat),
-        shards.share(kept),
-        len(kept),
+        shards.share(positions),
+        len(positions),
         curvature,
         inner or InnerSolver(max_iter=50),
         smoothing or Smoothing(),
-        anchor=w if threat.norm == "linf" and threat.eps > 0 else None,
+        anchor=problem.read() if threat.norm == "linf" and threat.eps > 0 else None,
         reduce=shards.sum_,
+        leads=shards.rank == 0,
     )
-    deadline = None if seconds is None else began + seconds
-    search = _Search(objective, cg or TruncatedCG(), damping, deadline, progress and shards.rank == 0)
-    found = search.run(w, steps, tolerance)
+
+
+def stored_objective(
+    model: nn.Module, snapshot: WideSnapshot, data: Dataset[Any], positions: Sequence[int], **options: Any
+) -> WideObjective:
+    """The objective that a `WideSnapshot` describes, over some positions."""
+    return wide_objective(
+        model,
+        data,
+        positions,
+        scope=snapshot.patterns,
+        threat=snapshot.threat_model,
+        trades_beta=snapshot.trades_beta,
+        response=snapshot.response,
+        curvature=snapshot.curvature,
+        decay=lambda problem: wide_decay(problem, model, snapshot.decay, None),
+        smoothing=snapshot.smoothing,
+        inner=snapshot.inner,
+        sample_weight=snapshot.sample_weight,
+        **options,
+    )
+
+
+def _carry_out(
+    objective: WideObjective,
+    scope: str | Sequence[str],
+    positions: list[int],
+    steps: int,
+    damping: float,
+    cg: TruncatedCG | None,
+    tolerance: float,
+    deadline: float | None,
+    progress: bool,
+) -> tuple[UnlearnResult, Tensor]:
+    """The search on the retained objective, and the weights it proposes; nothing is changed yet."""
+    if not (isinstance(steps, int) and steps >= 1) or not damping >= 0:
+        raise ArgumentError("steps, damping", (steps, damping), "steps >= 1 and damping >= 0")
+    problem = objective.problem
+    w = problem.read()
+    title = "unlearn" if progress and objective.leads else None
+    found = LevenbergMarquardt(objective, cg or TruncatedCG(), damping, deadline, title).run(w, steps, tolerance)
     result = UnlearnResult(
         method="newton-cg",
         response=objective.response.name,
         scope=scope if isinstance(scope, str) else ", ".join(scope),
         forgotten=positions,
-        n_retained=len(kept),
+        n_retained=objective.count,
         step_norm=float((found.w - w).norm()),
         solver=found.solver | {"steps": found.trials, "counts": {k: v for k, v in objective.counts.items() if v}},
         stationarity_before=found.first.stationarity,
         stationarity_after=found.last.stationarity,
-        fingerprint_before=weight_fingerprint(model.state_dict()),
+        fingerprint_before=weight_fingerprint(problem.module.state_dict()),
         refine=found.history,
-        dry_run=dry_run,
     )
-    result.warnings += _notes(problem, model, found)
-    _commit(problem, found.w, result, dry_run)
-    for note in result.warnings:
-        warning_module.warn(note, stacklevel=2)
-    result.seconds = time.perf_counter() - began
-    return result
+    result.warnings += _notes(problem, found)
+    return result, found.w
 
 
-@dataclass
-class _Found:
-    w: Tensor
-    first: Evaluation
-    last: Evaluation
-    solver: dict[str, Any]
-    trials: list[dict[str, Any]] = field(default_factory=list)
-    history: list[float] = field(default_factory=list)
-
-
-@dataclass
-class _Search:
-    """Levenberg-Marquardt around truncated CG."""
-
-    objective: WideObjective
-    cg: TruncatedCG
-    damping: float
-    deadline: float | None
-    progress: bool
-
-    def run(self, w: Tensor, steps: int, tolerance: float) -> _Found:
-        objective = self.objective
-        with tqdm(total=steps, desc="unlearn", unit="step", disable=not self.progress, leave=False) as line:
-            now = objective.evaluate(w)
-            objective.accept(now)
-            found = _Found(w, now, now, {"status": "converged", "residual": 0.0, "iterations": 0})
-            rejected = 0
-            while len(found.history) < steps and found.last.stationarity > tolerance and rejected < 8:
-                if self.deadline is not None and self._late():
-                    break
-                accepted = self._trial(found, line)
-                rejected = 0 if accepted else rejected + 1
-                line.update(int(accepted))
-        if not found.history and found.first.stationarity > tolerance:
-            tried = [(t["damping"], t["status"]) for t in found.trials]
-            raise SolveError(
-                f"No step lowered the robust objective on the retained data (trials, damping and status: {tried}). "
-                "Nothing was changed. Allow more iterations of the inner solver (inner=InnerSolver(max_iter=300)), a "
-                "larger damping, or more seconds."
-            )
-        return found
-
-    def _late(self) -> bool:
-        """Asked of all processes together, so that all stop together."""
-        late = torch.tensor([float(time.perf_counter() > (self.deadline or 0.0))], dtype=torch.float64)
-        late = late.to(self.objective.problem.device, self.objective.problem.dtype)
-        self.objective.reduce([late])
-        return bool(late > 0)
-
-    def _trial(self, found: _Found, line: Any) -> bool:
-        objective, now, w = self.objective, found.last, found.w
-        shift = self.damping * objective.count
-
-        def product(v: Tensor) -> Tensor:
-            return objective.product(w, v, shift)
-
-        def on_step(step: int, residual: float) -> None:
-            line.set_postfix_str(f"cg {step}, residual {residual:.1e}, stationarity {now.stationarity:.1e}")
-
-        solution, predicted = self.cg.solve(product, -now.gradient, self._preconditioner(w, shift), on_step)
-        trial = w + solution.value
-        finite = bool(torch.isfinite(trial).all())
-        new = objective.evaluate(trial) if finite else now
-        fall = now.value - new.value
-        ratio = fall / predicted if predicted > 0 else float("nan")
-        accepted = finite and fall > 0 and bool(torch.isfinite(new.gradient).all())
-        found.trials.append(
-            solution.to_dict() | {"damping": self.damping, "fall": fall, "predicted": predicted, "accepted": accepted}
-        )
-        _log.info("damping %.1e, %s, fall %.3e of %.3e", self.damping, solution.to_dict(), fall, predicted)
-        if ratio > 0.75:
-            self.damping /= 3
-        elif not ratio > 0.25:
-            self.damping = max(4 * self.damping, 1e-8)
-        if accepted:
-            objective.accept(new)
-            found.w, found.last, found.solver = trial, new, solution.to_dict()
-            found.history.append(new.stationarity)
-        return accepted
-
-    def _preconditioner(self, w: Tensor, shift: float, probes: int = 2) -> Product:
-        """The mean curvature of each parameter tensor, by a few products with signs (Hutchinson)."""
-        objective, sizes = self.objective, self.objective.problem.sizes
-        total = torch.zeros(len(sizes), dtype=w.dtype, device=w.device)
-        for probe in range(probes):
-            signs = rademacher(probe + 1, torch.zeros(1, dtype=torch.int64), len(w))[0].to(w)
-            image = objective.product(w, signs, shift)
-            total += torch.stack([p.mean() for p in (signs * image).split(sizes)])
-        floor = total.abs().max() * 1e-3
-        scale = torch.repeat_interleave(
-            (total / probes).clamp(min=float(floor)), torch.tensor(sizes, device=w.device)
-        ).reciprocal()
-        return lambda v: scale * v
+def _as_cg(solver: str | Solver | TruncatedCG) -> TruncatedCG:
+    if isinstance(solver, TruncatedCG):
+        return solver
+    if isinstance(solver, CG):
+        return TruncatedCG(max_iter=solver.max_iter, tolerance=solver.tolerance)
+    if solver in ("auto", "cg"):
+        return TruncatedCG()
+    raise ArgumentError(
+        "solver", solver, "'auto', 'cg', CG or TruncatedCG beyond the head", "The others need the matrix itself."
+    )
 
 
 def wide_decay(problem: WideProblem, model: nn.Module, weight_decay: Decay, optimizers: Iterable[Any] | None) -> Tensor:
@@ -268,17 +331,12 @@ def wide_decay(problem: WideProblem, model: nn.Module, weight_decay: Decay, opti
     return torch.repeat_interleave(found, torch.tensor(problem.sizes, device=problem.device))
 
 
-def _notes(problem: WideProblem, model: nn.Module, found: _Found) -> list[str]:
-    inside = set(problem.names)
-    left = [n for n, p in model.named_parameters() if p.requires_grad and n not in inside]
+def _notes(problem: WideProblem, found: Found) -> list[str]:
     notes = []
-    if left:
-        notes.append(
-            f"The scope leaves {len(left)} trainable parameters as they are ({', '.join(left[:3])}"
-            f"{', ...' if len(left) > 3 else ''}): they keep what they learnt from forgotten samples. "
-            "scope='all' covers them."
-        )
-    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats for m in model.modules()):
+    left = left_outside(problem.module, problem.names)
+    if left is not None:
+        notes.append(left)
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats for m in problem.module.modules()):
         notes.append(
             "Running statistics of batch normalisation are constants here: they keep an average over the forgotten "
             "samples. Recompute them on retained data, or use normalisation without running statistics."
@@ -291,14 +349,33 @@ def _notes(problem: WideProblem, model: nn.Module, found: _Found) -> list[str]:
     return notes
 
 
-def _commit(problem: WideProblem, new: Tensor, result: UnlearnResult, dry_run: bool) -> None:
+def left_outside(model: nn.Module, names: Iterable[str]) -> str | None:
+    """What a scope leaves behind; None when it covers every trainable parameter."""
+    inside = set(names)
+    left = [n for n, p in model.named_parameters() if p.requires_grad and n not in inside]
+    if not left:
+        return None
+    shown = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
+    return (
+        f"The scope leaves {len(left)} trainable parameters as they are ({shown}): they keep what they learnt from "
+        "forgotten samples. scope='all' covers them."
+    )
+
+
+def _commit(problem: WideProblem, new: Tensor, result: UnlearnResult, dry_run: bool, adopt: Callable[[], None]) -> None:
+    """Write the weights and take the fingerprint; on any failure (or a dry run) the weights go back."""
+    result.dry_run = dry_run
+    for note in result.warnings:  # before anything is changed: a warning may be an error
+        warning_module.warn(note, stacklevel=3)
     named = dict(problem.module.named_parameters())
     before = {n: named[n].detach().clone() for n in problem.names}
     done = False
     try:
         problem.write(new)
         result.fingerprint_after = weight_fingerprint(problem.module.state_dict())
-        done = not dry_run
+        if not dry_run:
+            adopt()
+            done = True
     finally:
         if not done:
             with torch.no_grad():

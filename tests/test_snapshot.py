@@ -203,7 +203,7 @@ def test_a_first_save_that_fails_leaves_nothing(stored, tmp_path, monkeypatch):
     def fail(*args: Any) -> Any:
         raise OSError(28, "No space left on device (injected)")
 
-    monkeypatch.setattr("lightning_muter.snapshot.atomic_write", fail)
+    monkeypatch.setattr("lightning_muter.stored.atomic_write", fail)
     with pytest.raises(OSError, match="injected"):
         snapshot.save(tmp_path / "a.muter.snapshot")
     assert listing(tmp_path) == {}

@@ -115,6 +115,7 @@ class WideObjective:
         positions: what this process reads; ``count``: the samples of all processes.
         delta: tracked maximisers in the order of ``positions``.
         anchor: w at which the smoothing of L-infinity switches is evaluated.
+        leads: this process shows progress.
     """
 
     problem: WideProblem
@@ -130,6 +131,7 @@ class WideObjective:
     delta: Tensor | None = None
     anchor: Tensor | None = None
     reduce: Reduce = lambda tensors: None
+    leads: bool = True
     tick: Callable[[int], None] | None = None
     counts: Counter[str] = field(default_factory=Counter)
     scale: float | None = None

@@ -45,7 +45,7 @@ def parameters_in(module: nn.Module, scope: str | Sequence[str]) -> list[str]:
     ['1.weight', '1.bias']
     """
     names = [n for n, p in module.named_parameters() if p.requires_grad]
-    if scope == "all" and names:
+    if scope in ("all", ["all"]) and names:
         return names
     patterns = [scope] if isinstance(scope, str) else list(scope)
     idle = [p for p in patterns if not fnmatch.filter(names, p)]

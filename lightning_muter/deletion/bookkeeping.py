@@ -19,6 +19,9 @@ from lightning_muter.files import Writer
 from lightning_muter.identity import DigestKey, versions, weight_fingerprint
 from lightning_muter.snapshot import CHECKPOINT_KEY, Snapshot
 from lightning_muter.unlearning import UnlearnResult
+from lightning_muter.wide_snapshot import WideSnapshot
+
+AnySnapshot = Snapshot | WideSnapshot
 
 
 def insist_on_snapshot(places: Places) -> None:
@@ -30,14 +33,14 @@ def insist_on_snapshot(places: Places) -> None:
         )
 
 
-def load_snapshot(path: Path, key: DigestKey | None = None) -> Snapshot:
+def load_snapshot(path: Path, key: DigestKey | None = None) -> AnySnapshot:
     """A snapshot from an untrusted file whose container is sound but whose content may be anything.
 
     Raises:
         CorruptFileError: it is damaged or altered.
     """
     try:
-        snapshot = Snapshot.load(path, key)
+        snapshot: AnySnapshot = Snapshot.load(path, key)
         if not isinstance(snapshot.fingerprint, str) or not all(0 <= i < snapshot.n_total for i in snapshot.forgotten):
             raise ValueError("its rows are not rows of its dataset")
         f"{snapshot.scope} {snapshot.threat_model} {float(snapshot.stationarity)}"
@@ -82,13 +85,13 @@ def snapshot_key(places: Places, ledger: Ledger) -> Iterator[DigestKey]:
         raise
 
 
-def forgotten_rows(snapshot: Snapshot, ledger: Ledger | None) -> dict[int, str]:
+def forgotten_rows(snapshot: AnySnapshot, ledger: Ledger | None) -> dict[int, str]:
     """The rows that snapshot or ledger say are forgotten; that both agree has been checked by their hashes."""
     known = ledger.forgotten() if ledger is not None else {}
     return {**dict.fromkeys(map(int, snapshot.forgotten), "a request before the ledger began"), **known}
 
 
-def forgotten_again(snapshot: Snapshot, ledger: Ledger, gone: list[int]) -> Snapshot:
+def forgotten_again(snapshot: AnySnapshot, ledger: Ledger, gone: list[int]) -> AnySnapshot:
     """The snapshot with the ledger's list of forgotten rows, which a later training has not seen.
 
     Raises:
@@ -136,7 +139,7 @@ _TOLD_ELSEWHERE = {"method", "scope", "forgotten", "n_retained", "fingerprint_be
 def receipt_content(
     kind: str,
     request_id: str,
-    snapshot: Snapshot,
+    snapshot: AnySnapshot,
     before: str,
     model: L.LightningModule,
     result: UnlearnResult | None = None,
@@ -173,7 +176,7 @@ def commit(
     content: dict[str, Any],
     checkpoint: Mapping[str, Any],
     model: L.LightningModule,
-    snapshot: Snapshot,
+    snapshot: AnySnapshot,
     asked: str,
     key: DigestKey,
 ) -> dict[str, Any]:

@@ -35,14 +35,17 @@ from lightning_muter.deletion.checkpoints import checkpoint_fingerprint, load_ch
 from lightning_muter.deletion.ledger import Ledger
 from lightning_muter.deletion.lineage import check_agreement, fork, open_ledger, reading
 from lightning_muter.deletion.places import Places
-from lightning_muter.deletion.preparation import load_into, threat_of, training_data
+from lightning_muter.deletion.preparation import load_into, threat_of, trades_beta_of, training_data
 from lightning_muter.deletion.requests import ForgetConfig, asked_digest, checked_request_id, refuse_forgotten, resolve
 from lightning_muter.deletion.transactions import exclusive
 from lightning_muter.methods import Method
+from lightning_muter.snapshot import Snapshot
 from lightning_muter.solvers import Solver
 from lightning_muter.taking import refresh, take_snapshot
 from lightning_muter.threat import ThreatModel
 from lightning_muter.unlearning import unlearn
+from lightning_muter.wide_snapshot import WIDE_BATCH, WideSnapshot
+from lightning_muter.wide_taking import take_wide_snapshot
 
 
 class MuterTrainer(L.Trainer):
@@ -54,9 +57,9 @@ class MuterTrainer(L.Trainer):
         ckpt_path: str,
         datamodule: L.LightningDataModule | None = None,
         threat_model: ThreatModel | None = None,
-        scope: str = "head",
+        scope: str | list[str] = "head",
         response: str | Response = "auto",
-        curvature: Literal["hessian", "ggn", "fisher"] = "hessian",
+        curvature: Literal["hessian", "ggn", "fisher"] | None = None,
         loss: Callable[..., torch.Tensor] | None = None,
         weight_decay: float | Literal["auto"] = "auto",
         polish: int | Literal["auto"] = "auto",
@@ -76,12 +79,14 @@ class MuterTrainer(L.Trainer):
             datamodule: provides the training data, as in fit.
             threat_model: norm, eps and box of the attack it was trained against; read off the module's
                 configure_attack() or the AdversarialTraining callback when not given.
-            scope: what unlearning changes: "head", the last linear layer.
+            scope: what unlearning changes: "head", the last linear layer, whose sums are stored; "all" or a list of
+                patterns over parameter names, for which requests read the retained data instead.
             response: how the attack reacts to the weights: auto, none, unconstrained, l2, linf or a Response.
-            curvature: the direct part: hessian, ggn or fisher.
+            curvature: the direct part: hessian, ggn or fisher; by default hessian for the head, ggn beyond it.
             loss: the training loss, callable(logits, y, reduction="none"); the module's criterion or cross-entropy.
             weight_decay: the optimiser's weight decay; read off configure_optimizers() when "auto".
-            polish: steps of further minimisation until stationary; 0 never touches the weights.
+            polish: steps of further minimisation until stationary (beyond the head "auto" takes none); 0 never touches
+                the weights.
             batch_size: samples at a time.
             out: write under this name (<name>.ckpt) instead of beside the checkpoint.
             request_id: your own id of this request; the same id again returns the first receipt.
@@ -90,7 +95,9 @@ class MuterTrainer(L.Trainer):
         source, places = Places.of(ckpt_path), Places.of(out or ckpt_path)
         path = Path(ckpt_path)
         request_id = checked_request_id(request_id, "snapshot")
-        asked = asked_digest("snapshot", {"scope": scope, "response": str(response), "curvature": curvature})
+        asked = asked_digest(
+            "snapshot", {"scope": scope, "response": str(response), "curvature": curvature or "hessian"}
+        )
         with (
             exclusive(places, wait=wait, say=_say),
             open_ledger(places) as ledger,
@@ -109,21 +116,24 @@ class MuterTrainer(L.Trainer):
                 snapshot = refresh(model, old, data.dataset, loss=loss, collate=data.collate, batch_size=batch_size)
             else:
                 threat_model, attack = threat_of(self, model, threat_model)
-                snapshot = take_snapshot(
+                wide = scope != "head"
+                take: Callable[..., Snapshot | WideSnapshot] = take_wide_snapshot if wide else take_snapshot
+                snapshot = take(
                     model,
                     data.dataset,
                     threat_model=threat_model,
                     attack=attack,
                     scope=scope,
                     response=response,
-                    curvature=curvature,
+                    curvature=curvature or ("ggn" if wide else "hessian"),
                     loss=loss,
                     weight_decay=weight_decay,
                     polish=polish,
                     collate=data.collate,
-                    batch_size=batch_size,
+                    batch_size=min(batch_size, WIDE_BATCH) if wide else batch_size,
                     device=self.strategy.root_device,
                     key=key,
+                    **({"trades_beta": trades_beta_of(self, model)} if wide else {}),
                 )
             content = receipt_content("snapshot", request_id, snapshot, before, model)
             receipt = commit(places, ledger, content, checkpoint, model, snapshot, asked, key)
@@ -155,9 +165,10 @@ class MuterTrainer(L.Trainer):
             forget: whom or what to forget.
             method: how; the constraint-aware MUter by default.
             solver: how the linear system is solved: auto, cholesky, cg, neumann, schur or a Solver.
-            refine: further steps with the retained data, each closer to retraining.
+            refine: further steps with the retained data, each closer to retraining (beyond the head: of Newton-CG).
             certify: measure the result on the retained data: stationarity, and a certificate for linear models. It
-                costs about one pass over the data; without it the retained data are not read (unless refined).
+                costs about one pass over the data; without it the retained data are not read (unless refined, or the
+                scope is wider than the head, where every request reads them).
             loss: the loss that the snapshot was taken with, if it was given there.
             batch_size: samples at a time.
             dry_run: compute everything, write nothing, say what would change.

@@ -14,7 +14,7 @@ from lightning_muter.deletion.places import Places, receipt_path
 from lightning_muter.deletion.receipts import read_receipt
 from lightning_muter.errors import MuterError
 from lightning_muter.identity import DigestKey
-from lightning_muter.snapshot import Snapshot
+from lightning_muter.stored import Stored
 
 
 @dataclass
@@ -82,7 +82,7 @@ def _checkpoint(places: Places, found: Audit) -> str | None:
     return fingerprint
 
 
-def _snapshot(places: Places, found: Audit, fingerprint: str | None) -> Snapshot | None:
+def _snapshot(places: Places, found: Audit, fingerprint: str | None) -> Stored | None:
     snapshot = _attempt(found, lambda: load_snapshot(places.snapshot))
     if snapshot is None:
         return None
@@ -97,7 +97,7 @@ def _snapshot(places: Places, found: Audit, fingerprint: str | None) -> Snapshot
     return snapshot
 
 
-def _ledger(places: Places, found: Audit, ledger: Ledger, fingerprint: str | None, snapshot: Snapshot | None) -> None:
+def _ledger(places: Places, found: Audit, ledger: Ledger, fingerprint: str | None, snapshot: Stored | None) -> None:
     receipts = ledger.receipts()
     kinds = [receipt["kind"] for receipt in receipts]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))

@@ -73,3 +73,12 @@ def threat_of(
         if getattr(callback, "threat_model", None) is not None or attack is not None:
             return callback.threat_model, attack
     return None, None
+
+
+def trades_beta_of(trainer: L.Trainer, model: L.LightningModule) -> float | None:
+    """The beta of TRADES, off an AdversarialTraining callback or the module's mixin; None where it is not used."""
+    for callback in getattr(trainer, "callbacks", []):
+        if getattr(callback, "trades_beta", None) is not None:
+            return float(callback.trades_beta)
+    beta = getattr(model, "trades_beta", None)
+    return None if beta is None else float(beta)

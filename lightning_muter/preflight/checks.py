@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_muter.adversarial.attacks import Adversary, check_box
+from lightning_muter.curvature.wide_problem import parameters_in
 from lightning_muter.errors import ArgumentError, UnsuitableError
 from lightning_muter.head import Head, eval_mode, find_head
 from lightning_muter.losses import Loss, per_sample, resolve_loss
@@ -41,7 +42,7 @@ def inspect_fit(
     trainer: pl.Trainer,
     module: pl.LightningModule,
     *,
-    scope: str = "head",
+    scope: str | list[str] = "head",
     threat_model: ThreatModel | None = None,
     loss: Loss | None = None,
     weight_decay: object = "auto",
@@ -52,7 +53,7 @@ def inspect_fit(
 
     Args:
         trainer, module: as Lightning hands them to a callback.
-        scope: ``"head"``, or anything else for a matrix-free scope (then no head is looked for).
+        scope: ``"head"``, or a matrix-free scope: ``"all"`` or patterns over parameter names (then no head is looked for).
         threat_model, loss, weight_decay: as given to ``MUterCallback``; an explicit one overrides what is read.
         callback: the one that snapshots; weight averaging must come before it.
         cap: largest dense snapshot, in bytes.
@@ -67,9 +68,16 @@ def inspect_fit(
     except (ArgumentError, UnsuitableError) as e:
         out.append(Finding("error", str(e)))
     else:
-        out += inspect_adversary(adversary, threat_model)
+        out += inspect_adversary(adversary, threat_model, scope)
     readable = not any(f.level == "error" for f in about_data)
     names = [n for n, p in module.named_parameters() if p.requires_grad]
+    if scope != "head":
+        try:
+            names = parameters_in(module, scope)
+        except ArgumentError as e:
+            out.append(Finding("error", str(e)))
+        else:
+            out += inspect_outside(module, names, trainer.optimizers)
     if readable:
         x, y = (t.to(module.device) for t in example_batch(loaders[0]))
         x = trainer.precision_plugin.convert_input(x)
@@ -84,7 +92,7 @@ def inspect_fit(
             names = [prefix + n for n, _ in head.linear.named_parameters()]
             out += inspect_size(head, len(loaders[0].dataset), x[0].numel(), threat, cap)
             out += inspect_outside(module, names, trainer.optimizers)
-    out += inspect_optimizers(trainer.optimizers, module, names, weight_decay)
+    out += inspect_optimizers(trainer.optimizers, module, names, weight_decay, damped=scope != "head")
     return out
 
 
@@ -150,7 +158,9 @@ def inspect_hooks(trainer: pl.Trainer, module: pl.LightningModule) -> list[Findi
     return out
 
 
-def inspect_adversary(adversary: Adversary | None, threat_model: ThreatModel | None) -> list[Finding]:
+def inspect_adversary(
+    adversary: Adversary | None, threat_model: ThreatModel | None, scope: str | list[str] = "head"
+) -> list[Finding]:
     """Whether the threat model is known and is the one that is trained against."""
     if adversary is None:
         if threat_model is not None:
@@ -172,12 +182,12 @@ def inspect_adversary(adversary: Adversary | None, threat_model: ThreatModel | N
                 "Give the same one to both, or leave it out here.",
             )
         )
-    if adversary.trades_beta is not None:
+    if adversary.trades_beta is not None and scope == "head":
         out.append(
             Finding(
                 "skip",
-                "TRADES is not convex even in a linear head; its unlearning is refused.",
-                "Train with PGD (no trades_beta) to unlearn.",
+                "TRADES is not convex even in a linear head; its unlearning from stored sums is refused.",
+                "Train with PGD (no trades_beta) to unlearn, or use scope='all' (matrix-free).",
             )
         )
     elif adversary.note is not None:
@@ -220,7 +230,7 @@ def inspect_loss(module: nn.Module, loss: Loss | None, x: Tensor, y: Tensor) -> 
     return out + _caught(measure)
 
 
-def inspect_model(module: nn.Module, x: Tensor, scope: str = "head") -> tuple[list[Finding], Head | None]:
+def inspect_model(module: nn.Module, x: Tensor, scope: str | list[str] = "head") -> tuple[list[Finding], Head | None]:
     """The head, and layers that behave differently in eval mode or have no second derivative."""
     out: list[Finding] = []
     head: Head | None = None
@@ -255,9 +265,9 @@ def inspect_outside(module: nn.Module, names: Iterable[str], optimizers: Iterabl
     return [
         Finding(
             "warning",
-            f"{len(outside)} parameters outside the head ({_few(outside)}) are trained on the same data and keep "
+            f"{len(outside)} parameters outside the scope ({_few(outside)}) are trained on the same data and keep "
             "what they learnt from forgotten samples.",
-            "Freeze the backbone (requires_grad=False) after training it on data that is never forgotten.",
+            "Freeze them (requires_grad=False) after training them on data that is never forgotten, or use scope='all'.",
         )
     ]
 

@@ -97,9 +97,18 @@ def no_decay_text(names: list[str]) -> str:
 
 
 def inspect_optimizers(
-    optimizers: Iterable[Any], module: nn.Module, names: list[str], weight_decay: object = "auto"
+    optimizers: Iterable[Any],
+    module: nn.Module,
+    names: list[str],
+    weight_decay: object = "auto",
+    *,
+    damped: bool = False,
 ) -> list[Finding]:
-    """Findings about the optimisers, for unlearning the parameters ``names``; a given ``weight_decay`` settles it."""
+    """Findings about the optimisers, for unlearning the parameters ``names``; a given ``weight_decay`` settles it.
+
+    Args:
+        damped: the solve is damped (beyond the head), so that decay may be 0.
+    """
     plain = [_unwrap(o) for o in optimizers]
     named = dict(module.named_parameters())
     if not plain:
@@ -129,7 +138,11 @@ def inspect_optimizers(
         return [*out, Finding("skip", str(e))]
     undecayed = [n for n in names if decays[n] == 0.0]
     weights = [n for n in undecayed if named[n].dim() > 1 or len(names) == 1]
-    if weights:
+    if weights and damped:
+        shown = ", ".join(weights[:3]) + (", ..." if len(weights) > 3 else "")
+        text = f"Weight decay is 0 for {shown}: the minimiser is not unique, damping alone holds the steps."
+        out.append(Finding("warning", text, "Give the optimiser weight_decay (1e-4 to 1e-2 is usual)."))
+    elif weights:
         out.append(Finding("skip", no_decay_text(weights)))
     elif undecayed:
         out.append(
