@@ -112,11 +112,26 @@ class LevenbergMarquardt:
             self.damping /= 3
         elif not ratio > 0.25:
             self.damping = max(4 * self.damping, 1e-8)
+        if accepted and ratio > 0.75:
+            trial, new, reach = self._farther(w, trial, new)
+            found.trials[-1]["reach"] = reach
         if accepted:
             objective.accept(new)
             found.w, found.last, found.solver = trial, new, solution.to_dict()
             found.history.append(new.stationarity)
         return accepted
+
+    def _farther(self, w: Tensor, trial: Tensor, new: Evaluation) -> tuple[Tensor, Evaluation, float]:
+        """Where the model predicts well the step is doubled as long as that falls farther: the losses of classification have
+        exponential tails, along which Newton steps all have the same length."""
+        reach = 1.0
+        while reach < 64:
+            ahead = w + 2 * (trial - w)
+            there = self.objective.evaluate(ahead)
+            if not (there.value < new.value and bool(torch.isfinite(there.gradient).all())):
+                break
+            trial, new, reach = ahead, there, 2 * reach
+        return trial, new, reach
 
     def _preconditioner(self, w: Tensor, shift: float, probes: int = 2) -> Product:
         """The mean curvature of each parameter tensor, by a few products with signs (Hutchinson)."""

@@ -41,7 +41,9 @@ from lightning_muter.unlearning import UnlearnResult, checked_positions
 from lightning_muter.wide_snapshot import WIDE_BATCH, WideSnapshot
 
 #: mu at the start, per sample.
-DAMPING = 1e-3
+DAMPING = 1e-2
+#: Inner maxima of ReLU networks sit on kinks: followed by a few steps per evaluation, they settle as the search goes on.
+_KINKED = InnerSolver(tolerance=1e-3, max_iter=8, tracking=4, finish=1)
 
 
 @torch.inference_mode(False)
@@ -239,7 +241,7 @@ def wide_objective(
         shards.share(positions),
         len(positions),
         curvature,
-        inner or InnerSolver(max_iter=50),
+        inner or (_KINKED if problem.backbone.piecewise_linear else InnerSolver(max_iter=50)),
         smoothing or Smoothing(),
         anchor=problem.read() if threat.norm == "linf" and threat.eps > 0 else None,
         reduce=shards.sum_,

@@ -22,6 +22,7 @@ from lightning_muter.identity import DigestKey, versions
 from lightning_muter.stored import Stored, described, response_from, restored_rows
 from lightning_muter.threat import ThreatModel
 
+_INNER = ("tolerance", "max_iter", "starts", "tracking", "finish")
 #: Samples at a time where derivatives of a whole network are taken.
 WIDE_BATCH = 256
 
@@ -90,7 +91,7 @@ class WideSnapshot(Stored):
             "loss": self.loss_name,
             "trades_beta": self.trades_beta,
             "input_shape": list(self.input_shape),
-            "inner": {"tolerance": self.inner.tolerance, "max_iter": self.inner.max_iter, "starts": self.inner.starts},
+            "inner": {name: getattr(self.inner, name) for name in _INNER},
             "smoothing": {"strength": self.smoothing.strength, "bandwidth": self.smoothing.bandwidth},
             "key_id": self.key_id,
             "fingerprint": self.fingerprint,
@@ -123,7 +124,7 @@ class WideSnapshot(Stored):
             loss_name=str(meta["loss"]),
             trades_beta=None if meta["trades_beta"] is None else float(meta["trades_beta"]),
             input_shape=tuple(int(i) for i in meta["input_shape"]),
-            inner=InnerSolver(**meta["inner"]),
+            inner=InnerSolver(**{name: meta["inner"][name] for name in _INNER}),
             smoothing=Smoothing(float(meta["smoothing"]["strength"]), float(meta["smoothing"]["bandwidth"])),
             digests=tensors["digests"],
             key_id=str(meta["key_id"]),

@@ -286,7 +286,7 @@ def test_a_backbone_trained_on_the_same_data_is_said_loudly(tmp_path):
         warnings.simplefilter("always")
         _trainer(tmp_path, muter, epochs=1).fit(module, _loader(_data()))
     texts = [str(w.message) for w in caught]
-    assert any("outside the head" in t and "before the fit starts" in t for t in texts)
+    assert any("outside the scope" in t and "before the fit starts" in t for t in texts)
     assert any("Head scope leaves 2 trainable parameters" in t for t in texts)
     with pytest.warns(UserWarning, match="Head scope leaves 2"):
         result = muter.unlearn(module, [3])
