@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lightning_muter.certificate import certify, why_no_certificate
-from lightning_muter.curvature.descent import descend
 from lightning_muter.curvature.problem import HeadProblem
 from lightning_muter.curvature.samples import SampleSource
 from lightning_muter.errors import ArgumentError, MismatchError, RequestError, SolveError
 from lightning_muter.identity import weight_fingerprint
 from lightning_muter.losses import Loss, resolve_loss
 from lightning_muter.methods import Method, MUter, Request, Step, check_requirements
+from lightning_muter.refining import refined
 from lightning_muter.snapshot import Snapshot, loss_name
-from lightning_muter.solvers import Solver, as_solver, definite_inverse
+from lightning_muter.solvers import Solver, as_solver
 from lightning_muter.stored import Stored
 from lightning_muter.taking import bar, check_digests, outside_head, rounded_starts
 from lightning_muter.wide_snapshot import WIDE_BATCH, WideSnapshot
@@ -92,7 +92,8 @@ def unlearn(
         solver: "auto", "cholesky", "cg", "neumann", "schur" or a Solver.
         retain: the full training dataset again: allows ``refine``, stationarity and the certificate. Rows forgotten now
             or before are not read.
-        refine: accepted steps of L-BFGS on the retained objective in the metric of the total Hessian.
+        refine: accepted steps of L-BFGS on the retained objective in the metric of the total Hessian, which is taken anew
+            where the request went too far for the stored one (a whole class).
         dry_run: compute everything, change nothing.
 
     Raises:
@@ -261,9 +262,16 @@ def _with_retained(
         result.stationarity_before = at_now.stationarity
         evaluation = objective.evaluate(theta)
         if refine:
-            metric, _ = definite_inverse(step.matrix)
-            found = descend(
-                objective, theta, metric, max_steps=refine, tolerance=1e-12, first=evaluation, on_step=on_step
+            found = refined(
+                objective,
+                theta,
+                step.matrix,
+                snapshot.response,
+                snapshot.curvature,
+                before=at_now,
+                first=evaluation,
+                steps=refine,
+                on_step=on_step,
             )
             theta, evaluation = found.theta, found.evaluation
             result.refine = found.history[1:]

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -124,6 +125,8 @@ class Records(Setting):
         table: CSV file with a header, one line per sample.
         column, value: the lines of ``table`` whose ``column`` equals ``value``.
         id_column: the column of ``table`` that holds the sample id.
+        unknown: "refuse" ids that are not in the private part, or "skip" them: what was never trained on needs no
+            unlearning (a person's records may have gone to the test part).
 
     Sample ids are ``dataset.ids``, else the positions.
     """
@@ -136,7 +139,10 @@ class Records(Setting):
         column: str | None = None,
         value: str | None = None,
         id_column: str = "id",
+        unknown: Literal["refuse", "skip"] = "refuse",
     ) -> None:
+        if unknown not in ("refuse", "skip"):
+            raise ArgumentError("unknown", unknown, "'refuse' or 'skip'")
         if (ids_file is None) == (table is None):
             raise ArgumentError(
                 "ids_file", ids_file, "a file of ids, or a table instead", "Give exactly one of the two."
@@ -144,12 +150,15 @@ class Records(Setting):
         if table is not None and (column is None or value is None):
             raise ArgumentError("column", column, "a column and a value with table=")
         self.ids_file, self.table, self.column, self.value, self.id_column = ids_file, table, column, value, id_column
+        self.unknown = unknown
 
     def scenarios(self, data: ArrayDataset, seed: int) -> list[Scenario]:
         wanted, label = self._ids()
         known = {name: i for i, name in enumerate(data.ids if data.ids is not None else map(str, range(len(data))))}
         unknown = [name for name in wanted if name not in known]
-        if unknown:
+        if self.unknown == "skip" and len(unknown) < len(wanted):
+            wanted = [name for name in wanted if name in known]
+        elif unknown:
             shown = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
             example = ", ".join(list(known)[:3])
             raise ArgumentError(
