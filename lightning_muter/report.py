@@ -16,6 +16,7 @@ from rich.console import Console
 
 from lightning_muter.errors import MuterError
 from lightning_muter.study import plots, tables
+from lightning_muter.study.closest import closest_markdown
 from lightning_muter.study.results import PARTS, Row, group, read_rows, summarise
 
 PICTURES = {
@@ -90,6 +91,9 @@ def compose(rows: Sequence[Row], pictures: Sequence[Path], *, heading: str = "Un
     failed = [r for r in rows if r.note]
     parts = [f"# {heading}\n", LEGEND + "\n"]
     parts += [f"![{PICTURES[p.name]}]({p.name})\n\n{PICTURES[p.name]}\n" for p in pictures]
+    closest = closest_markdown(rows)
+    if closest:
+        parts += ["## Closest to retraining\n", closest]
     parts += ["## Distance, accuracy, time\n", *(tables.problem_markdown(same) for same in problems)]
     closeness = [text for same in problems if (text := closeness_markdown(same))]
     if closeness:

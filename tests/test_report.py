@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from lightning_muter import report
 from lightning_muter.errors import CorruptFileError
-from lightning_muter.study import plots, report, results, tables
+from lightning_muter.study import plots, results, tables
 from lightning_muter.study.results import Row, append_rows, from_csv, read_rows, summarise, to_csv, write_rows
 
 

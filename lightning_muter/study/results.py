@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning_muter.errors import CorruptFileError
 
+T = TypeVar("T")
 NAN = math.nan
 FILE = "results.csv"
 PARTS = ("forget", "retain", "test")
@@ -220,9 +221,9 @@ def summarise(rows: Iterable[Row], value: str) -> Summary:
     return Summary(tuple(v for v in found if not math.isnan(v)))
 
 
-def group(rows: Iterable[Row], by: Callable[[Row], Any]) -> dict[Any, list[Row]]:
+def group(rows: Iterable[T], by: Callable[[T], Any]) -> dict[Any, list[T]]:
     """Rows by a key, keys in the order of their first appearance."""
-    out: dict[Any, list[Row]] = {}
+    out: dict[Any, list[T]] = {}
     for row in rows:
         out.setdefault(by(row), []).append(row)
     return out
