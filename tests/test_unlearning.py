@@ -430,7 +430,7 @@ def test_an_undecayed_bias_is_fine_or_refused_but_never_wrong():
         "lightning_muter.unlearning._with_retained",
         "lightning_muter.unlearning.weight_fingerprint",
         "lightning_muter.unlearning.certify",
-        "lightning_muter.unlearning.descend",
+        "lightning_muter.unlearning.refined",
         "lightning_muter.snapshot.Snapshot.adopt",
         "lightning_muter.curvature.problem.HeadProblem.write_theta",
         "lightning_muter.methods.MUter.step",
