@@ -59,6 +59,13 @@ def test_records_by_id_file_and_by_column(data: ArrayDataset, tmp_path: Path) ->
     ids.write_text("s7\nnobody\n")
     with pytest.raises(ArgumentError, match=r"nobody.*such as s0, s1, s2.*1 of 2 are unknown"):
         s.Records(ids).scenarios(data, 0)
+    (known,) = s.Records(ids, unknown="skip").scenarios(data, 0)
+    assert known.forgotten(0) == [7]
+    ids.write_text("nobody\n")
+    with pytest.raises(ArgumentError, match="1 of 1 are unknown"):  # nothing would be left to ask for
+        s.Records(ids, unknown="skip").scenarios(data, 0)
+    with pytest.raises(ArgumentError, match="'refuse' or 'skip'"):
+        s.Records(ids, unknown="drop")  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="existing file"):
         s.Records(tmp_path / "none.txt").scenarios(data, 0)
 
