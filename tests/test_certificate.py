@@ -3,82 +3,26 @@
 from __future__ import annotations
 
 import copy
-import functools
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Subset, TensorDataset
 
-from lightning_muter.certificate import certified_distance, certify, inner_gap, total_gap, why_no_certificate
+from lightning_muter.certificate import certified_distance, certify, why_no_certificate
 from lightning_muter.curvature.descent import polish
-from lightning_muter.curvature.inner import InnerSolver, Rho, Smoothing
+from lightning_muter.curvature.inner import InnerSolver, Smoothing
 from lightning_muter.curvature.problem import HeadProblem
 from lightning_muter.curvature.response import as_response
+from lightning_muter.taking import take_snapshot
 from lightning_muter.threat import ThreatModel
+from lightning_muter.unlearning import unlearn
 from tests.cases import Case, case, make
 from tests.test_unlearning import forget_from, snapshot_of
-
-
-def _grid(threat: ThreatModel, x: Tensor, n: int = 41) -> Tensor:
-    """Points of B(x) on a grid over two coordinates, the sphere included."""
-    line = torch.linspace(-1, 1, n, dtype=torch.float64)
-    square = torch.cartesian_prod(line, line)
-    angle = torch.linspace(0, 2 * torch.pi, 361, dtype=torch.float64)
-    circle = torch.stack([angle.cos(), angle.sin()], 1)
-    return threat.project(1.5 * threat.eps * torch.cat([square, circle]), x.expand(n * n + 361, -1))
-
-
-LOSSES = {
-    "softmax": (F.cross_entropy, 3),
-    "smoothing": (functools.partial(F.cross_entropy, label_smoothing=0.2), 3),
-    "binary": (F.binary_cross_entropy_with_logits, 1),
-    "square": (F.mse_loss, 1),
-}
-
-
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(
-    loss=st.sampled_from(sorted(LOSSES)),
-    norm=st.sampled_from(["l2", "linf"]),
-    eps=st.floats(0.01, 2.0),
-    box=st.booleans(),
-    scale=st.floats(0.05, 5.0),
-    smoothed=st.booleans(),
-    inexact=st.floats(0.0, 1.0),
-    seed=st.integers(0, 10_000),
-)
-def test_certified_gap_is_never_below_the_true_gap(loss, norm, eps, box, scale, smoothed, inexact, seed):
-    """At maximisers, and at any other point of the ball."""
-    function, k = LOSSES[loss]
-    generator = torch.Generator().manual_seed(seed)
-    net = nn.Linear(2, k, dtype=torch.float64)
-    with torch.no_grad():
-        for p in net.parameters():
-            p.copy_(scale * torch.randn(p.shape, generator=generator, dtype=torch.float64))
-    x = torch.rand(3, 2, generator=generator, dtype=torch.float64)
-    y = torch.randint(0, max(k, 2), (3,), generator=generator)
-    if k == 1:
-        y = y.double() if loss == "binary" else torch.randn(3, generator=generator, dtype=torch.float64)
-    threat = ThreatModel(norm, eps, (0.0, 1.0) if box else None)
-    problem = HeadProblem(net, function, x)
-    theta = problem.read_theta()
-    c = Smoothing(anchor=0.9 * theta if smoothed else None).coefficients(problem, threat, x, y)
-    found = InnerSolver().solve(problem, theta, threat, x, y, c)
-    noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-    delta = threat.project(found.delta + inexact * eps * noise, x)
-    bound = inner_gap(problem, theta, threat, x, y, delta, c)
-    value = problem.loss_and_input_gradient(theta, x + delta, y)[0] + Rho(threat, x, c).value(delta)
-    assert (bound >= 0).all()
-    for i in range(3):
-        at = slice(i, i + 1)
-        points = _grid(threat, x[at])
-        n = len(points)
-        rho = Rho(threat, x[at].expand(n, -1), None if c is None else c[at].expand(n, -1))
-        best = problem.loss_and_input_gradient(theta, x[at] + points, y[at].expand(n))[0] + rho.value(points)
-        assert float(best.max() - value[i]) <= float(bound[i]) + 1e-9
 
 
 def _optimum(one: Case, threat: ThreatModel, smoothing: Smoothing, start: Tensor) -> tuple[Tensor, float]:
@@ -87,9 +31,7 @@ def _optimum(one: Case, threat: ThreatModel, smoothing: Smoothing, start: Tensor
     done = polish(objective, start, as_response("auto", threat), tolerance=1e-12, max_passes=400, anchored=True)
     objective.restart()
     sums, delta = objective.sums(done.theta)
-    now = objective.evaluation(done.theta, sums, delta)
-    gap = total_gap(objective, done.theta, delta)
-    return done.theta, certified_distance(now.gradient, objective.decay, objective.count, gap)
+    return done.theta, certify(objective, done.theta, objective.evaluation(done.theta, sums, delta))
 
 
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -118,9 +60,7 @@ def test_bound_is_never_below_the_distance(kind, loss, norm, eps, away, iteratio
     sums, delta = objective.sums(theta)
     now = objective.evaluation(theta, sums, delta)
     distance = float((theta - best).norm())
-    by_gap = certified_distance(now.gradient, objective.decay, objective.count, total_gap(objective, theta, delta))
-    assert distance <= by_gap + slack + 1e-9
-    assert distance <= certify(objective, theta, now) + slack + 1e-9  # as a request takes it
+    assert distance <= certify(objective, theta, now) + slack + 1e-9
 
 
 def test_the_naive_bound_would_lie_and_this_one_does_not():
@@ -137,10 +77,7 @@ def test_the_naive_bound_would_lie_and_this_one_does_not():
     now = objective.evaluation(clean, sums, delta)
     distance = float((clean - best).norm())
     assert certified_distance(now.gradient, objective.decay, objective.count, 0.0) < 0.01 * distance
-    assert (
-        certified_distance(now.gradient, objective.decay, objective.count, total_gap(objective, clean, delta))
-        > distance
-    )
+    assert certify(objective, clean, now) > distance
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
@@ -166,6 +103,29 @@ def test_bound_of_a_request_holds_and_is_not_useless(name, norm):
     assert result.bound >= distance - slack - 1e-9
     if distance > 1e-3:
         assert result.bound <= 100 * distance
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("l2", 0.25), ("linf", 0.05)])
+def test_bound_on_handwritten_digits_is_within_a_factor_of_100_of_the_distance(norm, eps):
+    """Ten classes, 5 % removed, two refine steps, against retraining to 1e-11."""
+    images, labels = load_digits(return_X_y=True)
+    data = TensorDataset(torch.tensor(images[:300] / 16), torch.tensor(labels[:300]))
+    options = {"threat_model": ThreatModel(norm, eps), "weight_decay": 1e-3, "progress": False}
+    net = nn.Linear(64, 10, dtype=torch.float64)
+    nn.init.zeros_(net.weight)
+    nn.init.zeros_(net.bias)
+    snapshot = take_snapshot(net, data, tolerance=1e-9, **options)
+    reference = copy.deepcopy(net)
+    forget = list(range(3, 300, 20))
+    kept = [i for i in range(300) if i not in forget]
+    again = take_snapshot(reference, Subset(data, kept), tolerance=1e-11, smoothing=snapshot.smoothing, **options)
+    result = unlearn(net, snapshot, forget, data, retain=data, refine=2, progress=False)
+    assert result.bound is not None
+    here, there = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (net, reference))
+    distance = float((here - there).norm())
+    assert distance > 1e-6  # far above what the reference may be off
+    assert again.stationarity < 1e-9
+    assert distance <= result.bound <= 100 * distance
 
 
 def test_where_no_bound_is_known_none_is_given_with_the_reason():
