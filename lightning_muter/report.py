@@ -85,6 +85,16 @@ def size(count: float) -> str:
     return f"{count:.3g} GB"
 
 
+def notes_markdown(rows: Sequence[Row]) -> str:
+    """One line per method and problem: where a note was made, and the first one."""
+    lines = []
+    for same in group(rows, lambda r: (r.method, r.model, r.attack)).values():
+        first, settings = same[0], list(dict.fromkeys(r.setting for r in same))
+        shown = ", ".join(settings[:3]) + (f" and {len(settings) - 3} more" if len(settings) > 3 else "")
+        lines.append(f"- {first.method} ({first.model}, {first.attack}; {shown}): {first.note}")
+    return "\n".join(lines) + "\n"
+
+
 def compose(rows: Sequence[Row], pictures: Sequence[Path], *, heading: str = "Unlearning study") -> str:
     """The report as Markdown; pictures are named relative to it."""
     problems = tables.problems(rows)
@@ -101,8 +111,7 @@ def compose(rows: Sequence[Row], pictures: Sequence[Path], *, heading: str = "Un
         parts += ["## Predictions against the retrained model's\n", intro, *closeness]
     parts += ["## Cost\n", *(cost_markdown(same) for same in problems)]
     if failed:
-        lines = dict.fromkeys(f"- {r.method}, {r.setting} ({r.model}, {r.attack}): {r.note}" for r in failed)
-        parts += ["## Notes\n", "\n".join(lines) + "\n"]
+        parts += ["## Notes\n", notes_markdown(failed)]
     return "\n".join(parts)
 
 

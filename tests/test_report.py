@@ -132,6 +132,15 @@ def test_report_of_a_folder_holds_figures_and_pictures(tmp_path: Path, capsys: p
     assert "muter-report" in capsys.readouterr().err
 
 
+def test_notes_are_one_line_per_method_and_problem() -> None:
+    rows = [make("MUter", f"{i} %", note=f"refused after {i}") for i in range(1, 6)] + [make("other", note="capped")]
+    text = report.notes_markdown(rows)
+    assert text.splitlines() == [
+        "- MUter (cnn, pgd_l2; 1 %, 2 %, 3 % and 2 more): refused after 1",
+        "- other (cnn, pgd_l2; 5 %): capped",
+    ]
+
+
 def test_pictures_without_their_figures_are_left_out(tmp_path: Path) -> None:
     assert plots.plot_all([make()], tmp_path) == []
     assert [p.name for p in plots.plot_all([make(distance=0.1)], tmp_path)] == ["distance.png"]
