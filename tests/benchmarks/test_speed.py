@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_muter.curvature.descent import polish
+from lightning_muter.curvature.descent import descend, polish
+from lightning_muter.curvature.inner import InnerSolver
 from lightning_muter.curvature.matrix_free import Batch, WideObjective, batch_product, problem_parts
 from lightning_muter.curvature.response import NoResponse, Unconstrained, as_response
 from lightning_muter.curvature.samples import SampleSource
 from lightning_muter.curvature.wide_problem import WideProblem
 from lightning_muter.sharded import ShardedObjective
+from lightning_muter.solvers import definite_inverse
 from lightning_muter.taking import take_snapshot
 from lightning_muter.threat import ThreatModel
 from lightning_muter.unlearning import unlearn
@@ -36,54 +38,80 @@ def _quiet() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_a_snapshot_per_epoch(benchmark: Any, name: str) -> None:
-    """What a snapshot takes beside the inner maximisation, / one PGD-10 training epoch; and the maximisation itself."""
+    """What a snapshot takes beside the inner maximisation, / one PGD-10 training epoch; and the maximisation itself, in
+    PGD-20 attacks on the same samples: from scratch, and from where a fit's polish has left the maximisers."""
     work = WORKLOADS[name]()
     rounds = 3 if name == "cnn" else 1
-    epoch = workloads.seconds(work.epoch, rounds)
-    objective = work.objective(max_iter=20)
+    epoch, attack = (workloads.seconds(run, rounds) for run in (work.epoch, lambda: work.attacked(20)))
+    objective = work.objective(InnerSolver(tolerance=1e-3, max_iter=20))
     theta = objective.problem.read_theta()
     response = as_response("auto", work.threat)
-    began = time.perf_counter()
-    sums, objective.delta = objective.sums(theta)
-    maximising = time.perf_counter() - began
+    figures: dict[str, float] = {}
+    for start in ("scratch", "tracked"):
+        began = time.perf_counter()
+        sums, objective.delta = objective.sums(theta)
+        figures[f"maximisation from {start} / PGD-20"] = (time.perf_counter() - began) / attack
+        figures[f"converged from {start}"] = sums.counts["maximisers converged"] / sums.counts["samples"]
+    exact = workloads.seconds(lambda: objective.sums(theta, response=type(response)(sketch=0), settle=False), 1)
     benchmark.pedantic(lambda: objective.sums(theta, response=response, settle=False), rounds=rounds)
     rest = benchmark.stats.stats.median
     benchmark.extra_info |= {
         "ratio": rest / epoch,
         "aim": "<= 1",
+        "exact J / epoch": exact / epoch,
         "epoch": epoch,
-        "20 maximiser steps / PGD-20": maximising / (2 * epoch),
-        "converged": sums.counts["maximisers converged"] / sums.counts["samples"],
-    }
+    } | figures
 
 
-@pytest.mark.parametrize("name", ["cnn"])
+@pytest.mark.parametrize("name", WORKLOADS)
 def test_b_request_per_retraining(benchmark: Any, name: str) -> None:
-    """A request for 1 % / retraining to the same stationarity: cold, and warm with the best metric."""
+    """A request for 1 % / retraining to the stationarity it reaches: cold, and warm (from the weights at hand and their
+    maximisers, in the metric of the stored curvature: as fast as retraining can be made)."""
     work = WORKLOADS[name]()
     data, n = work.dataset, len(work.dataset)
-    snapshot = take_snapshot(work.model, data, threat_model=work.threat, weight_decay=1e-2, polish=30, progress=False)
+    inner = InnerSolver(tolerance=1e-3, max_iter=20)
+    options = {"threat_model": work.threat, "weight_decay": 1e-2, "inner": inner, "progress": False}
+    snapshot = take_snapshot(work.model, data, polish=30 if name == "cnn" else 4, **options)
     forget = list(range(0, n, 100))
     kept = [i for i in range(n) if i not in set(forget)]
     reached = unlearn(work.model, snapshot, forget, data, retain=data, dry_run=True, progress=False)
     aim = reached.stationarity_after
     assert aim is not None
 
-    def retrain(start: torch.Tensor) -> float:
-        objective = work.objective(max_iter=300)
-        retained = ShardedObjective(objective.problem, work.threat, objective.source, snapshot.decay, positions=kept)
+    def objective() -> ShardedObjective:
+        made = work.objective(inner)
+        return ShardedObjective(made.problem, work.threat, made.source, snapshot.decay, inner, positions=kept)
+
+    def warm() -> float:
+        retained = objective()
+        if snapshot.starts is not None:
+            retained.delta = snapshot.starts[kept].to(retained.problem.backbone.exact_dtype) * work.threat.eps
         began = time.perf_counter()
-        polish(retained, start, as_response("auto", work.threat), tolerance=aim, max_passes=60)
+        matrix = snapshot.hessian.dense()
+        matrix.diagonal().add_(len(kept) * snapshot.decay.flatten())
+        metric, _ = definite_inverse(matrix)
+        descend(retained, snapshot.theta_ref, metric, max_steps=20, tolerance=aim)
         return time.perf_counter() - began
 
-    warm, cold = retrain(snapshot.theta_ref), retrain(torch.zeros_like(snapshot.theta_ref))
-    benchmark.pedantic(lambda: unlearn(work.model, snapshot, forget, data, dry_run=True, progress=False), rounds=5)
+    def cold() -> float:
+        retained = objective()
+        began = time.perf_counter()
+        start = torch.zeros_like(snapshot.theta_ref)
+        polish(retained, start, as_response("auto", work.threat), tolerance=aim, max_passes=60 if name == "cnn" else 8)
+        return time.perf_counter() - began
+
+    seconds = {"warm": warm(), "cold": cold()}
+    benchmark.pedantic(
+        lambda: unlearn(work.model, snapshot, forget, data, dry_run=True, progress=False), rounds=3, warmup_rounds=1
+    )
     request = benchmark.stats.stats.median
     benchmark.extra_info |= {
-        "ratio": cold / request,
-        "aim": ">= 100 (cold), >= 10 (warm)",
-        "warm": warm / request,
+        "ratio": seconds["warm"] / request,
+        "aim": ">= 10",
+        "cold / request (aim 100)": seconds["cold"] / request,
         "stationarity": aim,
+        "before": reached.stationarity_before,
+        "snapshot": snapshot.stationarity,
     }
 
 
@@ -100,7 +128,7 @@ def test_c_unconstrained_per_published(benchmark: Any) -> None:
         published += time.perf_counter() - began
         done += 1
     work = Workload("features", model, data, ThreatModel("l2", 0.0, None))
-    objective = work.objective(max_iter=1)
+    objective = work.objective(InnerSolver(max_iter=1))
     theta = objective.problem.read_theta()
     benchmark.pedantic(lambda: objective.sums(theta, response=Unconstrained(100)), rounds=3)
     ours = benchmark.stats.stats.median / len(x)
@@ -118,7 +146,7 @@ def test_d_dense_sums_per_gemm(benchmark: Any, response: Any) -> None:
     data, model = workloads.features(n, f, k)
     phi = torch.rand(n, f + 1, dtype=torch.float64)
     gemm = 2 * n * (f + 1) ** 2 / workloads.seconds(lambda: phi.T @ phi, 20)
-    objective = Workload("features", model, data, ThreatModel("l2", 0.0, None)).objective(max_iter=1)
+    objective = Workload("features", model, data, ThreatModel("l2", 0.0, None)).objective(InnerSolver(max_iter=1))
     theta = objective.problem.read_theta()
     benchmark.pedantic(lambda: objective.sums(theta, response=response), rounds=3, warmup_rounds=1)
     products = k * (k + 1) / 2 + (k * k if response.name != "none" else 0)
@@ -165,7 +193,7 @@ def test_e_product_per_gauss_newton(benchmark: Any, name: str) -> None:
 def test_f_memory_per_matrix(benchmark: Any) -> None:
     """Peak memory of the dense sums over the stored, packed matrix; 1280 features, 10 classes."""
     data, model = workloads.features(600, 1280, 10)
-    objective = Workload("features", model, data, ThreatModel("l2", 0.0, None)).objective(max_iter=1)
+    objective = Workload("features", model, data, ThreatModel("l2", 0.0, None)).objective(InnerSolver(max_iter=1))
     theta = objective.problem.read_theta()
     before = workloads.peak_bytes()
     found: list[Any] = []
@@ -186,7 +214,7 @@ def test_g_growth(benchmark: Any, what: str) -> None:
     def run(factor: int) -> Callable[[], Any]:
         used = sizes | {what: sizes[what] * factor}
         data, model = workloads.features(used["n"], used["f"], used["K"])
-        objective = Workload("features", model, data, ThreatModel("l2", 0.0, None)).objective(max_iter=1)
+        objective = Workload("features", model, data, ThreatModel("l2", 0.0, None)).objective(InnerSolver(max_iter=1))
         theta = objective.problem.read_theta()
         return lambda: objective.sums(theta, response=Unconstrained(3))
 

@@ -48,11 +48,17 @@ class Workload:
         self.model.zero_grad()
         return seconds
 
-    def objective(self, max_iter: int) -> ShardedObjective:
+    def attacked(self, steps: int) -> Tensor:
+        """The samples attacked by PGD."""
+        x, y = self.dataset.tensors
+        attack = torchattacks.PGDL2(self.model, eps=self.threat.eps, alpha=self.threat.eps / 4, steps=steps)
+        return torch.cat([attack(a, b) for a, b in zip(x.split(self.batch), y.split(self.batch), strict=True)])
+
+    def objective(self, inner: InnerSolver) -> ShardedObjective:
         source = SampleSource(self.dataset, threat=self.threat, batch_size=512)
         problem = HeadProblem(self.model, F.cross_entropy, source.examples())
         decay = torch.full(problem.shape, 1e-3, dtype=problem.dtype)
-        return ShardedObjective(problem, self.threat, source, decay, InnerSolver(max_iter=max_iter), Smoothing())
+        return ShardedObjective(problem, self.threat, source, decay, inner, Smoothing())
 
 
 def cnn(epochs: int = 3, count: int = 1797) -> Workload:
