@@ -42,6 +42,10 @@ class ShardedObjective(RobustObjective):
 
     def sums(self, theta: Tensor, **options: Any) -> tuple[Sums, Tensor]:
         sums, delta = super().sums(theta, **options)
+        return self.reduced(sums), delta
+
+    def reduced(self, sums: Sums) -> Sums:
+        """Sums of this process's share, added up over the processes in place."""
         names = _names(self.shards, sums.counts)
         counts = torch.tensor([sums.count, *(sums.counts[n] for n in names)], dtype=torch.float64)
         counts = counts.to(sums.value.device, sums.value.dtype)
@@ -51,7 +55,7 @@ class ShardedObjective(RobustObjective):
         self.shards.sum_(tensors)
         found = [round(c) for c in counts.tolist()]
         sums.count, sums.counts = found[0], Counter(dict(zip(names, found[1:], strict=True)))
-        return sums, delta
+        return sums
 
 
 def _names(shards: Shards, counts: Counter[str]) -> list[str]:

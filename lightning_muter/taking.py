@@ -27,6 +27,7 @@ from lightning_muter.errors import ArgumentError, MismatchError, UnsuitableError
 from lightning_muter.identity import DigestKey, weight_fingerprint
 from lightning_muter.losses import Loss, accuracy, resolve_loss
 from lightning_muter.preflight.decay import no_decay_text, read_weight_decay
+from lightning_muter.resuming import Resumable
 from lightning_muter.sharded import ShardedObjective
 from lightning_muter.snapshot import Snapshot, loss_name, sample_digests
 from lightning_muter.stored import Stored
@@ -62,6 +63,7 @@ def take_snapshot(
     device: torch.device | str | None = None,
     key: DigestKey | None = None,
     like: Snapshot | None = None,
+    resume: Resumable | None = None,
     progress: bool = True,
 ) -> Snapshot:
     """Statistics of a trained model's head, from which samples of ``dataset`` can be unlearned later.
@@ -81,6 +83,8 @@ def take_snapshot(
         sample_weight: w_i (n,) of an objective sum_i w_i phi_i.
         key: of the samples' digests; a new one when not given.
         like: another snapshot of the same weights and data: its maximisers' starting points and smoothing are used.
+
+        resume: keep partial sums in a file, and go on from it after an interruption (polishing is done again).
 
     Returns:
         The snapshot; ``snapshot.fingerprint`` is the polished model's.
@@ -139,7 +143,10 @@ def take_snapshot(
     starts = rounded_starts(objective)
     starts = None if starts is None else objective.shards.gather_rows(starts, source.n)
     with bar(objective, "snapshot", progress):
-        sums, final = objective.sums(theta, response=chosen, curvature=curvature)
+        if resume is not None:
+            sums, final = resume.sums(objective, theta, chosen, curvature)
+        else:
+            sums, final = objective.sums(theta, response=chosen, curvature=curvature)
     reached = objective.evaluation(theta, sums, final)
     notes = _notes(problem, model, theta, reached, aim, polish, decay, sums, attack)
     if done is not None:

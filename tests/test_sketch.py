@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -95,3 +96,39 @@ def test_the_cheaper_way_is_taken_and_logged(caplog: pytest.LogCaptureFixture) -
     assert choose_directions(5, linear) == 0
     with pytest.raises(ArgumentError, match="sketch"):
         L2Response(sketch=-1)
+
+
+class _Cube(torch.autograd.Function):
+    """x^3 without a forward-mode rule."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, slope: torch.Tensor) -> torch.Tensor:
+        return 3 * ctx.saved_tensors[0] ** 2 * slope
+
+
+class Cube(nn.Module):
+    failing = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.failing:
+            raise RuntimeError("planted: out of memory")
+        return _Cube.apply(x)
+
+
+def test_layers_without_forward_mode_take_reverse_passes_and_other_errors_are_told() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5), Cube(), nn.Linear(5, 3)).double()
+    x = data(8, 6).tensors[0]
+    backbone = HeadProblem(net, F.cross_entropy, x).backbone
+    tangents = torch.randn(8, 6, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    inner = net[0](x)
+    expected = 3 * inner.detach()[:, :, None] ** 2 * (net[0].weight.detach() @ tangents)
+    assert (backbone.pushforward(x, tangents) - expected).norm() < 1e-12 * expected.norm()
+    net[1].failing = True
+    with pytest.raises(RuntimeError, match="planted"):
+        backbone.pushforward(x, tangents)

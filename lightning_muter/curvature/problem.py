@@ -44,6 +44,14 @@ def derivatives() -> Iterator[None]:
         yield
 
 
+#: What PyTorch says where a layer has no rule for forward mode or for batches of it.
+_NO_RULE = ("forward AD", "forward-mode", "vmap", "atching rule", "functorch", "jvp")
+
+
+def _lacks_forward_mode(error: RuntimeError) -> bool:
+    return isinstance(error, NotImplementedError) or any(text in str(error) for text in _NO_RULE)
+
+
 @dataclass(frozen=True)
 class LogitTerms:
     """Per sample: loss (n,), r = dl/dz (n, K), and Lambda = d2l/dz2 (n, K, K) where asked for."""
@@ -182,7 +190,9 @@ class Backbone:
             try:  # the forward pass itself is shared by the products of a chunk
                 with torch.no_grad():
                     pushed = vmap(push, chunk_size=_TANGENTS)(rows)
-            except (NotImplementedError, RuntimeError):
+            except RuntimeError as error:
+                if not _lacks_forward_mode(error):  # out of memory, a layer's own error, ...
+                    raise
                 pushed = torch.stack(self._pushed_by_reverse(point, list(rows)))
         return pushed.detach().movedim(0, 2).to(self.algebra)
 
