@@ -13,8 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Subset, TensorDataset
 
-from lightning_muter.certificate import certified_distance, certify, why_no_certificate
+from lightning_muter.certificate import (
+    _kappa,
+    certified_distance,
+    certified_distance_in_metric,
+    certify,
+    why_no_certificate,
+)
 from lightning_muter.curvature.descent import polish
+from lightning_muter.curvature.globality import line_curvature
 from lightning_muter.curvature.inner import InnerSolver, Smoothing
 from lightning_muter.curvature.problem import HeadProblem
 from lightning_muter.curvature.response import as_response
@@ -83,7 +90,7 @@ def test_the_naive_bound_would_lie_and_this_one_does_not():
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 @pytest.mark.parametrize("name", ["linear-softmax-bias", "affine-softmax-weighted", "linear-binary-bias"])
 def test_bound_of_a_request_holds_and_is_not_useless(name, norm):
-    """After refinement: above the distance to the retained optimum, and within a factor of 100 where that is measurable."""
+    """After refinement: above the distance to the retained optimum, and within a factor of 30 where that is measurable."""
     one = case(name)
     one.decay = 0.05
     if "binary" in name:  # labels that can be told: else no weights at all are best, at a kink of the norm
@@ -101,12 +108,12 @@ def test_bound_of_a_request_holds_and_is_not_useless(name, norm):
     theta = one.problem().read_theta()
     distance = float((theta - best).norm())
     assert result.bound >= distance - slack - 1e-9
-    if distance > 1e-3:
-        assert result.bound <= 100 * distance
+    if distance > 1e-4:
+        assert result.bound <= 30 * distance
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("l2", 0.25), ("linf", 0.05)])
-def test_bound_on_handwritten_digits_is_within_a_factor_of_100_of_the_distance(norm, eps):
+def test_bound_on_handwritten_digits_is_within_a_factor_of_10_of_the_distance(norm, eps):
     """Ten classes, 5 % removed, two refine steps, against retraining to 1e-11."""
     images, labels = load_digits(return_X_y=True)
     data = TensorDataset(torch.tensor(images[:300] / 16), torch.tensor(labels[:300]))
@@ -125,7 +132,7 @@ def test_bound_on_handwritten_digits_is_within_a_factor_of_100_of_the_distance(n
     distance = float((here - there).norm())
     assert distance > 1e-6  # far above what the reference may be off
     assert again.stationarity < 1e-9
-    assert distance <= result.bound <= 100 * distance
+    assert distance <= result.bound <= 10 * distance
 
 
 def test_where_no_bound_is_known_none_is_given_with_the_reason():
@@ -152,3 +159,48 @@ def test_the_formula():
     d = certified_distance(g, decay, 10, 0.3)
     assert 2.0 * d * d - 1.0 * d - 0.3 == pytest.approx(0.0, abs=1e-12)
     assert certified_distance(g, decay, 10, 0.0) == pytest.approx(0.5)
+
+
+def test_the_formula_with_curvature_is_the_longest_step_allowed():
+    """Against the boundary of {d: <d, P d> + <g, d> <= eta}, P = N + kappa H / 2, in the plane."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        root = torch.randn(2, 2, generator=generator, dtype=torch.float64)
+        g = torch.randn(1, 2, generator=generator, dtype=torch.float64)
+        decay = torch.rand(1, 2, generator=generator, dtype=torch.float64) + 0.1
+        gap, kappa = (float(v) for v in torch.rand(2, generator=generator, dtype=torch.float64))
+        hessian = 5 * root @ root.T
+        p = torch.diag(3 * decay[0]) + kappa / 2 * hessian
+        angle = torch.linspace(0, 2 * torch.pi, 100_000, dtype=torch.float64)
+        u = torch.stack([angle.cos(), angle.sin()])
+        a, b = (u * (p @ u)).sum(0), g[0] @ u
+        longest = float(((-b + (b.square() + 4 * a * gap).sqrt()) / (2 * a)).max())
+        bound = certified_distance_in_metric(g, decay, 3, gap, hessian, kappa)
+        assert longest <= bound * (1 + 1e-9) <= 1.02 * longest
+        without = certified_distance_in_metric(g, decay, 3, gap, 0 * hessian, kappa)
+        assert bound <= without * (1 + 1e-9) <= certified_distance(g, decay, 3, gap) * 1.02
+
+
+@pytest.mark.parametrize("name", ["linear-softmax-bias", "linear-smoothing", "linear-binary-bias", "linear-square"])
+def test_losses_rise_at_least_as_their_curvature_says(name):
+    """l(z + s) - l(z) - <r, s> >= kappa(range of s) / 2 <s, Lambda s>, nearly an equality for short s."""
+    one = case(name)
+    problem = one.problem()
+    theta = problem.read_theta()
+    power = line_curvature(problem, theta, one.x, one.y)
+    assert power == (0.0 if name == "linear-square" else 1.0)
+    generator = torch.Generator().manual_seed(1)
+    z = problem.logits(theta, problem.backbone(one.x))
+    closest = 1.0
+    for size in (1e-2, 0.3, 1.0, 3.0, 10.0):
+        for _ in range(20):
+            s = size * torch.randn(z.shape, generator=generator, dtype=torch.float64)
+            terms = problem.terms(z, one.y)
+            rise = problem.losses(z + s, one.y) - terms.loss - (terms.r * s).sum(1)
+            both = torch.cat([s, torch.zeros_like(s)], 1) if s.shape[1] == 1 else s
+            omega = (both.amax(1) - both.amin(1)).tolist()
+            kappa = torch.tensor([_kappa(power * v) for v in omega], dtype=torch.float64)
+            least = kappa / 2 * (s[:, None] @ terms.hess @ s[:, :, None])[:, 0, 0]
+            assert (rise >= least - 1e-13).all()
+            closest = min(closest, *(1 - least / rise)[rise > 1e-9].tolist())
+    assert closest < 0.01

@@ -53,7 +53,7 @@ def global_maxima(dual: Dual, delta: Tensor, *, tolerance: float = 0.0, effort: 
     rounding = (
         16 * torch.finfo(gap.dtype).eps * (dual.direction(p).norm(dim=1) * peak.norm(dim=1) + dual.rho.value(peak))
     )
-    return GlobalMaxima(peak, dual.loss_gap(value, gap) + rounding, seen, unsettled)
+    return GlobalMaxima(peak, dual.loss_gap(value, gap + rounding), seen, unsettled)
 
 
 @dataclass

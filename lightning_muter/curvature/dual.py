@@ -220,22 +220,13 @@ class Dual:
 def as_dual(
     problem: HeadProblem, theta: Tensor, threat: ThreatModel, x: Tensor, y: Tensor, c: Tensor | None
 ) -> Dual | None:
-    """The dual problem of these samples, or ``None`` for a loss that is not known to have this form.
-
-    The form is checked against the loss itself, at a few logits of every sample.
-    """
-    target, hard = _targets(problem, y)
+    """The dual problem of these samples, or ``None`` for a loss that is not known to have this form."""
+    z = problem.logits(theta, problem.backbone(x))
+    target = gibbs_targets(problem, z, y)
     if target is None:
         return None
-    z = problem.logits(theta, problem.backbone(x))
+    hard = bool(((target == 0) | (target == 1)).all())
     through = problem.backbone.pullback(x[:1], problem.weight(theta)[None])[0]  # (K, D)
-    generator = torch.Generator().manual_seed(0)
-    for scale in (0.0, 1.0, 5.0):
-        there = z + scale * torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
-        both = _two(there) if problem.n_logits == 1 else there
-        said, form = problem.losses(there, y), both.logsumexp(1) - (both * target).sum(1)
-        if bool(((said - form).abs() > 1e3 * torch.finfo(z.dtype).eps * (1 + both.abs().amax(1))).any()):
-            return None
     if problem.n_logits == 1:
         z, through = _two(z), torch.cat([torch.zeros_like(through), through])
     k = z.shape[1]
@@ -250,12 +241,29 @@ def as_dual(
     return Dual(threat, x, z - (target * z).sum(1, keepdim=True), rows, c, False)
 
 
+def gibbs_targets(problem: HeadProblem, z: Tensor, y: Tensor) -> Tensor | None:
+    """t (n, K) with loss = log sum exp(z) - <t, z> ((n, 2), logits (0, z), for one logit), or ``None``.
+
+    Guessed from the labels and checked against the loss itself at a few logits of every sample.
+    """
+    target = _targets(problem, y)
+    if target is None:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    for scale in (0.0, 1.0, 5.0):
+        there = z + scale * torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
+        both = _two(there) if problem.n_logits == 1 else there
+        said, form = problem.losses(there, y), both.logsumexp(1) - (both * target).sum(1)
+        if bool(((said - form).abs() > 1e3 * torch.finfo(z.dtype).eps * (1 + both.abs().amax(1))).any()):
+            return None
+    return target
+
+
 def _two(z: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(z), z], 1)
 
 
-def _targets(problem: HeadProblem, y: Tensor) -> tuple[Tensor | None, bool]:
-    """t with loss = log sum exp(z) - <t, z>, (n, K) ((n, 2) for one logit), and whether all are one-hot; a guess."""
+def _targets(problem: HeadProblem, y: Tensor) -> Tensor | None:
     k = problem.n_logits
     if k == 1:
         label = y.reshape(-1, 1).to(problem.dtype)
@@ -264,17 +272,17 @@ def _targets(problem: HeadProblem, y: Tensor) -> tuple[Tensor | None, bool]:
         target = torch.cat([1 - label, label], 1)
     elif y.dim() == 1 and not y.is_floating_point():
         if bool((y < 0).any() | (y >= k).any()):
-            return None, False
+            return None
         inner = getattr(problem.loss, "module", problem.loss)
         share = float(getattr(inner, "keywords", {}).get("label_smoothing", getattr(inner, "label_smoothing", 0.0)))
         target = (1 - share) * F.one_hot(y.long(), k).to(problem.dtype) + share / k
     elif y.shape == (len(y), k):
         target = y.to(problem.dtype)
     else:
-        return None, False
+        return None
     if bool((target < 0).any()) or bool(((target.sum(1) - 1).abs() > 8 * torch.finfo(target.dtype).eps * k).any()):
-        return None, False
-    return target, bool(((target == 0) | (target == 1)).all())
+        return None
+    return target
 
 
 def linear_maximum(slope: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_muter.curvature.branching import global_maxima
-from lightning_muter.curvature.dual import as_dual
+from lightning_muter.curvature.dual import as_dual, gibbs_targets
 from lightning_muter.curvature.inner import Rho
 from lightning_muter.curvature.problem import HeadProblem
 from lightning_muter.threat import ThreatModel
@@ -32,6 +32,15 @@ def why_no_bound(loss: Any) -> str | None:
     if _curvature_cap(loss) is None:
         return f"no bound of the second derivative of {loss!r} is known"
     return None
+
+
+def line_curvature(problem: HeadProblem, theta: Tensor, x: Tensor, y: Tensor) -> float | None:
+    """a such that along any line of logits the loss's third derivative is at most a omega times its second, omega the range of
+    the direction: 0 for the square; 1 for log sum exp(z) - <t, z>, where they are the third and the second central moment of
+    the direction under the probabilities. None where not known."""
+    if _bare(problem.loss) in (F.mse_loss, nn.MSELoss):
+        return 0.0
+    return None if gibbs_targets(problem, problem.logits(theta, problem.backbone(x)), y) is None else 1.0
 
 
 def best_maximisers(
