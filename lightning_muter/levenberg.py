@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lightning_muter.curvature.kronecker import Kronecker
 from lightning_muter.curvature.matrix_free import WideObjective
 from lightning_muter.curvature.objective import Evaluation
-from lightning_muter.curvature.sketch import rademacher
 from lightning_muter.errors import SolveError
-from lightning_muter.solvers import Product
 from lightning_muter.truncated import TruncatedCG
 
 _log = logging.getLogger(__name__)
@@ -52,6 +51,7 @@ class LevenbergMarquardt:
     damping: float = 1e-3
     deadline: float | None = None
     title: str | None = None
+    _factors: Kronecker | None = field(default=None, init=False, repr=False)
 
     def run(self, w: Tensor, steps: int, tolerance: float) -> Found:
         """At most ``steps`` accepted steps from w, until ``tolerance`` on the stationarity.
@@ -90,6 +90,8 @@ class LevenbergMarquardt:
     def _trial(self, found: Found, line: Any) -> bool:
         objective, now, w = self.objective, found.last, found.w
         shift = self.damping * objective.count
+        if self._factors is None:
+            self._factors = Kronecker(objective, w)
 
         def product(v: Tensor) -> Tensor:
             return objective.product(w, v, shift)
@@ -97,7 +99,7 @@ class LevenbergMarquardt:
         def on_step(step: int, residual: float) -> None:
             line.set_postfix_str(f"cg {step}, residual {residual:.1e}, stationarity {now.stationarity:.1e}")
 
-        solution, predicted = self.cg.solve(product, -now.gradient, self._preconditioner(w, shift), on_step)
+        solution, predicted = self.cg.solve(product, -now.gradient, self._factors.inverse(shift), on_step)
         trial = w + solution.value
         finite = bool(torch.isfinite(trial).all())
         new = objective.evaluate(trial) if finite else now
@@ -117,6 +119,7 @@ class LevenbergMarquardt:
             found.trials[-1]["reach"] = reach
         if accepted:
             objective.accept(new)
+            self._factors = None
             found.w, found.last, found.solver = trial, new, solution.to_dict()
             found.history.append(new.stationarity)
         return accepted
@@ -132,17 +135,3 @@ class LevenbergMarquardt:
                 break
             trial, new, reach = ahead, there, 2 * reach
         return trial, new, reach
-
-    def _preconditioner(self, w: Tensor, shift: float, probes: int = 2) -> Product:
-        """The mean curvature of each parameter tensor, by a few products with signs (Hutchinson)."""
-        objective, sizes = self.objective, self.objective.problem.sizes
-        total = torch.zeros(len(sizes), dtype=w.dtype, device=w.device)
-        for probe in range(probes):
-            signs = rademacher(probe + 1, torch.zeros(1, dtype=torch.int64), len(w))[0].to(w)
-            image = objective.product(w, signs, shift)
-            total += torch.stack([p.mean() for p in (signs * image).split(sizes)])
-        floor = total.abs().max() * 1e-3
-        scale = torch.repeat_interleave(
-            (total / probes).clamp(min=float(floor)), torch.tensor(sizes, device=w.device)
-        ).reciprocal()
-        return lambda v: scale * v

@@ -343,7 +343,7 @@ def _notes(problem: WideProblem, found: Found) -> list[str]:
             "Running statistics of batch normalisation are constants here: they keep an average over the forgotten "
             "samples. Recompute them on retained data, or use normalisation without running statistics."
         )
-    if found.solver["status"] != "converged":
+    if found.solver["status"] not in ("converged", "flat"):
         notes.append(
             f"The last system ended with status {found.solver['status']!r} (relative residual "
             f"{found.solver['residual']:.1e}); its step lowered the retained objective and was accepted."

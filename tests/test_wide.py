@@ -66,7 +66,7 @@ def test_a_network_ends_with_a_lower_retained_objective_and_says_how() -> None:
             [1, 2],
             dataset,
             threat_model=ThreatModel("linf", 0.03),
-            cg=TruncatedCG(max_iter=3),
+            cg=TruncatedCG(max_iter=1),
             steps=3,
             **QUIET,
         )

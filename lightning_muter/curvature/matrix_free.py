@@ -51,6 +51,7 @@ class Batch:
     delta: Tensor
     weight: Tensor | None
     c: Tensor | None
+    positions: Tensor | None = None  # in the dataset: what random signs are keyed by
 
 
 def batch_product(
@@ -236,7 +237,7 @@ class WideObjective:
                 target = self.problem.inner_target(w, x, raw.y)
                 solved = self.inner.solve(self.problem, w, self.threat, x, target, c, start)  # type: ignore[arg-type]
                 start, found = solved.delta, int(solved.converged.sum())
-            yield Batch(x, raw.y, start, raw.weight, c), found
+            yield Batch(x, raw.y, start, raw.weight, c, raw.positions), found
 
     def _start(self, raw: Samples, x: Tensor) -> Tensor:
         """0; for TRADES, whose divergence is flat there, a hundredth of the ball in signs keyed by position."""
