@@ -8,12 +8,13 @@ to hold no stationary point, or the work is spent: then the largest bound left i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from lightning_muter.curvature.dual import Dual, linear_maximum
+from lightning_muter.curvature.dual import CUBED, Dual
+from lightning_muter.curvature.simplex import centre, linear_maximum, tight
 
 #: Numbers in one temporary of the bounding step.
 _CHUNK = 2_000_000
@@ -30,21 +31,22 @@ class GlobalMaxima:
     unsettled: Tensor
 
 
-def global_maxima(dual: Dual, delta: Tensor, *, tolerance: float = 0.0, effort: int = 100) -> GlobalMaxima:
+def global_maxima(dual: Dual, delta: Tensor, *, tolerance: float = 0.0, budget: int | None = None) -> GlobalMaxima:
     """The best maximisers and their certified gaps.
 
     Args:
         delta: (n, D) the maximisers found so far, anywhere in B(x): climbed further first.
         tolerance: per sample: what need not be told apart from 0.
-        effort: cells per sample on average at most.
+        budget: cells looked at, at most (:func:`default_budget`).
     """
+    budget = default_budget(dual) if budget is None else budget
     p, peak = dual.climb(dual.logits(delta).softmax(1), 20)
     gap = torch.zeros_like(p[:, 0])
     unsettled = torch.zeros_like(gap, dtype=torch.bool)
     open_, seen = torch.arange(len(p), device=p.device), 0
     while len(open_):
         search = _Search(dual.take(open_), p[open_], peak[open_], tolerance)
-        cut = search.run(effort * len(p) - seen)
+        cut = search.run(budget - seen)
         seen += search.seen
         p[open_], peak[open_], gap[open_], unsettled[open_] = search.p, search.peak, search.excess, cut
         # a larger maximum was met on the way: measured against that one
@@ -56,6 +58,13 @@ def global_maxima(dual: Dual, delta: Tensor, *, tolerance: float = 0.0, effort: 
     return GlobalMaxima(peak, dual.loss_gap(value, gap + rounding), seen, unsettled)
 
 
+def default_budget(dual: Dual) -> int:
+    """One cell per sample, and some 10 seconds of a processor more (by count: the same everywhere), at most 30 per sample."""
+    n, m = dual.z.shape
+    seconds = 3e-4 + 5e-8 * m * max(m * m, dual.x.shape[1])
+    return n + min(max(29 * n, 3000), int(10 / seconds))
+
+
 @dataclass
 class _Cells:
     """Cells of samples; ``excess``: an upper bound of G over the cell, less the value of the sample's maximiser."""
@@ -64,16 +73,17 @@ class _Cells:
     low: Tensor
     high: Tensor
     excess: Tensor
+    axis: Tensor  # (C, m): how much each class moves the direction in which the bound is worst
 
     def __len__(self) -> int:
         return len(self.sample)
 
     def take(self, index: Tensor) -> _Cells:
-        return _Cells(self.sample[index], self.low[index], self.high[index], self.excess[index])
+        return _Cells(*(getattr(self, f.name)[index] for f in fields(self)))
 
     @staticmethod
     def join(parts: list[_Cells]) -> _Cells:
-        return _Cells(*(torch.cat([getattr(p, f) for p in parts]) for f in ("sample", "low", "high", "excess")))
+        return _Cells(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(_Cells)))
 
 
 class _Search:
@@ -91,44 +101,71 @@ class _Search:
     def run(self, budget: int) -> Tensor:
         """Which samples were cut off (n,)."""
         n, m = self.dual.z.shape
-        low, high = _tight(*self.dual.region())
-        cells = _Cells(torch.arange(n, device=low.device), low, high, self.dual.ceiling() - self.value + self.noise)
-        size = max(1, _CHUNK // (m * max(m, self.dual.x.shape[1])))
-        while len(cells) and self.seen + len(cells) <= budget:
-            self.seen += len(cells)
-            parts = [self._settle(cells.take(i)) for i in torch.arange(len(cells), device=low.device).split(size)]
-            cells = _Cells.join(parts)
-            cells = _split(cells.take((~self.improved[cells.sample]).nonzero()[:, 0]), self.dual)
-        self._close(cells)
+        low, high = tight(*self.dual.region())
+        cells = _Cells(
+            torch.arange(n, device=low.device),
+            low,
+            high,
+            self.dual.ceiling() - self.value + self.noise,
+            torch.ones_like(low),
+        )
+        wide = max(m * m if m <= CUBED else m, self.dual.x.shape[1])
+        size = max(1, _CHUNK // (m * wide))
+        quick = True  # most samples are settled at once, before anything costly is done
         cut = torch.zeros_like(self.improved)
-        cut[cells.sample] = True
+        while len(cells):
+            cells = self._within(budget - self.seen, cells, cut)
+            self.seen += len(cells)
+            chunks = torch.arange(len(cells), device=low.device).split(size)
+            cells = _Cells.join([self._settle(cells.take(i), quick) for i in chunks])
+            cells = cells.take((~self.improved[cells.sample]).nonzero()[:, 0])
+            if not quick:
+                cells = _split(cells)
+            quick = False
         return cut
 
-    def _settle(self, cells: _Cells) -> _Cells:
-        """Bound the cells; those that have to be split."""
+    def _within(self, budget: int, cells: _Cells, cut: Tensor) -> _Cells:
+        """All cells, or where that is more than what is left to spend, those of the samples with the fewest for half of it;
+        the others are closed as they are."""
+        if len(cells) <= budget:
+            return cells
+        count = torch.bincount(cells.sample, minlength=len(cut))
+        order = count.argsort(stable=True)
+        kept = torch.zeros_like(cut)
+        kept[order] = count[order].cumsum(0) <= budget // 2
+        stays = kept[cells.sample]
+        rest = cells.take((~stays).nonzero()[:, 0])
+        self._close(rest)
+        cut[rest.sample] = True
+        return cells.take(stays.nonzero()[:, 0])
+
+    def _settle(self, cells: _Cells, quick: bool) -> _Cells:
+        """Bound the cells (``quick``: from the maximiser alone); those that remain."""
         dual, ranges = self.dual.take(cells.sample), None
-        if dual.separable:
+        if not quick:
             for _ in range(2):
-                low, high = dual.narrow(*dual.push(cells.low, cells.high))
-                cells.low, cells.high = _tight(torch.maximum(cells.low, low), torch.minimum(cells.high, high))
+                low, high = dual.narrow(cells.low, cells.high)
+                cells.low, cells.high = tight(torch.maximum(cells.low, low), torch.minimum(cells.high, high))
+        if dual.separable:
             ranges = dual.push(cells.low, cells.high)
         there = (cells.low <= cells.high).all(1) & (cells.low.sum(1) <= 1) & (cells.high.sum(1) >= 1)
         left = there.nonzero()[:, 0]  # an empty cell holds no stationary point of G, hence no maximum
-        for trial in range(3):
+        for trial in range(1 if quick else 3):
             if len(left) == 0:
                 break
             part, here = cells.take(left), dual.take(left)
             span = None if ranges is None else (ranges[0][left], ranges[1][left])
             if trial == 0:  # G(q) <= value: only the rise counts, free of cancellation
                 q, peak = self.p[part.sample], self.peak[part.sample]
-                excess = _rise(here, part.low, part.high, q, peak, span)
+                excess, axis = _rise(here, part.low, part.high, q, peak, span)
             else:
-                q, peak = here.climb(_centre(part.low, part.high), 8 if trial == 1 else 0)
+                q, peak = here.climb(centre(part.low, part.high), 8 if trial == 1 else 1)
                 if trial == 1:
                     self._improve(part.sample, here, q)
                 away = here.dual(q, peak)[0] - self.value[part.sample] + self.noise[part.sample]
-                excess = away + _rise(here, part.low, part.high, q, peak, span)
-            cells.excess[left] = torch.minimum(cells.excess[left], excess)
+                excess, axis = _rise(here, part.low, part.high, q, peak, span)
+                excess = away + excess
+            cells.excess[left], cells.axis[left] = torch.minimum(cells.excess[left], excess), axis
             below = cells.excess[left] <= self.tolerance[part.sample]
             self._close(cells.take(left[below]))
             left = left[~below]
@@ -148,52 +185,46 @@ class _Search:
                 self.p[s], self.peak[s], self.improved[s] = q, peak, True
 
 
-def _tight(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Bounds that sum p = 1 allows."""
-    pad = 16 * torch.finfo(low.dtype).eps
-    total_low, total_high = low.sum(1, keepdim=True), high.sum(1, keepdim=True)
-    return torch.maximum(low, 1 - (total_high - high) - pad), torch.minimum(high, 1 - (total_low - low) + pad)
-
-
-def _centre(low: Tensor, high: Tensor) -> Tensor:
-    width = high - low
-    share = (1 - low.sum(1, keepdim=True)) / width.sum(1, keepdim=True).clamp(min=torch.finfo(low.dtype).tiny)
-    return low + share.clamp(0.0, 1.0) * width
-
-
 def _rise(
     dual: Dual, low: Tensor, high: Tensor, q: Tensor, peak: Tensor, ranges: tuple[Tensor, Tensor] | None
-) -> Tensor:
-    """An upper bound of G(p) - G(q) over the cell; inf where none is known (separable sigma)."""
+) -> tuple[Tensor, Tensor]:
+    """An upper bound of G(p) - G(q) over the cell, inf where none is known (separable sigma); and the worst direction."""
     slope = dual.dual(q, peak)[1]
     d = ((high + 2 * q) / 3).clamp(min=torch.finfo(q.dtype).tiny)
     matrix = dual.spread(low, high, q, peak, ranges)
-    known = torch.isfinite(matrix).all(2).all(1)
+    known = (matrix < 1e100).all(2).all(1)
     matrix = torch.where(known[:, None, None], matrix, torch.zeros_like(matrix))
     root = d.sqrt()
     scaled = root[:, :, None] * matrix * root[:, None]
     normal = root / root.norm(dim=1, keepdim=True)  # the tangent of the simplex, scaled, is orthogonal to it
     scaled = scaled - normal[:, :, None] * (normal[:, None] @ scaled)
     scaled = scaled - (scaled @ normal[:, :, None]) * normal[:, None]
-    top = torch.linalg.eigvalsh((scaled + scaled.mT) / 2)[:, -1].clamp(min=0.0) * (1 + 1e-9) + 1e-9
+    values, vectors = torch.linalg.eigh((scaled + scaled.mT) / 2)
+    values = values[:, -2:].clamp(min=0.0) * (1 + 1e-9) + 1e-9 if values.shape[1] > 1 else values.clamp(min=0.0) + 1e-9
+    top, axis = values[:, -1], vectors[:, :, -1] / root
     mean = (slope * d).sum(1, keepdim=True) / d.sum(1, keepdim=True)
     linear = linear_maximum(slope - mean, low, high) - ((slope - mean) * q).sum(1)
     square = (d * (slope - mean).square()).sum(1) / (2 * (1 - top).clamp(min=1e-9))
     reach = torch.maximum((high - q).square(), (q - low).square())
-    excess = (top - 1).clamp(min=0.0) / 2 * (reach / d).sum(1)
+    # the direction in which sigma may win is looked at on its own
+    at_q = (axis * q).sum(1)
+    along = torch.maximum(linear_maximum(axis, low, high) - at_q, linear_maximum(-axis, low, high) + at_q)
+    rest = (values[:, 0] - 1).clamp(min=0.0) * (reach / d).sum(1)
+    excess = ((top - 1).clamp(min=0.0) * along.square() + rest) / 2
     rise = torch.where(top < 1, torch.minimum(linear, square), linear + excess)
-    if dual.separable:
-        return torch.where(known, rise, torch.full_like(rise, torch.inf))
-    rest = linear + dual.sway(low, high, q)
-    return torch.where(known, torch.minimum(rise, rest), rest)
+    lipschitz = torch.full_like(rise, torch.inf) if dual.separable else linear + dual.sway(low, high, q)
+    bent = known & (rise <= lipschitz)
+    axis = torch.where(bent[:, None], axis.abs(), dual.rows.norm(dim=2))
+    return torch.where(bent, rise, lipschitz), axis
 
 
-def _split(cells: _Cells, dual: Dual) -> _Cells:
-    """Two halves each, across the class whose range moves v most."""
+def _split(cells: _Cells) -> _Cells:
+    """Two halves each, across the class whose range matters most in the worst direction."""
     width = cells.high - cells.low
-    k = (width * dual.rows.norm(dim=2)[cells.sample]).argmax(1, keepdim=True)
+    k = (width * cells.axis).argmax(1, keepdim=True)
     a, b = cells.low.gather(1, k), cells.high.gather(1, k)
-    middle = ((a.sqrt() + b.sqrt()) / 2).square()
-    first = _Cells(cells.sample, *_tight(cells.low, cells.high.scatter(1, k, middle)), cells.excess)
-    second = _Cells(cells.sample, *_tight(cells.low.scatter(1, k, middle), cells.high), cells.excess.clone())
-    return _Cells.join([first, second])
+    middle = (a + b) / 2
+    low, high = tight(cells.low, cells.high.scatter(1, k, middle))
+    first = replace(cells, low=low, high=high)
+    low, high = tight(cells.low.scatter(1, k, middle), cells.high)
+    return _Cells.join([first, replace(cells, low=low, high=high)])

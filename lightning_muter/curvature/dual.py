@@ -32,7 +32,11 @@ from torch.nn import functional as F
 
 from lightning_muter.curvature.inner import Rho
 from lightning_muter.curvature.problem import HeadProblem
+from lightning_muter.curvature.simplex import centre, linear_maximum, odds_range
 from lightning_muter.threat import ThreatModel
+
+#: Up to this many classes, arrays of their number cubed are formed per cell.
+CUBED = 24
 
 
 @dataclass
@@ -130,15 +134,63 @@ class Dual:
         low, high = low[:, None], high[:, None]
         return -linear_maximum(-columns, low, high), linear_maximum(columns, low, high)
 
-    def narrow(self, v_low: Tensor, v_high: Tensor) -> tuple[Tensor, Tensor]:
-        """Bounds of p at a maximum of G whose v lies in this range (separable sigma): p = softmax(z + B peak(v)) there."""
-        least, most = self.peak(v_low), self.peak(v_high)
+    def narrow(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Bounds of p at the maxima of G in this cell: there p = softmax(z + B peak(v(p)))."""
+        gaps = self._separable_gaps(low, high) if self.separable else self._ball_gaps(low, high)
+        return odds_range(gaps)
+
+    def _separable_gaps(self, low: Tensor, high: Tensor) -> Tensor:
+        least, most = (self.peak(v) for v in self.push(low, high))
         middle, reach = (least + most) / 2, (most - least) / 2
         gaps = self.logits(middle)
         gaps = gaps[:, :, None] - gaps[:, None, :]
         for k in range(gaps.shape[1]):
             gaps[:, k] += ((self.rows[:, k, None] - self.rows).abs() * reach[:, None]).sum(2)
-        return odds_range(gaps)
+        return gaps
+
+    def _ball_gaps(self, low: Tensor, high: Tensor) -> Tensor:
+        """Largest z_k - z_l at peak(v), v of the cell, L2 (where peak(v) = peak(t v) for t > 0).
+
+        Let q be the centre and scale v so that x = v - v_q has no component along peak(v_q): linear in p, and 0 at q. The
+        Jacobian of peak is between 0 and I / mu, mu the least multiplier of the ball on the way, so that for any e
+
+            <e, peak(v) - peak(v_q)> <= (<e, x> + |e| |x|) / (2 mu)
+        """
+        tiny = torch.finfo(low.dtype).tiny
+        q = centre(low, high)
+        v = self.direction(q)
+        delta = self.peak(v)
+        weight = (self.rows @ delta[:, :, None])[:, :, 0] / self.threat.eps**2
+        at_q = (weight * q).sum(1, keepdim=True)
+        least = -linear_maximum(-weight, low, high)
+        known = (least > 0) & (at_q[:, 0] > 0)
+        moved = self.rows - (weight / at_q.clamp(min=tiny))[:, :, None] * v[:, None]
+        if self.threat.box is None:
+            mu = least
+        else:
+            v_low, v_high = self.push(low, high)
+            share = torch.stack([least, linear_maximum(weight, low, high)], 1) / at_q.clamp(min=tiny)
+            scaled = v[:, None] * share[:, :, None]
+            v_low, v_high = torch.minimum(v_low, scaled.amin(1)), torch.maximum(v_high, scaled.amax(1))
+            smallest = torch.where(v_low > 0, v_low, torch.where(v_high < 0, v_high, torch.zeros_like(v)))
+            there = self.peak(smallest)
+            free = ((there > self.lo) & (there < self.hi)).to(v)
+            held = (there * free).norm(dim=1)
+            mu = torch.where(held > 0, (smallest * free).norm(dim=1) / held.clamp(min=tiny), torch.zeros_like(held))
+        known &= mu > 0
+        reach = torch.maximum(high - q, q - low).clamp(min=0.0)
+        squares = (moved @ moved.mT).abs()
+        length = (reach[:, None] @ squares @ reach[:, :, None])[:, 0, 0].sqrt()
+        apart = torch.cdist(self.rows, self.rows, compute_mode="donot_use_mm_for_euclid_dist")
+        product = apart * length[:, None, None]
+        along = product
+        if self.z.shape[1] <= CUBED:
+            inner = self.rows @ moved.mT
+            exact = linear_maximum(inner[:, :, None] - inner[:, None], low[:, None, None], high[:, None, None])
+            along = torch.minimum(along, exact)
+        z = self.logits(delta)
+        gaps = z[:, :, None] - z[:, None] + (along + product) / (2 * mu.clamp(min=tiny))[:, None, None]
+        return torch.where(known[:, None, None], gaps, torch.full_like(gaps, torch.inf))
 
     @property
     def separable(self) -> bool:
@@ -283,25 +335,3 @@ def _targets(problem: HeadProblem, y: Tensor) -> Tensor | None:
     if bool((target < 0).any()) or bool(((target.sum(1) - 1).abs() > 8 * torch.finfo(target.dtype).eps * k).any()):
         return None
     return target
-
-
-def linear_maximum(slope: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """max <slope, p> over low <= p <= high, sum p = 1: the largest slopes are filled first. Last dimension: m.
-
-    >>> linear_maximum(torch.tensor([1.0, 3.0]), torch.tensor([0.5, 0.0]), torch.tensor([1.0, 1.0]))
-    tensor(2.)
-    """
-    slope, low, high = torch.broadcast_tensors(slope, low, high)
-    ordered, index = slope.sort(-1, descending=True)
-    width = (high - low).gather(-1, index)
-    room = 1 - low.sum(-1, keepdim=True)
-    filled = torch.minimum(width, (room - (width.cumsum(-1) - width)).clamp(min=0.0))
-    return (slope * low).sum(-1) + (ordered * filled).sum(-1)
-
-
-def odds_range(most: Tensor) -> tuple[Tensor, Tensor]:
-    """Bounds of softmax, from the largest values (n, m, m) of every difference z_k - z_l."""
-    pad = 64 * torch.finfo(most.dtype).eps
-    high = 1 / (-most).exp().sum(2)
-    low = 1 / most.exp().sum(1)
-    return low * (1 - pad), (high * (1 + pad)).clamp(max=1.0)
