@@ -86,7 +86,13 @@ def certified_distance_in_metric(
 
 
 def certify(objective: RobustObjective, theta: Tensor, evaluation: Evaluation) -> float:
-    """The bound at theta, given the objective's evaluation there.
+    """The bound at theta as the module will hold it, rounded to its dtype, given the objective's evaluation at theta."""
+    written = theta.to(objective.problem.head.linear.weight.dtype).to(theta)
+    return _certify(objective, theta, evaluation) + float((theta - written).norm())
+
+
+def _certify(objective: RobustObjective, theta: Tensor, evaluation: Evaluation) -> float:
+    """The bound at theta.
 
     The gradient is taken at the maximisers that the search for global ones ends with, and eta is their gap.
     """

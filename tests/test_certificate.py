@@ -135,6 +135,23 @@ def test_bound_on_handwritten_digits_is_within_a_factor_of_10_of_the_distance(no
     assert distance <= result.bound <= 10 * distance
 
 
+def test_the_weights_as_they_are_written_are_within_the_bound():
+    """A float32 head rounds the weights: the bound grows by as much."""
+    one = case("linear-softmax-bias")
+    one.decay = 0.05
+    threat = ThreatModel("l2", 0.05, None)
+    best, slack = _optimum(one, threat, Smoothing(), one.problem().read_theta())
+    single = copy.deepcopy(one)
+    single.net = single.net.float()
+    objective = single.objective(threat)
+    sums, delta = objective.sums(best)
+    bound = certify(objective, best, objective.evaluation(best, sums, delta))
+    objective.problem.write_theta(best)
+    distance = float((objective.problem.read_theta() - best).norm())
+    assert distance > slack / 10
+    assert bound == pytest.approx(slack + distance, rel=1e-2)
+
+
 def test_where_no_bound_is_known_none_is_given_with_the_reason():
     x = torch.rand(8, 4, dtype=torch.float64)
 
