@@ -301,7 +301,10 @@ class HeadProblem:
         return (hess + hess.mT) / 2
 
     def curvature_root(self, theta: Tensor, x: Tensor, hess: Tensor) -> Tensor:
-        """R = J^T W^T L with L L^T = Lambda (negative eigenvalues cut): (n, D, K); R R^T is the Gauss-Newton d2l/dx2."""
+        """R = J^T W^T L with L L^T = Lambda (negative eigenvalues cut, directions
+        without curvature left out): (n, D, m), m <= K; R R^T is the Gauss-Newton d2l/dx2."""
         values, vectors = torch.linalg.eigh(hess)
         root = vectors * values.clamp(min=0.0).sqrt()[:, None, :]
+        used = values.amax(0) > 1e-14 * values.abs().max()  # softmax: one direction less, and one pass
+        root = root[:, :, used] if bool(used.any()) else root[:, :, -1:]
         return self.backbone.pullback(x, root.mT @ self.weight(theta)).mT
