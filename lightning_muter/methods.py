@@ -47,11 +47,7 @@ class Request:
         smoothing = snapshot.smoothing
         if smoothing.anchor is not None:
             smoothing = replace(smoothing, anchor=smoothing.anchor.to(problem.device))
-        delta = None
-        if starts is not None:
-            at = torch.tensor(positions, dtype=torch.int64)
-            delta = starts[at].to(problem.device, problem.backbone.exact_dtype) * snapshot.threat_model.eps
-        return RobustObjective(
+        objective = RobustObjective(
             problem,
             snapshot.threat_model,
             source or self.source,
@@ -59,8 +55,10 @@ class Request:
             snapshot.inner,
             smoothing,
             positions,
-            delta,
         )
+        if starts is not None:
+            objective.restore(starts[torch.tensor(positions, dtype=torch.int64)])
+        return objective
 
 
 @dataclass

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from lightning_muter.curvature.descent import Descent, Metric, descend
+from lightning_muter.curvature.descent import Descent, Metric, descend, descend_contested
 from lightning_muter.curvature.direct import Curvature
 from lightning_muter.curvature.objective import Evaluation, RobustObjective
 from lightning_muter.curvature.response import Response
@@ -48,6 +48,8 @@ def refined(
     """
     if float(first.gradient.norm()) <= AGED * float(before.gradient.norm()):
         metric, _ = definite_inverse(matrix)
+        if not objective.reproducible:
+            return _tracked(objective, theta, matrix, before, first, steps, on_step)
         return descend(objective, theta, metric, max_steps=steps, tolerance=TOLERANCE, first=first, on_step=on_step)
     found = Descent(theta, first, "capped", 0, [first.stationarity])
     while found.status == "capped" and found.steps < steps:
@@ -63,6 +65,33 @@ def refined(
         )
         history = [*found.history, *part.history[1:]]
         found = Descent(part.theta, part.evaluation, part.status, found.steps + part.steps, history)
+    return found
+
+
+def _tracked(
+    objective: RobustObjective,
+    theta: Tensor,
+    matrix: Tensor,
+    before: Evaluation,
+    first: Evaluation,
+    steps: int,
+    on_step: Callable[[int, Evaluation], None] | None,
+) -> Descent:
+    """Step by step, with a look for new maxima after each: where several are nearly equal the steps hold the kinks between them."""
+    # the stored matrix holds the kinks as they were at the trained weights
+    smooth, _ = definite_inverse(matrix if before.kinks is None else matrix - before.kinks.stiffness())
+    found = Descent(theta, first, "capped", 0, [first.stationarity])
+    while found.status == "capped" and found.steps < steps:
+        done = found.steps
+        report = None if on_step is None else (lambda i, e, done=done: on_step(done + i, e))
+        part = descend_contested(
+            objective, found.theta, smooth, max_steps=1, tolerance=TOLERANCE, first=found.evaluation, on_step=report
+        )
+        if part.steps == 0:
+            return Descent(found.theta, found.evaluation, part.status, done, found.history)
+        seen = objective.evaluate(part.theta, explore=True)
+        objective.accept(seen)
+        found = Descent(part.theta, seen, "capped", done + 1, [*found.history, seen.stationarity])
     return found
 
 

@@ -38,7 +38,8 @@ class Snapshot(Stored):
         theta_ref: weights [W | b], (K, q), at which ``hessian`` was summed; theta_base: where ``gradient`` was.
         hessian: M of the samples that are left, without weight decay.     decay: lambda per entry, (K, q).
         forgotten: positions removed so far, in order.     n_total: samples at the start.
-        starts, base_starts: where the maximisers at theta_ref and theta_base start (nonlinear backbones; float16).
+        starts, base_starts: where the maximisers at theta_ref and theta_base start, (n, 1 + m, D + 1) in float16: positions in
+            units of eps and weights of the local maxima (nonlinear backbones).
         fingerprint: of the model's whole state dict as it should be now.
         digests: keyed digest of every sample (n, 16); rows of forgotten samples are zeroed.
         stationarity: |grad F| / sum |grad phi_i| at theta_base for the samples at hand when it was measured.
@@ -101,11 +102,16 @@ class Snapshot(Stored):
             "loss": self.loss_name,
             "head": self.head_name,
             "input_shape": list(self.input_shape),
-            "smoothing": {"strength": self.smoothing.strength, "bandwidth": self.smoothing.bandwidth},
+            "smoothing": {
+                "strength": self.smoothing.strength,
+                "bandwidth": self.smoothing.bandwidth,
+                "temperature": self.smoothing.temperature,
+            },
             "inner": {
                 "tolerance": self.inner.tolerance,
                 "max_iter": self.inner.max_iter,
                 "starts": self.inner.starts,
+                "rivals": self.inner.rivals,
             },
             "key_id": self.key_id,
             "fingerprint": self.fingerprint,
@@ -142,7 +148,10 @@ class Snapshot(Stored):
             if name in tensors and len(tensors[name]) != n:
                 raise ValueError(f"{name} has {len(tensors[name])} rows, not {n}")
         smoothing = Smoothing(
-            float(meta["smoothing"]["strength"]), float(meta["smoothing"]["bandwidth"]), tensors.get("anchor")
+            float(meta["smoothing"]["strength"]),
+            float(meta["smoothing"]["bandwidth"]),
+            tensors.get("anchor"),
+            float(meta["smoothing"]["temperature"]),
         )
         if meta["scope"] != "head" or meta["curvature"] not in ("hessian", "ggn", "fisher"):
             raise ValueError(f"scope {meta['scope']!r}, curvature {meta['curvature']!r}")

@@ -125,9 +125,7 @@ def take_snapshot(
         anchored = True
         objective.set_smoothing(like.smoothing)
         if like.starts is not None:
-            starts_here = like.starts[objective.shards.share(range(source.n))]
-            # as `unlearn` restores them: stored in units of the radius
-            objective.delta = starts_here.to(problem.device, problem.backbone.exact_dtype) * threat.eps
+            objective.restore(like.starts[objective.shards.share(range(source.n))])
     elif not anchored:
         objective.anchor(theta)
     aim = tolerance if tolerance is not None else AIM.get(parameter.dtype, 1e-3)
@@ -140,7 +138,9 @@ def take_snapshot(
             limit = 150 if polish == "auto" else int(polish)
             done = _polish(objective, theta, metric, aim, limit, anchored, on_step)
             theta = done.theta
-    starts = rounded_starts(objective)
+    if objective.delta is None and not objective.reproducible:
+        objective.accept(objective.evaluate(theta, explore=True))
+    starts = objective.stored_starts()
     starts = None if starts is None else objective.shards.gather_rows(starts, source.n)
     with bar(objective, "snapshot", progress):
         if resume is not None:
@@ -354,27 +354,6 @@ def _polish(
     on_step: Callable[[int, Evaluation], None],
 ) -> Polish:
     return polish(objective, theta, response, tolerance=aim, max_passes=limit, anchored=anchored, on_step=on_step)
-
-
-def rounded_starts(objective: RobustObjective) -> Tensor | None:
-    """Where the maximisers start from now on: half-precision points near them, or None where scratch will do.
-
-    The objective is left tracking the rounded points, so that its next sums are those anybody can repeat from the file.
-    """
-    if objective.reproducible or objective.threat.eps == 0:
-        objective.delta = None
-        return None
-    if objective.delta is None:
-        _, objective.delta = objective.sums(objective.problem.read_theta())
-    # in units of eps: half precision keeps three digits of any radius
-    scale = objective.threat.eps
-    stored = (objective.delta / scale).to(torch.float16).cpu()
-    objective.delta = restore_starts(stored, objective.threat, objective.delta)
-    return stored
-
-
-def restore_starts(stored: Tensor, threat: ThreatModel, like: Tensor) -> Tensor:
-    return stored.to(like) * threat.eps
 
 
 def check_digests(

@@ -23,7 +23,7 @@ from lightning_muter.refining import refined
 from lightning_muter.snapshot import Snapshot, loss_name
 from lightning_muter.solvers import Solver, as_solver
 from lightning_muter.stored import Stored
-from lightning_muter.taking import bar, check_digests, outside_head, rounded_starts
+from lightning_muter.taking import bar, check_digests, outside_head
 from lightning_muter.wide_snapshot import WIDE_BATCH, WideSnapshot
 
 
@@ -260,7 +260,7 @@ def _with_retained(
         at_now = objective.evaluate(now)
         objective.accept(at_now)
         result.stationarity_before = at_now.stationarity
-        evaluation = objective.evaluate(theta)
+        evaluation = objective.evaluate(theta, explore=bool(refine))
         if refine:
             found = refined(
                 objective,
@@ -276,12 +276,12 @@ def _with_retained(
             theta, evaluation = found.theta, found.evaluation
             result.refine = found.history[1:]
             # from now on gradients count from here; curvature stays at theta_ref
-            base_starts = rounded_starts(objective)
+            base_starts = objective.stored_starts()
             sums, delta = objective.sums(theta)
             evaluation = objective.evaluation(theta, sums, delta)
             after.theta_base, after.gradient = theta.cpu(), sums.gradient.cpu()
             if base_starts is not None:
-                full = torch.zeros(snapshot.n_total, base_starts.shape[1], dtype=base_starts.dtype)
+                full = torch.zeros(snapshot.n_total, *base_starts.shape[1:], dtype=base_starts.dtype)
                 full[torch.tensor(kept)] = base_starts
                 after.base_starts = full
         result.stationarity_after = evaluation.stationarity

@@ -59,7 +59,7 @@ class Case:
             SampleSource(self.dataset, weight=self.weight, threat=threat, **source),
             torch.full(problem.shape, self.decay, dtype=torch.float64),
             InnerSolver(),
-            smoothing or Smoothing(),
+            smoothing or Smoothing(temperature=0.0),
         )
 
 

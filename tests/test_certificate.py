@@ -61,7 +61,7 @@ def test_bound_is_never_below_the_distance(kind, loss, norm, eps, away, iteratio
     smoothing = Smoothing(anchor=start if norm == "linf" else None)
     best, slack = _optimum(one, threat, smoothing, start)
     objective = one.objective(threat, smoothing=smoothing)
-    objective.inner = InnerSolver(max_iter=iterations, starts=False)
+    objective.inner = InnerSolver(max_iter=iterations, starts=0)
     generator = torch.Generator().manual_seed(seed)
     theta = best + away * torch.randn(best.shape, generator=generator, dtype=torch.float64)
     sums, delta = objective.sums(theta)
@@ -76,7 +76,7 @@ def test_the_naive_bound_would_lie_and_this_one_does_not():
     threat = ThreatModel("l2", 0.3, None)
     objective = one.objective(threat)
     best, _ = _optimum(one, threat, Smoothing(), one.problem().read_theta())
-    objective.inner = InnerSolver(max_iter=1, starts=False)
+    objective.inner = InnerSolver(max_iter=1, starts=0)
     objective.delta = torch.zeros_like(one.x)
     frozen = one.objective(ThreatModel("l2", 0.0))
     clean = polish(frozen, best, as_response("auto", ThreatModel("l2", 0.0)), tolerance=1e-12).theta

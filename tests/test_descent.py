@@ -88,7 +88,9 @@ def test_gradient_is_the_derivative_of_the_value():
     ):
         one, threat = case(name), THREATS[key]
         theta = one.problem().read_theta()
-        objective = one.objective(threat, smoothing=Smoothing(anchor=theta if threat.norm == "linf" else None))
+        objective = one.objective(
+            threat, smoothing=Smoothing(anchor=theta if threat.norm == "linf" else None, temperature=0.0)
+        )
         gradient = objective.evaluate(theta).gradient
         v = torch.randn(theta.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

@@ -26,7 +26,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_muter.deletion import bookkeeping, cli, files, lineage, transactions
+from lightning_muter import cli, files
+from lightning_muter.deletion import bookkeeping, lineage, transactions
 from lightning_muter.deletion import places as places_module
 from lightning_muter.deletion.checkpoints import checkpoint_fingerprint, load_checkpoint
 from lightning_muter.deletion.ledger import Ledger

@@ -95,6 +95,48 @@ def descend(
     return Descent(theta, now, status, steps, history)
 
 
+def descend_contested(
+    objective: RobustObjective,
+    theta: Tensor,
+    smooth: Metric,
+    *,
+    max_steps: int,
+    tolerance: float,
+    first: Evaluation,
+    on_step: Callable[[int, Evaluation], None] | None = None,
+) -> Descent:
+    """As :func:`descend`, where several local maxima are nearly equal: each step minimises a model that holds the kinks between
+    them as they are (`curvature.contest.Kinks`) beside the curvature of the rest, and weighs the maxima anew.
+
+    Args:
+        smooth: H^-1 of the total Hessian without the kinks' share.
+    """
+    now = objective.weigh(first)
+    history, steps, status = [now.stationarity], 0, "capped"
+    while True:
+        if now.stationarity <= tolerance:
+            status = "converged"
+        if status == "converged" or steps == max_steps:
+            break
+        gradient, kinks = now.gradient.flatten(), now.kinks
+        if kinks is None:
+            direction = -smooth(gradient)
+        else:
+            direction = kinks.step(gradient - kinks.gradient(kinks.shares()), smooth)
+        slope = float(direction @ gradient)
+        found = None if slope >= 0 else _weak_wolfe(objective, theta, now, direction.reshape(theta.shape), slope, 0.0)
+        if found is None:
+            status = "stalled"
+            break
+        t, new = found
+        theta, now = theta + t * direction.reshape(theta.shape), objective.weigh(new)
+        steps += 1
+        history.append(now.stationarity)
+        if on_step is not None:
+            on_step(steps, now)
+    return Descent(theta, now, status, steps, history)
+
+
 def _newton_point(objective: RobustObjective, theta: Tensor) -> Tensor:
     """theta after one Newton step of the direct Hessian."""
     sums, delta = objective.sums(theta, response=NoResponse())
@@ -187,22 +229,26 @@ def polish(
             best = None  # another objective
         objective.restart()
         # other local maxima are looked for between descents, so that in the end they depend on theta and not on the path
-        explore = not objective.reproducible and rounds < 8
+        explore = not objective.reproducible
         rounds += 1
-        sums, objective.delta = objective.sums(theta, response=response, curvature=curvature, explore=explore)
-        first = objective.evaluation(theta, sums, objective.delta)
+        sums, delta = objective.sums(theta, response=response, curvature=curvature, explore=explore)
+        first = objective.evaluation(theta, sums, delta)
+        objective.accept(first)
         before = first.stationarity if before is None else before
         assert sums.hessian is not None
         matrix = sums.hessian.dense()
         matrix.diagonal().add_(objective.count * objective.decay.flatten())
+        kinks = first.kinks
+        if kinks is not None:
+            matrix -= kinks.stiffness()
         if damping:
             matrix.diagonal().add_(damping * matrix.diagonal().mean())
         metric, shift = definite_inverse(matrix)
-        # far from the end the curvature ages fast: short rounds
-        found = descend(
+        found = (descend if kinks is None else descend_contested)(
             objective,
             theta,
             metric,
+            # far from the end the curvature ages fast: short rounds
             max_steps=4 if first.stationarity > 1e-3 else 10,
             tolerance=tolerance,
             first=first,
@@ -217,7 +263,13 @@ def polish(
             idle += 1
         if best is None or found.evaluation.stationarity < best[1].stationarity:
             best = (theta, found.evaluation)
-        if found.status == "converged" and (anchored or not objective.smoothing_moves(theta)):
+        # tracked maxima: converged is what stays so after another look
+        sure = objective.reproducible
+        if (
+            found.status == "converged"
+            and (sure or found.steps == 0)
+            and (anchored or not objective.smoothing_moves(theta))
+        ):
             status = "converged"
             break
         stuck = found.status == "stalled" and found.steps == 0
@@ -231,5 +283,7 @@ def polish(
     assert best is not None
     assert before is not None
     theta, evaluation = best
+    if evaluation.stationarity <= tolerance and (anchored or not objective.smoothing_moves(theta)):
+        status = "converged"
     objective.accept(evaluation)
     return Polish(theta, evaluation, before, status, objective.passes - begin, shift)

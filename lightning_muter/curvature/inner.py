@@ -17,11 +17,12 @@ all speak of the same function. rho is 0 at the vertices and rho >= 0: phi <= ph
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from lightning_muter.curvature.anderson import Anderson
 from lightning_muter.curvature.problem import HeadProblem
 from lightning_muter.threat import ThreatModel
 
@@ -34,11 +35,14 @@ class Smoothing:
         strength: s, multiple of the largest input curvature at the anchor; 1 makes the inner problem concave there.
         bandwidth: tau, relative to the mean input gradient of the sample.
         anchor: theta at which both are evaluated (``None``: no smoothing).
+        temperature: T of the soft maximum over local maxima (`curvature.contest`; smooth nonlinear backbones), in units of the loss;
+            0: the largest alone.
     """
 
     strength: float = 1.0
     bandwidth: float = 0.03
     anchor: Tensor | None = None
+    temperature: float = 0.005
 
     def coefficients(self, problem: HeadProblem, threat: ThreatModel, x: Tensor, y: Tensor) -> Tensor | None:
         """c_ij (n, D), or ``None`` where nothing is smoothed; depends on the sample and the anchor alone."""
@@ -57,24 +61,21 @@ class Smoothing:
 
 @dataclass
 class Maximisers:
-    """delta (n, D), value of the inner objective (n,), residual (n,), iterations used."""
+    """delta (n, D), value of the inner objective (n,), residual (n,), iterations used.
+
+    Attributes:
+        rivals: other local maxima (m, n, D), with values (m, n), -inf where one is none.
+        prior: weights q (1 + m, n) of the maximiser and its rivals, summing to 1 (`curvature.contest`).
+    """
 
     delta: Tensor
     value: Tensor
     residual: Tensor
     iterations: int
     tolerance: float
-
-    def better(self, other: Maximisers) -> Maximisers:
-        """Sample by sample the one of larger value."""
-        wins = other.value > self.value + 1e-9 * (1 + self.value.abs())
-        return Maximisers(
-            torch.where(wins[:, None], other.delta, self.delta),
-            torch.where(wins, other.value, self.value),
-            torch.where(wins, other.residual, self.residual),
-            max(self.iterations, other.iterations),
-            self.tolerance,
-        )
+    rivals: Tensor | None = None
+    rival_values: Tensor | None = None
+    prior: Tensor | None = None
 
     @property
     def converged(self) -> Tensor:
@@ -89,17 +90,21 @@ class InnerSolver:
     1/t is 0 until a step fails to rise (for a loss convex in x it never does). The residual is the length of the next step
     over eps, scaled up by what the proximal term takes from it: 0 exactly at a stationary point of the inner problem.
 
+    A nonconcave inner problem has several local maxima, and phi is the largest: short ascents from 0 and towards the other
+    classes are compared, the best one goes on. The next best are *rivals*: when the maximisers are tracked over moving
+    weights, they go along and take over where they win, so that phi stays the largest (and convex in the head).
+
     Args:
         tolerance: on the residual; ``None``: 1e-9 in float64, 1e-5 in float32.
         max_iter: gradient steps per solve.
-        starts: screen a start towards every other class and keep the best (linear models); the others start at 0.
+        starts: the number of classes to start towards, those of the largest logits first; 0: start at 0 only.
+        rivals: how many other local maxima are tracked (nonlinear backbones).
     """
 
     tolerance: float | None = None
     max_iter: int = 300
-    starts: bool = True
-    screening: int = field(default=3, repr=False)
-    descent: int = field(default=80, repr=False)
+    starts: int = 9
+    rivals: int = 2
     tracking: int = field(default=10, repr=False)
     finish: int = field(default=6, repr=False)
 
@@ -117,98 +122,179 @@ class InnerSolver:
         y: Tensor,
         c: Tensor | None = None,
         start: Tensor | None = None,
+        rivals: Tensor | None = None,
+        prior: Tensor | None = None,
+        explore: bool = False,
+        margin: float = 0.0,
     ) -> Maximisers:
-        """Maximise from ``start`` (n, D), or from scratch: the result then depends on the sample and theta alone."""
+        """Maximise from ``start`` (n, D) and ``rivals`` (m, n, D); or from scratch: the result then depends on the sample and
+        theta alone. ``explore``: from both. Rivals within ``margin`` of the best are maximised as it is; ``prior`` (1 + m, n)
+        goes along with the tracked ones."""
         x = x.to(problem.backbone.exact_dtype)
         tol = self.tolerance_for(x.dtype)
         if threat.eps == 0:
             zero = torch.zeros_like(x)
             value, _ = problem.loss_and_input_gradient(theta, x, y)
             return Maximisers(zero, value, value * 0, 0, tol)
-        rho = Rho(threat, x, c)
+        one = _Inner(problem, theta, threat, x, y, Rho(threat, x, c), tol)
+        kinked = problem.backbone.piecewise_linear and not problem.backbone.affine
+        tried: list[tuple[Tensor, Tensor]] = []
         if start is not None:
-            first = threat.project(start.to(x), x)
-        else:
-            first = self._screen(problem, theta, threat, x, y, rho)
-        if problem.backbone.affine or not problem.backbone.piecewise_linear:
-            return self._ascend(problem, theta, threat, x, y, rho, first, self.max_iter, tol)
-        steps, step = (self.descent, 1.0) if start is None else (self.tracking, 0.1)
-        first = self._shrinking(problem, theta, threat, x, y, rho, first, steps, step)
-        return self._ascend(problem, theta, threat, x, y, rho, first, self.max_iter, tol, kinked=True)
+            near = [start, *([] if rivals is None else rivals.unbind())]
+            alone = len(near) == 1 and not explore
+            tried += [self._near(one, threat.project(d.to(x), x), kinked, alone) for d in near]
+        if start is None or explore:
+            far = self._starts(one)
+            alone = len(far) == 1 and not tried
+            tried += [self._far(one, d, kinked, alone) for d in far]
+        deltas, values = torch.stack([d for d, _ in tried]), torch.stack([v for _, v in tried])
+        weights = torch.zeros_like(values)
+        if start is not None:
+            weights[: len(near)] = 1 / len(near) if prior is None else prior.to(weights).clamp(min=1e-12)
+        wanted = self.rivals if margin or not problem.backbone.affine else 0
+        chosen, values, weights = _ranked(deltas, values, weights, wanted)
+        far_away = kinked and (start is None or explore)
+        found = self._finish(one, chosen[0], kinked, far_away)
+        if len(chosen) == 1:
+            return found
+        places, heights = chosen.clone(), torch.full_like(values, -math.inf)
+        places[0], heights[0] = found.delta, found.value
+        for j in range(1, len(chosen)):
+            rows = (values[j] > found.value - 2 * margin).nonzero()[:, 0] if margin else values.new_zeros(0).long()
+            if len(rows):
+                more = self._finish(one.take(rows), chosen[j, rows], kinked, far_away)
+                places[j, rows], heights[j, rows] = more.delta, more.value
+            for k in range(j):  # ascents may end at the same maximum: it counts once
+                same = close(places[j], places[k]) & torch.isfinite(heights[k])
+                weights[k] += torch.where(same, weights[j], 0.0)
+                weights[j] = weights[j].masked_fill(same, 0.0)
+                heights[j] = heights[j].masked_fill(same, -math.inf)
+        found.rivals, found.rival_values = places[1:], heights[1:]
+        found.prior = _prior(weights, heights, _FRESH if explore or start is None else _FAINT)
+        return found
 
-    def _shrinking(
-        self,
-        problem: HeadProblem,
-        theta: Tensor,
-        threat: ThreatModel,
-        x: Tensor,
-        y: Tensor,
-        rho: Rho,
-        delta: Tensor,
-        steps: int,
-        step: float,
-    ) -> Tensor:
-        """The best iterate of projected steps of length step * eps, shrinking by a twentieth (scratch) or a quarter (tracked:
-        short enough to stay with the same local maximum).
+    def _finish(self, one: _Inner, delta: Tensor, kinked: bool, far_away: bool) -> Maximisers:
+        if far_away:
+            delta, _ = one.shrinking(delta, 60, 0.5, 0.92)
+        return one.ascend(delta, self.max_iter, one.tol, self.finish if kinked else 0)
+
+    def _near(self, one: _Inner, delta: Tensor, kinked: bool, alone: bool) -> tuple[Tensor, Tensor]:
+        """A little up from a tracked maximiser: short steps, so that it stays with its local maximum."""
+        if kinked:
+            return one.shrinking(delta, self.tracking, 0.1, 0.75)
+        return one.short(delta, 0 if alone else 5)
+
+    def _far(self, one: _Inner, delta: Tensor, kinked: bool, alone: bool) -> tuple[Tensor, Tensor]:
+        """Up from far away, until the better maxima can be told."""
+        if kinked:
+            return one.shrinking(delta, 20, 1.0, 0.8)
+        return one.short(delta, 0 if alone else 3 if one.problem.backbone.affine else 4)
+
+    def _starts(self, one: _Inner) -> list[Tensor]:
+        """0, and the ball's furthest points towards the most likely other classes (a single logit: both ways)."""
+        problem, x = one.problem, one.x
+        zero = torch.zeros_like(x)
+        few = problem.n_logits == 2 or (problem.backbone.affine and one.rho.c is not None)
+        if not self.starts or few:
+            return [zero]
+        weight = problem.weight(one.theta)
+        if problem.n_logits == 1:  # a loss such as the square rises both ways
+            directions = [weight.expand(len(x), -1), -weight.expand(len(x), -1)]
+        else:
+            likely = problem.logits(one.theta, problem.backbone(x).detach())
+            own = weight.mean(0).expand(len(x), -1)
+            if not one.y.is_floating_point() and one.y.dim() == 1:
+                own = weight[one.y]
+                likely = likely.scatter(1, one.y[:, None], -math.inf)
+            order = likely.argsort(1, descending=True)[:, : min(self.starts, problem.n_logits - 1)]
+            directions = [weight[k] - own for k in order.unbind(1)]
+        covectors = torch.stack(directions, 1)
+        towards = problem.backbone.pullback(x, covectors)
+        return [zero, *(one.threat.linear_maximiser(g, x) for g in towards.unbind(1))]
+
+
+def _ranked(deltas: Tensor, values: Tensor, weights: Tensor, rivals: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of candidates (m, n, D) with values and weights (m, n) the best, an earlier one unless a later one wins clearly, and up
+    to ``rivals`` next best ones that are elsewhere: (1 + rivals, n, D), values (-inf where there is none), weights."""
+    best = torch.zeros_like(values[0], dtype=torch.long)
+    top = values[0]
+    for j in range(1, len(values)):  # equal maxima up to rounding may not change places
+        wins = values[j] > top + 1e-9 * (1 + top.abs())
+        best, top = torch.where(wins, j, best), torch.where(wins, values[j], top)
+    rows = torch.arange(deltas.shape[1], device=deltas.device)
+    chosen, kept, left, shares = [deltas[best, rows]], [top], values.clone(), []
+    for j in range(min(rivals, len(values) - 1) + 1):
+        near = close(deltas, chosen[-1]) & torch.isfinite(left)
+        shares.append((weights * near).sum(0))
+        left = left.masked_fill(near, -math.inf)
+        if j == min(rivals, len(values) - 1):
+            break
+        pick = left.argmax(0)
+        value = left[pick, rows]
+        chosen.append(torch.where(torch.isfinite(value)[:, None], deltas[pick, rows], chosen[0]))
+        kept.append(value)
+    return torch.stack(chosen), torch.stack(kept), torch.stack(shares)
+
+
+#: Least weight of a local maximum that was just found, and of one that is tracked.
+_FRESH, _FAINT = 0.1, 1e-4
+
+
+def _prior(weights: Tensor, values: Tensor, least: float) -> Tensor:
+    there = torch.isfinite(values)
+    weights = torch.where(weights == 0, least, weights.clamp(min=_FAINT)) * there
+    return weights / weights.sum(0)
+
+
+def close(a: Tensor, b: Tensor) -> Tensor:
+    """Whether two maximisers are one and the same."""
+    return (a - b).norm(dim=-1) <= 0.05 * b.norm(dim=-1)
+
+
+@dataclass
+class _Inner:
+    """The inner problem of a batch at fixed weights, and ascents in it."""
+
+    problem: HeadProblem
+    theta: Tensor
+    threat: ThreatModel
+    x: Tensor
+    y: Tensor
+    rho: Rho
+    tol: float
+
+    def take(self, rows: Tensor) -> _Inner:
+        return replace(self, x=self.x[rows], y=self.y[rows], rho=self.rho.take(rows))
+
+    def short(self, delta: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        if steps == 0:  # nothing to compare with
+            return delta, torch.zeros_like(delta[:, 0])
+        found = self.ascend(delta, steps, 0.0)
+        return found.delta, found.value
+
+    def shrinking(self, delta: Tensor, steps: int, step: float, shrink: float) -> tuple[Tensor, Tensor]:
+        """The best iterate, and its value, of projected steps of length step * eps, each ``shrink`` times the last.
 
         Maximisers of a ReLU network like to sit on kinks, where monotone ascent zigzags and stalls; steps that may fall
         and shrink get past them (a subgradient method).
         """
-        shrink = 0.95 if step == 1.0 else 0.75
+        threat, x, rho = self.threat, self.x, self.rho
         best, value = delta, torch.full_like(x[:, 0], -math.inf)
         for _ in range(steps):
-            loss, gradient = problem.loss_and_input_gradient(theta, x + delta, y)
+            loss, gradient = self.problem.loss_and_input_gradient(self.theta, x + delta, self.y)
             now = loss.to(x) + rho.value(delta)
             rose = now > value
             best, value = torch.where(rose[:, None], delta, best), torch.where(rose, now, value)
             slope = gradient + rho.gradient(delta)
             size = slope.norm(dim=1, keepdim=True) if threat.norm == "l2" else slope.abs().mean(1, keepdim=True)
             size = size.clamp(min=torch.finfo(x.dtype).tiny)
-            pull = size / (step * threat.eps)
-            delta = rho.maximise(threat, gradient, delta, pull, x)
+            delta = rho.maximise(threat, gradient, delta, size / (step * threat.eps), x)
             step *= shrink
-        return best
+        return best, value
 
-    def _screen(
-        self, problem: HeadProblem, theta: Tensor, threat: ThreatModel, x: Tensor, y: Tensor, rho: Rho
-    ) -> Tensor:
-        """The best of a few short ascents: from 0, and towards every logit (linear models; a single logit both ways)."""
-        zero = torch.zeros_like(x)
-        if not (self.starts and problem.backbone.affine and problem.n_logits != 2 and rho.c is None):
-            return zero
-        best = self._ascend(problem, theta, threat, x, y, rho, zero, self.screening, 0.0)
-        delta, value = best.delta, best.value
-        weight = problem.weight(theta)
-        if problem.n_logits == 1:  # a loss such as the square rises both ways
-            directions = [weight.expand(len(x), -1), -weight.expand(len(x), -1)]
-        else:
-            own = weight[y] if not y.is_floating_point() and y.dim() == 1 else weight.mean(0).expand(len(x), -1)
-            directions = [weight[k] - own for k in range(problem.n_logits)]
-        for direction in directions:
-            towards = problem.backbone.pullback(x, direction[:, None])[:, 0]
-            tried = self._ascend(
-                problem, theta, threat, x, y, rho, threat.linear_maximiser(towards, x), self.screening, 0.0
-            )
-            # a start must win clearly: equal maxima up to rounding may not change places
-            better = tried.value > value + 1e-9 * (1 + value.abs())
-            delta = torch.where(better[:, None], tried.delta, delta)
-            value = torch.where(better, tried.value, value)
-        return delta
-
-    def _ascend(
-        self,
-        problem: HeadProblem,
-        theta: Tensor,
-        threat: ThreatModel,
-        x: Tensor,
-        y: Tensor,
-        rho: Rho,
-        delta: Tensor,
-        max_iter: int,
-        tol: float,
-        kinked: bool = False,
-    ) -> Maximisers:
-        """Monotone ascent; ``kinked``: samples whose steps fall again and again sit on a kink and are left there."""
+    def ascend(self, delta: Tensor, max_iter: int, tol: float, falls_allowed: int = 0) -> Maximisers:
+        """Monotone ascent; samples whose steps fall ``falls_allowed`` times sit on a kink of the backbone and are left there."""
+        problem, theta, threat, x, y, rho = self.problem, self.theta, self.threat, self.x, self.y, self.rho
         delta = delta.clone()
         loss, gradient = problem.loss_and_input_gradient(theta, x + delta, y)
         value = loss + rho.value(delta)
@@ -220,7 +306,8 @@ class InnerSolver:
         if not problem.backbone.piecewise_linear and bool(delta.any()):
             size = torch.maximum(size, problem.loss_and_input_gradient(theta, x, y)[1].norm(dim=1).to(size))
         falls = torch.zeros_like(live)
-        limit = max_iter if not kinked else self.finish
+        kinked, limit = falls_allowed > 0, falls_allowed or max_iter
+        memory = Anderson(delta) if threat.norm == "l2" and not kinked else None
         iterations = 0
         for done in range(max_iter):
             iterations = done + 1
@@ -240,6 +327,10 @@ class InnerSolver:
                     break
                 d, g, xl, part = d[going], g[going], xl[going], part.take(going)
                 candidate, unit, pull = candidate[going], unit[going], pull[going]
+            mixed = torch.zeros_like(pull[:, 0], dtype=torch.bool)
+            if memory is not None:
+                trial, mixed = memory.mix(live, d, candidate)
+                candidate = torch.where(mixed[:, None], self._onto(candidate, trial, xl), candidate)
             new_loss, new_gradient = problem.loss_and_input_gradient(theta, xl + candidate, y[live])
             new_value = new_loss + part.value(candidate)
             change, noise = new_value - value[live], 16 * torch.finfo(x.dtype).eps * (1 + value[live].abs())
@@ -252,12 +343,22 @@ class InnerSolver:
                 delta[live], gradient[live], value[live] = candidate, new_gradient, new_value
                 damping[live] = damping[live] / 3
                 continue
-            up, down = live[rose], live[~rose]
+            up, down = live[rose], live[~rose & ~mixed]
+            if memory is not None:
+                memory.forget(live[~rose])
             delta[up], gradient[up], value[up] = candidate[rose], new_gradient[rose], new_value[rose]
             damping[up] = damping[up] / 3
-            damping[down] = torch.maximum(damping[down] * 6, unit[~rose, None].reciprocal())
+            damping[down] = torch.maximum(damping[down] * 6, unit[~rose & ~mixed, None].reciprocal())
             falls[down] += 1
         return Maximisers(delta, value, residual, iterations, tol)
+
+    def _onto(self, plain: Tensor, mixed: Tensor, x: Tensor) -> Tensor:
+        """Mixed points back in B; on the sphere if the plain ones are."""
+        if self.threat.norm == "l2":
+            size = mixed.norm(dim=1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+            outside = plain.norm(dim=1, keepdim=True) >= self.threat.eps * (1 - 1e-9)
+            mixed = torch.where(outside, mixed * (self.threat.eps / size).clamp(min=1.0), mixed)
+        return self.threat.project(mixed, x)
 
 
 class Rho:

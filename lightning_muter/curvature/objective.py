@@ -1,9 +1,9 @@
 """F(theta) = sum_i w_i phi_i(theta) + (n/2) sum lambda theta^2 over some positions of a dataset, its gradient and total Hessian.
 
 With a nonlinear backbone the inner problem has many local maxima, and maximisers found from scratch would make F jump as
-theta moves. They are *tracked*: every evaluation starts from the maximisers of the last accepted point, which makes F
-continuous along a descent (and cheap). Linear models forget them before statistics are taken (:meth:`restart`): there the
-maximisers found from scratch are reproducible from sample and theta alone.
+theta moves. They are *tracked*: every evaluation starts from the maximisers of the last accepted point and their rivals,
+which makes F continuous along a descent (and cheap). Linear models forget them before statistics are taken (:meth:`restart`):
+there the maximisers found from scratch are reproducible from sample and theta alone.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from lightning_muter.curvature.contest import Contest, Kinks
 from lightning_muter.curvature.direct import Curvature
-from lightning_muter.curvature.inner import InnerSolver, Rho, Smoothing
+from lightning_muter.curvature.inner import InnerSolver, Maximisers, Rho, Smoothing
 from lightning_muter.curvature.problem import HeadProblem
 from lightning_muter.curvature.response import LocalPoint, Response
 from lightning_muter.curvature.samples import SampleSource
@@ -24,6 +25,9 @@ from lightning_muter.curvature.total import Sums, add_gradient, add_hessian
 from lightning_muter.threat import ThreatModel
 
 Tick = Callable[[int], None]
+
+#: Local maxima that weigh less than this everywhere are not kept with a snapshot.
+_FAINT = 1e-3
 
 
 @dataclass
@@ -35,11 +39,38 @@ class Evaluation:
     scale: float
     delta: Tensor
     converged: float
+    rivals: Tensor | None = None
+    prior: Tensor | None = None
+    share: Tensor | None = None
+    kinks: Kinks | None = None
 
     @property
     def stationarity(self) -> float:
         """|grad F| / sum_i |grad phi_i|."""
         return float(self.gradient.norm()) / max(self.scale, 1e-300)
+
+
+@dataclass
+class Met:
+    """The rivals met in a pass, their weights q and shares p; and the kinks between them, by batches."""
+
+    rivals: Tensor | None = None
+    prior: Tensor | None = None
+    share: Tensor | None = None
+    kinks: list[tuple[int, Kinks]] = field(default_factory=list)
+
+    @classmethod
+    def joined(cls, parts: list[Met]) -> Met:
+        if not parts or any(part.rivals is None or part.prior is None for part in parts):
+            return cls()
+        shares = [part.prior if part.share is None else part.share for part in parts]
+        alone = all(part.share is None for part in parts)
+        return cls(
+            torch.cat([part.rivals for part in parts if part.rivals is not None], 1),
+            torch.cat([part.prior for part in parts if part.prior is not None], 1),
+            None if alone else torch.cat([s for s in shares if s is not None], 1),
+            [kink for part in parts for kink in part.kinks],
+        )
 
 
 @dataclass
@@ -49,6 +80,7 @@ class RobustObjective:
     Attributes:
         decay: lambda per entry of theta, (K, q).
         delta: tracked maximisers (len(positions), D), in the order of ``positions``.
+        rivals, prior: further local maxima (m, n, D) and the weights of all, (1 + m, n): see `curvature.contest`.
     """
 
     problem: HeadProblem
@@ -61,7 +93,10 @@ class RobustObjective:
     delta: Tensor | None = None
     tick: Tick | None = None
     passes: int = 0
+    rivals: Tensor | None = None
+    prior: Tensor | None = None
     _c: dict[tuple[int, int], Tensor | None] = field(default_factory=dict, repr=False)
+    _met: Met = field(default_factory=lambda: Met(), repr=False)
 
     @property
     def count(self) -> int:
@@ -72,10 +107,16 @@ class RobustObjective:
         """Maximisers from scratch depend on sample and theta alone."""
         return self.problem.backbone.affine
 
+    @property
+    def temperature(self) -> float:
+        """Of the soft maximum over local maxima. A linear model takes the largest, which is a function of theta alone; on the kinks
+        of a piecewise-linear network maxima cannot be told apart."""
+        return 0.0 if self.problem.backbone.piecewise_linear else self.smoothing.temperature
+
     def restart(self) -> None:
         """Forget the tracked maximisers of a linear model."""
         if self.reproducible:
-            self.delta = None
+            self.delta = self.rivals = self.prior = None
 
     def set_smoothing(self, smoothing: Smoothing) -> None:
         self.smoothing = smoothing
@@ -95,29 +136,48 @@ class RobustObjective:
 
         Args:
             settle: run the inner solver (else the tracked maximisers are taken as they are).
-            explore: also solve from scratch, and take the better of the two.
+            explore: also solve from scratch, and take the best.
         """
         problem = self.problem
         sums = Sums.zeros(problem.shape, problem.dtype, problem.device, hessian=response is not None)
         kept: list[Tensor] = []
+        met: list[Met] = []
         done = 0
         for batch in self.source.batches(self.positions):
             n = len(batch.x)
             x = batch.x.to(problem.backbone.exact_dtype)
-            start = None if self.delta is None else self.delta[done : done + n]
             c = self.coefficients(done, x, batch.y)
-            delta = self._maximise(theta, x, batch.y, c, start, settle, explore, sums.counts)
-            local = LocalPoint(problem, theta, self.threat, x, batch.y, delta, c, batch.positions)
-            if first_order:
-                extra = None if c is None else Rho(self.threat, x, c).value(delta)
-                add_gradient(sums, local, batch.weight, extra)
-            if response is not None:
-                add_hessian(sums, local, response, curvature, batch.weight)
+            found = self._maximise(theta, x, batch.y, c, slice(done, done + n), settle, explore, sums.counts)
+            contest = Contest.of(found, self.temperature)
+            for rows, delta, share in contest.points():
+                local = LocalPoint(
+                    problem,
+                    theta,
+                    self.threat,
+                    x[rows],
+                    batch.y[rows],
+                    delta[rows],
+                    None if c is None else c[rows],
+                    batch.positions[rows.cpu()] if isinstance(rows, Tensor) else batch.positions,
+                )
+                weight = batch.weight if batch.weight is None else batch.weight[rows]
+                if share is not None:
+                    weight = share if weight is None else share * weight
+                if first_order:
+                    extra = None if local.c is None else Rho(self.threat, local.x, local.c).value(local.delta)
+                    add_gradient(sums, local, weight, extra)
+                if response is not None:
+                    add_hessian(sums, local, response, curvature, weight)
+                contest.saw(rows, local)
+            kinks = contest.close(sums, batch.weight)
+            delta = found.delta
             kept.append(delta)
+            met.append(Met(found.rivals, found.prior, contest.share, [] if kinks is None else [(done, kinks)]))
             done += n
             if self.tick is not None:
                 self.tick(n)
         self.passes += 1
+        self._met = Met.joined(met)
         return sums, torch.cat(kept)
 
     def _maximise(
@@ -126,20 +186,23 @@ class RobustObjective:
         x: Tensor,
         y: Tensor,
         c: Tensor | None,
-        start: Tensor | None,
+        rows: slice,
         settle: bool,
         explore: bool,
         counts: Counter[str],
-    ) -> Tensor:
+    ) -> Maximisers:
+        start = None if self.delta is None else self.delta[rows]
+        rivals = None if self.rivals is None else self.rivals[:, rows]
+        prior = None if self.prior is None else self.prior[:, rows]
         if not settle and start is not None:
-            return self.threat.project(start.to(x), x)
-        found = self.inner.solve(self.problem, theta, self.threat, x, y, c, start)
-        if explore and start is not None:
-            anew = self.inner.solve(self.problem, theta, self.threat, x, y, c)
-            found = found.better(anew)
+            zero = torch.zeros_like(x[:, 0])
+            return Maximisers(self.threat.project(start.to(x), x), zero, zero, 0, 0.0, rivals, None, prior)
+        found = self.inner.solve(
+            self.problem, theta, self.threat, x, y, c, start, rivals, prior, explore, 100 * self.temperature
+        )
         counts["samples"] += len(x)
         counts["maximisers converged"] += int(found.converged.sum())
-        return found.delta
+        return found
 
     def coefficients(self, begin: int, x: Tensor, y: Tensor) -> Tensor | None:
         """c of these samples; a function of the anchor alone, kept because every pass needs it."""
@@ -160,9 +223,9 @@ class RobustObjective:
         anchor = self.smoothing.anchor
         return anchor is None or bool((theta - anchor).norm() > 1e-2 * theta.norm())
 
-    def evaluate(self, theta: Tensor) -> Evaluation:
+    def evaluate(self, theta: Tensor, *, explore: bool = False) -> Evaluation:
         """F and its gradient at theta, from the tracked maximisers; :meth:`accept` makes its maximisers the tracked ones."""
-        return self.evaluation(theta, *self.sums(theta))
+        return self.evaluation(theta, *self.sums(theta, explore=explore and not self.reproducible))
 
     def evaluation(self, theta: Tensor, sums: Sums, delta: Tensor) -> Evaluation:
         """The penalised objective from sums at theta."""
@@ -175,7 +238,64 @@ class RobustObjective:
             float(sums.gradient_scale),
             delta,
             sums.counts["maximisers converged"] / total,
+            self._met.rivals,
+            self._met.prior,
+            self._met.share,
+            Kinks.joined(self._met.kinks),
         )
 
     def accept(self, evaluation: Evaluation) -> None:
-        self.delta = evaluation.delta
+        """Track these maximisers from now on."""
+        self.delta, self.rivals, self.prior = evaluation.delta, evaluation.rivals, evaluation.prior
+
+    def weigh(self, evaluation: Evaluation) -> Evaluation:
+        """Weigh local maxima by the shares they had here, q <- p; the evaluation under the new weights."""
+        self.accept(evaluation)
+        share, kinks = evaluation.share, evaluation.kinks
+        if share is None:
+            return evaluation
+        self.prior = share
+        if kinks is None:
+            return evaluation
+        new = kinks.reweighed()
+        shares = new.shares()
+        moved = (new.gradient(shares) - kinks.gradient(kinks.shares())).reshape(evaluation.gradient.shape)
+        weights = share.clone()
+        weights[: shares.shape[1], new.rows] = shares.T.to(weights)
+        return replace(
+            evaluation,
+            value=evaluation.value + float(new.total() - kinks.total()),
+            gradient=evaluation.gradient + moved,
+            prior=share,
+            share=weights,
+            kinks=new,
+        )
+
+    def stored_starts(self) -> Tensor | None:
+        """Where the maximisers start from now on, to be kept with a snapshot: (n, 1 + m, D + 1) in half precision, for each local
+        maximum its position in units of eps and its weight; None where scratch will do.
+
+        The objective is left tracking the rounded points, so that its next sums are those anybody can repeat from the file.
+        """
+        if (self.reproducible and self.prior is None) or self.threat.eps == 0 or self.delta is None:
+            self.delta = self.rivals = self.prior = None
+            return None
+        places, prior = self.delta[None], torch.ones_like(self.delta[:, 0])[None]
+        if self.rivals is not None and self.prior is not None:
+            keep = (self.prior > _FAINT).any(1)
+            keep[0] = True
+            places, prior = torch.cat([places, self.rivals])[keep], self.prior[keep]
+        # in units of eps: half precision keeps three digits of any radius
+        rows = torch.cat([places / self.threat.eps, prior[:, :, None].to(places)], 2).movedim(0, 1)
+        stored = rows.to(torch.float16).cpu()
+        self.restore(stored)
+        return stored
+
+    def restore(self, stored: Tensor) -> None:
+        """Track what :meth:`stored_starts` gave."""
+        rows = stored.to(self.problem.device, self.problem.backbone.exact_dtype).movedim(1, 0)
+        places, prior = rows[:, :, :-1] * self.threat.eps, rows[:, :, -1]
+        self.delta = places[0]
+        alone = len(places) == 1
+        self.rivals = None if alone else places[1:]
+        self.prior = None if alone else prior / prior.sum(0).clamp(min=1e-12)

@@ -294,10 +294,12 @@ class _Boundary(Response):
         inside = ((projector @ vectors) * vectors).sum(1) > 0.5
         scale = values.abs().amax(1, keepdim=True)
         floor = self.damping * torch.where(a.amax(1, keepdim=True) > 0, a.amax(1, keepdim=True), scale)
-        low = inside & (values < 1e-12 * scale.clamp(min=torch.finfo(a.dtype).tiny))
+        # nothing pushes and nothing curves (a head at zero): the maximiser is not determined
+        inside = inside & (torch.maximum(scale, floor) > torch.finfo(a.dtype).tiny)
+        low = inside & (values < 1e-12 * scale)
         counts["not a strict maximum"] += int(low.any(1).sum())
         values = torch.where(low, floor, values)
-        inverse = torch.where(inside, values.reciprocal(), torch.zeros_like(values))
+        inverse = torch.where(inside, values, torch.ones_like(values)).reciprocal() * inside
         return SpectralMotion(projector @ vectors, inverse)
 
 

@@ -59,6 +59,13 @@ class BlockSymmetric:
             out[m, :, k, :] = self.blocks[p].T
         return out.reshape(self.size, self.size)
 
+    def add_outer(self, shares: Tensor, vectors: Tensor, scale: Tensor) -> None:
+        """Add sum_i scale_i sum_j shares_ij (v_ij - v_i)(v_ij - v_i)^T, v_i = sum_j shares_ij v_ij; vectors (c, J, K q)."""
+        spread = vectors - (shares[:, :, None] * vectors).sum(1, keepdim=True)
+        rows = (spread * (shares * scale[:, None]).sqrt()[:, :, None]).reshape(-1, self.n_logits, self.width)
+        for p, (k, m) in enumerate(self.pairs.T.tolist()):
+            self.blocks[p] += rows[:, k].T @ rows[:, m]
+
     def minus(self, other: BlockSymmetric) -> BlockSymmetric:
         return BlockSymmetric(self.n_logits, self.width, self.blocks - other.blocks)
 
