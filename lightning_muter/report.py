@@ -22,7 +22,7 @@ from lightning_muter.study.results import PARTS, Row, group, read_rows, summaris
 PICTURES = {
     "distance.png": "Each method's distance to the model retrained without the removed samples. Dot: median over the "
     "repetitions; bar: smallest to largest.",
-    "distance_by_size.png": "The same distance against how much is removed.",
+    "distance_by_size.png": "The same distance against the share removed at random. Dashed: doing nothing.",
     "accuracy_gaps.png": "Accuracy on the test set minus the retrained model's. Dot: mean; bar: smallest to largest.",
     "time.png": "Time of one request. Dot: median; bar: smallest to largest; dashed: retraining.",
 }

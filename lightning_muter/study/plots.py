@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from lightning_muter.study.closest import NOTHING
 from lightning_muter.study.results import REFERENCE, Row, attack_name, group, summarise
 
 # Okabe and Ito's palette, black last; the markers repeat the information
@@ -243,15 +244,22 @@ def plot_distance_map(rows: Sequence[Row], path: Path) -> Path | None:
         return _save(figure, path)
 
 
+def _best_median(rows: Sequence[Row]) -> float:
+    """The median distance in the problem that suits the method best."""
+    return min(summarise(same, "distance").median for same in group(rows, lambda r: r.problem).values())
+
+
 def plot_distance_by_size(rows: Sequence[Row], path: Path) -> Path | None:
-    """Distance against the share removed, one line per method, for studies with at least three sizes."""
-    rows = [r for r in rows if not math.isnan(r.distance) and r.percent > 0 and not r.setting.startswith("class")]
+    """Distance against the share removed at random (a class or a person's records are no matter of size), one line per method,
+    for studies with at least three sizes."""
+    rows = [r for r in rows if not math.isnan(r.distance) and r.percent > 0 and r.setting[:1].isdigit()]
     if len({round(r.percent, 1) for r in rows}) < 3:
         return None
     with plt.rc_context(STYLE):
         figure, panels = _panels(rows, height=3.6)
         by_method = group(rows, lambda r: r.method)
-        closest = sorted(by_method, key=lambda m: summarise(by_method[m], "distance").median)[: len(COLOURS)]
+        lines = [m for m in by_method if m != NOTHING]  # it is the dashed one
+        closest = sorted(lines, key=lambda m: _best_median(by_method[m]))[: len(COLOURS)]
         methods = [m for m in by_method if m in closest]  # more lines than colours could not be told apart
         for axis, same in panels:
             for i, method in enumerate(methods):
