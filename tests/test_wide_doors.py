@@ -30,9 +30,11 @@ from lightning_muter.identity import weight_fingerprint
 from lightning_muter.snapshot import KIND
 from lightning_muter.solvers import CG
 from lightning_muter.storage import read_container, write_container
+from lightning_muter.study.matrix_free import NewtonCG
 from tests.test_callback import Plain, _attack, _data, _loader, _trainer
 from tests.test_cli import folder, muter, project, weights  # noqa: F401
 from tests.test_cli import unlearn as unlearn_by_command
+from tests.test_curved import answer, distance, world_of
 from tests.test_matrix_free import data, relu_net
 
 THREAT = ThreatModel("l2", 0.05)
@@ -197,3 +199,13 @@ def test_the_command_line_unlearns_a_wide_scope(folder: Path, capsys: pytest.Cap
     assert muter("refresh") == 0
     assert muter("audit", "--verify") == 0
     assert "scope all" in capsys.readouterr().out
+
+
+def test_it_competes_in_a_study_and_comes_as_near_as_refinement() -> None:
+    world = world_of("l2", 0.2)
+    outcome = answer(world, NewtonCG(steps=6))
+    assert outcome.parameters is not None
+    assert outcome.status in ("converged", "flat")
+    assert distance(world, outcome) < 0.05
+    partly = answer(world, NewtonCG(scope=["head.weight"], steps=1))
+    assert distance(world, partly) < 1.0

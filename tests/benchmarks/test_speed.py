@@ -69,7 +69,6 @@ def test_a_snapshot_per_epoch(benchmark: Any, name: str) -> None:
     benchmark.extra_info |= {
         "ratio": rest / epoch,
         "aim": "<= 1",
-        "exact J / epoch": exact / epoch,
         "epoch": epoch,
     } | figures
 
