@@ -11,6 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter
 
 FIGURES = {
     "agreement": "agreement with retraining, forgotten samples",
@@ -76,6 +77,7 @@ def picture(rows: list[dict[str, str]], path: Path) -> None:
                 )
             if figure in LOGARITHMIC:
                 ax.set_xscale("log")
+                ax.xaxis.set_minor_formatter(NullFormatter())
             else:
                 ax.set_xlim(left=0)
             ax.set_yticks(range(len(methods)), list(reversed(methods)))

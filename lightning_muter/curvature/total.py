@@ -117,7 +117,7 @@ def add_hessian(
 ) -> None:
     """Add the total Hessians of these samples, in chunks whose temporaries stay below the workspace."""
     n, (k, q) = len(local.x), local.problem.shape
-    per_sample = 2 * k * q
+    per_sample = 8 * k * q  # W^T Lambda, E and copies of them
     if response.forms_squares:
         per_sample = max(per_sample, local.problem.backbone.width**2 * 3, local.x.shape[1] * (q + 2 * k))
     step = max(1, _WORKSPACE // per_sample)
@@ -152,8 +152,9 @@ def _add_chunk(sums: Sums, local: LocalPoint, response: Response, curvature: Cur
         core = core + hess @ local.weight @ moved
         core = (core + core.mT) / 2
         # a few blocks at a time: temporaries stay small beside the matrix
-        for at in range(0, len(left), problem.n_logits):
-            some = slice(at, at + problem.n_logits)
+        step = max(1, min(problem.n_logits, _WORKSPACE // (8 * f * f)))
+        for at in range(0, len(left), step):
+            some = slice(at, at + step)
             target.blocks[some, :f, :f] += gram.outer_sum(scale[:, None] * r[:, left[some]] * r[:, right[some]])
         n, k = r.shape
         flat = moved.mT.reshape(n, -1)
