@@ -47,9 +47,9 @@ def refined(
             tell whether the curvature has aged.
     """
     if float(first.gradient.norm()) <= AGED * float(before.gradient.norm()):
-        metric, _ = definite_inverse(matrix)
         if not objective.reproducible:
             return _tracked(objective, theta, matrix, before, first, steps, on_step)
+        metric, _ = definite_inverse(matrix)
         return descend(objective, theta, metric, max_steps=steps, tolerance=TOLERANCE, first=first, on_step=on_step)
     found = Descent(theta, first, "capped", 0, [first.stationarity])
     while found.status == "capped" and found.steps < steps:

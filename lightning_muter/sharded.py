@@ -46,6 +46,8 @@ class ShardedObjective(RobustObjective):
 
     def reduced(self, sums: Sums) -> Sums:
         """Sums of this process's share, added up over the processes in place."""
+        if self.shards.world > 1:  # kinks are known to the process that met them, and all must take the same steps
+            self._met.kinks.clear()
         names = _names(self.shards, sums.counts)
         counts = torch.tensor([sums.count, *(sums.counts[n] for n in names)], dtype=torch.float64)
         counts = counts.to(sums.value.device, sums.value.dtype)

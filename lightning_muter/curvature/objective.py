@@ -96,7 +96,7 @@ class RobustObjective:
     rivals: Tensor | None = None
     prior: Tensor | None = None
     _c: dict[tuple[int, int], Tensor | None] = field(default_factory=dict, repr=False)
-    _met: Met = field(default_factory=lambda: Met(), repr=False)
+    _met: Met = field(default_factory=Met, repr=False)
 
     @property
     def count(self) -> int:
