@@ -115,7 +115,7 @@ def take_snapshot(
     )
     problem = HeadProblem(model, loss, source.examples())
     decay = head_decay(problem, model, weight_decay, optimizers)
-    chosen = as_response(response, threat)
+    chosen = as_response(response, threat).resolved(problem.backbone, source.n)
     inner = inner or (like.inner if like is not None else InnerSolver())
     objective = ShardedObjective(problem, threat, source, decay, inner, smoothing or Smoothing())
     theta = problem.read_theta()
@@ -129,7 +129,9 @@ def take_snapshot(
     elif not anchored:
         objective.anchor(theta)
     aim = tolerance if tolerance is not None else AIM.get(parameter.dtype, 1e-3)
-    metric = chosen if chosen.name in ("l2", "linf") else as_response("auto", threat)
+    metric = (
+        chosen if chosen.name in ("l2", "linf") else as_response("auto", threat).resolved(problem.backbone, source.n)
+    )
     figures: dict[str, Any] = {}
     done: Polish | None = None
     before_theta = theta

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lightning_muter.curvature.motion import LowRankMotion
 from lightning_muter.curvature.objective import RobustObjective
-from lightning_muter.curvature.problem import HeadProblem
-from lightning_muter.curvature.response import L2Response, LinfResponse, LocalPoint
+from lightning_muter.curvature.problem import Backbone, HeadProblem
+from lightning_muter.curvature.response import L2Response, LinfResponse, LocalPoint, first_order
 from lightning_muter.curvature.samples import SampleSource
 from lightning_muter.curvature.sketch import choose_directions, rademacher
 from lightning_muter.errors import ArgumentError
@@ -82,20 +83,78 @@ def test_linf_sketches_are_unbiased_too() -> None:
     assert (exact - sketched).norm() < 0.05 * exact.norm()
 
 
+@pytest.mark.parametrize(("eps", "first"), [(0.01, True), (0.5, False)])
+def test_small_input_curvature_is_taken_to_first_order(eps: float, first: bool) -> None:
+    """Without the passes for its root: the mean over many directions is G up to the square of what is small."""
+    threat, dataset = ThreatModel("l2", eps, None), data(20, 6)
+    source = SampleSource(dataset, threat=threat)
+    problem = HeadProblem(relu_net(), F.cross_entropy, source.examples())
+    theta = 6 * problem.read_theta()
+    batch = next(iter(source.batches()))
+    delta = EXACT.solve(problem, theta, threat, batch.x, batch.y).delta
+    eye = torch.eye(problem.backbone.width, dtype=torch.float64).expand(len(delta), -1, -1)
+    found = []
+    for sketch in (0, 1500):
+        local = LocalPoint(problem, theta, threat, batch.x, batch.y, delta, None, batch.positions)
+        if sketch:
+            local.differentiate()
+        counts = Counter[str]()
+        gram = L2Response(sketch=sketch).gram(local, counts)
+        assert gram is not None
+        found.append(gram.times(eye))
+    taken = counts["first order in the input curvature"]
+    assert (taken == len(delta)) if first else (0 < taken < len(delta))
+    assert (found[0] - found[1]).norm() < 0.1 * found[0].norm()
+
+
+def test_the_first_order_is_there() -> None:
+    """G = G_0 + G_0 X G_0 + ...: what is added to the plain sketch is right, up to second order."""
+    threat, dataset = ThreatModel("l2", 0.08, None), data(20, 6)
+    source = SampleSource(dataset, threat=threat)
+    problem = HeadProblem(relu_net(), F.cross_entropy, source.examples())
+    theta = 3 * problem.read_theta()
+    batch = next(iter(source.batches()))
+    delta = EXACT.solve(problem, theta, threat, batch.x, batch.y).delta
+    local = LocalPoint(problem, theta, threat, batch.x, batch.y, delta, None, batch.positions)
+    mask, a, normal = L2Response().free(local, Counter())
+    motion = L2Response().motion(local, Counter())
+    assert isinstance(motion, LowRankMotion)
+    exact = motion.conjugated(local.jacobian)
+    bare = LowRankMotion(motion.scale, 0 * motion.side, motion.normal)
+    risen = torch.zeros_like(exact)
+    for key in range(300):
+        omega = rademacher(key, batch.positions, 6 * 32).reshape(len(delta), 6, 32)
+        columns = bare.sketched(problem.backbone, local.at, omega.double())
+        risen += (first_order(local, mask, a, normal, omega) - columns @ columns.mT) / 300
+    expected = exact - bare.conjugated(local.jacobian)
+    assert (risen - expected).norm() < 0.25 * expected.norm()
+
+
 def test_the_cheaper_way_is_taken_and_logged(caplog: pytest.LogCaptureFixture) -> None:
-    source = SampleSource(data(8, 6))
-    narrow = HeadProblem(relu_net(), F.cross_entropy, source.examples()).backbone
-    wide_net = nn.Sequential(nn.Linear(6, 200), nn.ReLU(), nn.Linear(200, 3)).double()
-    wide = HeadProblem(wide_net, F.cross_entropy, source.examples()).backbone
-    linear = HeadProblem(nn.Sequential(nn.Linear(6, 3)).double(), F.cross_entropy, source.examples()).backbone
+    def backbone_of(net: nn.Module, inputs: int) -> Backbone:
+        source = SampleSource(data(8, inputs))
+        return HeadProblem(net.double(), F.cross_entropy, source.examples()).backbone
+
+    narrow = backbone_of(relu_net(), 6)
+    hidden = backbone_of(nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.Linear(20, 3)), 30)
+    wide = backbone_of(nn.Sequential(nn.Linear(150, 200), nn.ReLU(), nn.Linear(200, 3)), 150)
+    linear = backbone_of(nn.Sequential(nn.Linear(6, 3)), 6)
     with caplog.at_level(logging.DEBUG, logger="lightning_muter"):
         assert choose_directions(None, narrow) == 0
-        assert choose_directions(None, wide) > 0
-    assert "200 passes over the backbone exactly" in caplog.text
+        assert choose_directions(None, narrow, 10**6) > 0
+        assert choose_directions(None, hidden) == choose_directions(None, hidden, 500) == 0
+        assert choose_directions(None, hidden, 2000) > choose_directions(None, hidden, 10**6) > 0
+        assert choose_directions(None, wide, 10) > 0
+    assert "150 passes over the backbone exactly" in caplog.text
     assert choose_directions(0, wide) == 0
-    assert choose_directions(5, linear) == 0
+    assert choose_directions(5, linear) == choose_directions(None, linear, 10**6) == 0
     with pytest.raises(ArgumentError, match="sketch"):
         L2Response(sketch=-1)
+    fixed = L2Response().resolved(hidden, 2000)
+    assert isinstance(fixed, L2Response)
+    assert fixed.sketch == choose_directions(None, hidden, 2000)
+    kept = L2Response(sketch=3)
+    assert kept.resolved(hidden, 2000) is kept
 
 
 class _Cube(torch.autograd.Function):

@@ -209,7 +209,7 @@ class InnerSolver:
             order = likely.argsort(1, descending=True)[:, : min(self.starts, problem.n_logits - 1)]
             directions = [weight[k] - own for k in order.unbind(1)]
         covectors = torch.stack(directions, 1)
-        towards = problem.backbone.pullback(x, covectors)
+        towards = problem.backbone.pullback(x, covectors).to(x)
         return [zero, *(one.threat.linear_maximiser(g, x) for g in towards.unbind(1))]
 
 

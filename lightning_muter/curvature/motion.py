@@ -24,8 +24,8 @@ class Motion(ABC):
         """K_i v_i: (n, D) -> (n, D)."""
 
     @abstractmethod
-    def conjugated(self, backbone: Backbone, at: Tensor) -> Tensor:
-        """G = J K J^T (n, f, f), J = d phi/dx at ``at``."""
+    def conjugated(self, jacobian: Tensor | None) -> Tensor:
+        """J K J^T (n, f, f) for J (n, f, D), the identity where it is None."""
 
     @property
     @abstractmethod
@@ -48,16 +48,16 @@ class LowRankMotion(Motion):
             out = out - self.normal * (self.normal * y).sum(1, keepdim=True)
         return self.scale * out
 
-    def conjugated(self, backbone: Backbone, at: Tensor) -> Tensor:
-        if backbone.identity:
+    def conjugated(self, jacobian: Tensor | None) -> Tensor:
+        if jacobian is None:
             gram = torch.diag_embed(self.scale.square())
             left = self.side * self.scale[:, :, None]
             minus = None if self.normal is None else self.normal * self.scale
         else:
-            jacobian = backbone.jacobian(at) * self.scale[:, None, :]
-            gram = jacobian @ jacobian.mT
-            left = jacobian @ self.side
-            minus = None if self.normal is None else (jacobian @ self.normal[:, :, None])[:, :, 0]
+            scaled = jacobian * self.scale[:, None, :]
+            gram = scaled @ scaled.mT
+            left = scaled @ self.side
+            minus = None if self.normal is None else (scaled @ self.normal[:, :, None])[:, :, 0]
         gram = torch.baddbmm(gram, left, left.mT)
         return gram if minus is None else gram - minus[:, :, None] * minus[:, None, :]
 
@@ -89,8 +89,8 @@ class SpectralMotion(Motion):
         inner = (self.vectors.mT @ v[:, :, None]) * self.values[:, :, None]
         return (self.vectors @ inner)[:, :, 0]
 
-    def conjugated(self, backbone: Backbone, at: Tensor) -> Tensor:
-        half = backbone.jacobian(at) @ self.vectors
+    def conjugated(self, jacobian: Tensor | None) -> Tensor:
+        half = self.vectors if jacobian is None else jacobian @ self.vectors
         return (half * self.values[:, None, :]) @ half.mT
 
     @property
@@ -112,8 +112,10 @@ class SeriesMotion(Motion):
             total = total + term
         return -total
 
-    def conjugated(self, backbone: Backbone, at: Tensor) -> Tensor:
-        jacobian = backbone.jacobian(at)
+    def conjugated(self, jacobian: Tensor | None) -> Tensor:
+        if jacobian is None:
+            eye = torch.eye(self.root.shape[1], dtype=self.root.dtype, device=self.root.device)
+            jacobian = eye.expand(len(self.root), -1, -1)
         columns = [self.times(row) for row in jacobian.unbind(1)]
         return torch.stack(columns, 1) @ jacobian.mT
 

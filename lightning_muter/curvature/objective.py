@@ -163,6 +163,8 @@ class RobustObjective:
                 weight = batch.weight if batch.weight is None else batch.weight[rows]
                 if share is not None:
                     weight = share if weight is None else share * weight
+                if response is not None and response.uses_gradient:  # before anything asks for the features alone
+                    local.differentiate()
                 if first_order:
                     extra = None if local.c is None else Rho(self.threat, local.x, local.c).value(local.delta)
                     add_gradient(sums, local, weight, extra)

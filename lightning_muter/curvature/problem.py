@@ -75,6 +75,7 @@ class Backbone:
         self.module, self.head = module, head
         self.input_shape = tuple(examples.shape[1:])
         self.width = head.linear.in_features
+        self.inputs = examples[0].numel()
         self.device, self.dtype = head.linear.weight.device, head.linear.weight.dtype
         self.algebra = algebra_dtype(self.device)
         self.matrix: Tensor | None = None
@@ -144,13 +145,14 @@ class Backbone:
             return second is None or not bool(second.any())
 
     def jacobian(self, x: Tensor) -> Tensor:
-        """J (n, f, D) at flattened inputs: f reverse passes (a view of the one matrix for affine maps)."""
+        """J (n, f, D) at flattened inputs (a view of the one matrix for affine maps): f reverse passes, or D forward ones, which
+        are cheaper each."""
         if self.identity:
             return torch.eye(self.width, dtype=self.algebra, device=self.device).expand(len(x), -1, -1)
         if self.matrix is not None:
             return self.matrix.expand(len(x), -1, -1)
-        eye = torch.eye(self.width, dtype=self.algebra, device=self.device)
-        return self.pullback(x, eye.expand(len(x), -1, -1))
+        eye = torch.eye(min(self.width, self.inputs), dtype=self.algebra, device=self.device).expand(len(x), -1, -1)
+        return self.pushforward(x, eye) if self.inputs <= self.width else self.pullback(x, eye)
 
     def pullback(self, x: Tensor, covectors: Tensor) -> Tensor:
         """C J for covectors C (n, m, f): (n, m, D), by m reverse passes over the batch."""
@@ -300,11 +302,21 @@ class HeadProblem:
         hess = torch.stack(rows, 1).to(self.dtype)
         return (hess + hess.mT) / 2
 
-    def curvature_root(self, theta: Tensor, x: Tensor, hess: Tensor) -> Tensor:
+    def differentiated(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, LogitTerms, Tensor]:
+        """phi, terms of the loss on logits, and dl/dx at flattened inputs, by one forward and one reverse pass."""
+        with derivatives():
+            point = x.detach().clone().requires_grad_(True)
+            phi = self.backbone(point)
+            terms = self.terms(self.logits(theta, phi.detach()), y)
+            (gradient,) = torch.autograd.grad(phi, point, terms.r @ self.weight(theta))
+        return phi.detach(), terms, gradient.to(self.dtype)
+
+    def curvature_root(self, theta: Tensor, x: Tensor, hess: Tensor, jacobian: Tensor | None = None) -> Tensor:
         """R = J^T W^T L with L L^T = Lambda (negative eigenvalues cut, directions
-        without curvature left out): (n, D, m), m <= K; R R^T is the Gauss-Newton d2l/dx2."""
+        without curvature left out): (n, D, m), m <= K; R R^T is the Gauss-Newton d2l/dx2. Given J (n, f, D), without passes."""
         values, vectors = torch.linalg.eigh(hess)
         root = vectors * values.clamp(min=0.0).sqrt()[:, None, :]
         used = values.amax(0) > 1e-14 * values.abs().max()  # softmax: one direction less, and one pass
         root = root[:, :, used] if bool(used.any()) else root[:, :, -1:]
-        return self.backbone.pullback(x, root.mT @ self.weight(theta)).mT
+        covectors = root.mT @ self.weight(theta)
+        return (self.backbone.pullback(x, covectors) if jacobian is None else covectors @ jacobian).mT

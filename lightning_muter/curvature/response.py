@@ -14,14 +14,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from lightning_muter.curvature.grams import DenseGram, Gram, HeadGram
 from lightning_muter.curvature.motion import LowRankMotion, Motion, SeriesMotion, SpectralMotion
-from lightning_muter.curvature.problem import HeadProblem, LogitTerms
+from lightning_muter.curvature.problem import Backbone, HeadProblem, LogitTerms
 from lightning_muter.curvature.sketch import choose_directions, rademacher
 from lightning_muter.errors import ArgumentError
 from lightning_muter.threat import ThreatModel
@@ -44,9 +47,36 @@ class LocalPoint:
     def at(self) -> Tensor:
         return self.x.to(self.delta) + self.delta
 
+    def take(self, rows: slice | Tensor) -> LocalPoint:
+        """Some of the samples, with what is known of them."""
+        part = LocalPoint(
+            self.problem,
+            self.theta,
+            self.threat,
+            self.x[rows],
+            self.y[rows],
+            self.delta[rows],
+            None if self.c is None else self.c[rows],
+            None if self.positions is None else self.positions[rows.cpu() if isinstance(rows, Tensor) else rows],
+        )
+        known = self.__dict__
+        part.__dict__.update(
+            {name: known[name][rows] for name in ("phi", "input_gradient", "jacobian") if name in known}
+        )
+        if "terms" in known:
+            loss, r, hess = self.terms.loss, self.terms.r, self.terms.hess
+            part.__dict__["terms"] = LogitTerms(loss[rows], r[rows], None if hess is None else hess[rows])
+        return part
+
     @cached_property
     def phi(self) -> Tensor:
-        return self.problem.backbone(self.at).detach()
+        with torch.no_grad():
+            return self.problem.backbone(self.at)
+
+    def differentiate(self) -> None:
+        """Features and input gradient in one pass over the backbone, where both are going to be asked for."""
+        if "phi" not in self.__dict__ and not self.problem.backbone.affine:
+            self.phi, self.terms, self.input_gradient = self.problem.differentiated(self.theta, self.at, self.y)
 
     @cached_property
     def terms(self) -> LogitTerms:
@@ -63,56 +93,20 @@ class LocalPoint:
         return self.problem.weight(self.theta)
 
     @cached_property
+    def jacobian(self) -> Tensor:
+        """J (n, f, D)."""
+        return self.problem.backbone.jacobian(self.at)
+
+    @cached_property
     def input_gradient(self) -> Tensor:
+        if "jacobian" in self.__dict__:
+            return ((self.terms.r @ self.weight)[:, None] @ self.jacobian)[:, 0]
         return self.problem.backbone.pullback(self.at, (self.terms.r @ self.weight)[:, None])[:, 0]
 
     @cached_property
     def root(self) -> Tensor:
-        return self.problem.curvature_root(self.theta, self.at, self.hess)
-
-
-class Gram(ABC):
-    """G_i = J_i K_i J_i^T of a batch, in whatever form is cheapest to sum."""
-
-    @abstractmethod
-    def outer_sum(self, pairs: Tensor) -> Tensor:
-        """sum_i pairs[i, p] G_i: (n, P) -> (P, f, f)."""
-
-    @abstractmethod
-    def times(self, columns: Tensor) -> Tensor:
-        """G_i C_i: (n, f, K) -> (n, f, K)."""
-
-
-@dataclass
-class DenseGram(Gram):
-    """G (n, f, f) itself."""
-
-    value: Tensor
-
-    def outer_sum(self, pairs: Tensor) -> Tensor:
-        n, f, _ = self.value.shape
-        return (pairs.T @ self.value.reshape(n, f * f)).reshape(-1, f, f)
-
-    def times(self, columns: Tensor) -> Tensor:
-        return self.value @ columns
-
-
-@dataclass
-class HeadGram(Gram):
-    """G_i = t I + W^T Gamma_i W: sums work in K dimensions."""
-
-    scale: float
-    weight: Tensor  # (K, f)
-    core: Tensor  # (n, K, K)
-
-    def outer_sum(self, pairs: Tensor) -> Tensor:
-        n, k, _ = self.core.shape
-        core = (pairs.T @ self.core.reshape(n, k * k)).reshape(-1, k, k)
-        eye = torch.eye(self.weight.shape[1], dtype=core.dtype, device=core.device)
-        return self.scale * pairs.sum(0)[:, None, None] * eye + self.weight.T @ core @ self.weight
-
-    def times(self, columns: Tensor) -> Tensor:
-        return self.scale * columns + self.weight.T @ (self.core @ (self.weight @ columns))
+        jacobian = self.__dict__.get("jacobian")
+        return self.problem.curvature_root(self.theta, self.at, self.hess, jacobian)
 
 
 class Response(ABC):
@@ -132,6 +126,13 @@ class Response(ABC):
     @abstractmethod
     def motion(self, local: LocalPoint, counts: Counter[str]) -> Motion | None:
         """K itself, as an operator on inputs: what scopes beyond the head need."""
+
+    def resolved(self, backbone: Backbone, count: int) -> Response:
+        """With every choice made that depends on the number of samples: what is stored with their sums."""
+        return self
+
+    #: Input gradients are asked for.
+    uses_gradient: ClassVar[bool] = False
 
     def __repr__(self) -> str:
         fields = ", ".join(f"{k}={v!r}" for k, v in vars(self).items())
@@ -216,6 +217,9 @@ def _count_series(hess: Tensor, weight: Tensor, counts: Counter[str]) -> None:
     counts["rank-deficient"] += len(hess) if weight.shape[1] >= weight.shape[0] else 0
 
 
+#: Size of the input curvature, over that of the ball's, up to which a sketch takes it to first order.
+_FIRST_ORDER = 0.3
+
 #: Key of the sketches' random signs; part of the definition of a stored sum.
 _SKETCH_KEY = 0x4D55
 
@@ -228,10 +232,10 @@ class _Boundary(Response):
         K = A^-1/2 (Pi + T (I - T^T T)^-1 T^T) A^-1/2,       defined iff all b < 1 (a strict maximum)
 
     Smooth backbones: the dense input Hessian up to ``max_exact`` inputs, beyond it the same formula (Gauss-Newton).
-    Where the maximum is not strict the eigenvalue is lifted to ``damping`` (relative) and the sample counted.
+    Where the maximum is not strict, the eigenvalue is lifted to ``damping`` (relative) and the sample counted.
 
     ``sketch``: G = J K J^T from that many random input directions per sample, unbiased, with an error that falls with
-    (samples x directions); 0: exactly, by f reverse passes; None: the cheaper of exact and 8 directions.
+    (samples x directions); 0: exactly, from J; None: as :func:`choose_directions` finds for the number of samples.
     """
 
     def __init__(self, damping: float = 0.05, max_exact: int = 1024, sketch: int | None = None) -> None:
@@ -245,26 +249,63 @@ class _Boundary(Response):
     def free(self, local: LocalPoint, counts: Counter[str]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Free coordinates (n, D) bool, A (n, D), unit normal of the binding ball on them (n, D) or None."""
 
+    def resolved(self, backbone: Backbone, count: int) -> Response:
+        if self.sketch is not None:
+            return self
+        fixed = copy(self)
+        fixed.sketch = choose_directions(None, backbone, count)
+        return fixed
+
     def gram(self, local: LocalPoint, counts: Counter[str]) -> Gram | None:
-        motion, backbone = self.motion(local, counts), local.problem.backbone
-        if motion is None:
-            return None
-        if not isinstance(motion, LowRankMotion):
-            return DenseGram(motion.conjugated(backbone, local.at))
+        backbone = local.problem.backbone
         directions = choose_directions(self.sketch, backbone)
-        if directions == 0 or local.positions is None:
-            return DenseGram(motion.conjugated(backbone, local.at))
-        counts["sketched"] += len(local.x)
-        width = local.x.shape[1]
-        omega = rademacher(_SKETCH_KEY, local.positions, width * directions).to(motion.side)
-        columns = motion.sketched(backbone, local.at, omega.reshape(-1, width, directions).to(motion.side.device))
-        return DenseGram(columns @ columns.mT)
+        if directions and local.positions is not None and self._gauss_newton(local):
+            return self._sketched(local, directions, counts)
+        jacobian = None if backbone.identity else local.jacobian
+        motion = self.motion(local, counts)
+        return None if motion is None else DenseGram(motion.conjugated(jacobian))
+
+    def _gauss_newton(self, local: LocalPoint) -> bool:
+        return local.problem.backbone.piecewise_linear or local.x.shape[1] > self.max_exact
+
+    def _sketched(self, local: LocalPoint, directions: int, counts: Counter[str]) -> Gram | None:
+        """G from random directions: to first order in the input curvature where that will do, else around its root."""
+        assert local.positions is not None
+        mask, a, normal = self.free(local, counts)
+        if not bool(mask.any()):
+            return None
+        n, width = local.x.shape
+        counts["sketched"] += n
+        omega = rademacher(_SKETCH_KEY, local.positions.to(a.device), width * directions).reshape(n, width, directions)
+        small = self.small_curvature(local, a) if directions > 1 else torch.zeros_like(mask[:, 0])
+        counts["first order in the input curvature"] += int(small.sum())
+        if bool(small.all()):
+            return DenseGram(first_order(local, mask, a, normal, omega))
+        f = local.problem.backbone.width
+        value = a.new_empty(n, f, f)
+        for rows, first in ((small.nonzero()[:, 0], True), ((~small).nonzero()[:, 0], False)):
+            if not len(rows):
+                continue
+            part, at, towards = local.take(rows), (mask[rows], a[rows]), None if normal is None else normal[rows]
+            if first:
+                value[rows] = first_order(part, *at, towards, omega[rows])
+                continue
+            if not part.problem.backbone.piecewise_linear:
+                counts["Gauss-Newton input curvature"] += len(rows)
+            motion = self._low_rank(part, *at, towards, counts)
+            columns = motion.sketched(part.problem.backbone, part.at, omega[rows].to(a))
+            value[rows] = columns @ columns.mT
+        return DenseGram(value)
+
+    def small_curvature(self, local: LocalPoint, a: Tensor) -> Tensor:
+        """The samples (n,) whose d2l/dx2 is known, without passes, to be small beside A."""
+        return torch.zeros(len(a), dtype=torch.bool, device=a.device)
 
     def motion(self, local: LocalPoint, counts: Counter[str]) -> Motion | None:
         mask, a, normal = self.free(local, counts)
         if not bool(mask.any()):
             return None
-        if local.problem.backbone.piecewise_linear or local.x.shape[1] > self.max_exact:
+        if self._gauss_newton(local):
             if not local.problem.backbone.piecewise_linear:
                 counts["Gauss-Newton input curvature"] += len(mask)
             return self._low_rank(local, mask, a, normal, counts)
@@ -273,7 +314,7 @@ class _Boundary(Response):
     def _low_rank(
         self, local: LocalPoint, mask: Tensor, a: Tensor, normal: Tensor | None, counts: Counter[str]
     ) -> LowRankMotion:
-        inv = torch.where(mask & (a > 0), a.clamp(min=torch.finfo(a.dtype).tiny).rsqrt(), torch.zeros_like(a))
+        inv = _inverse_root(mask, a)
         scaled = local.root * inv[:, :, None]
         if normal is not None:
             scaled = scaled - normal[:, :, None] * (normal[:, None, :] @ scaled)
@@ -303,6 +344,24 @@ class _Boundary(Response):
         return SpectralMotion(projector @ vectors, inverse)
 
 
+def _inverse_root(mask: Tensor, a: Tensor) -> Tensor:
+    return torch.where(mask & (a > 0), a.clamp(min=torch.finfo(a.dtype).tiny).rsqrt(), torch.zeros_like(a))
+
+
+def first_order(local: LocalPoint, mask: Tensor, a: Tensor, normal: Tensor | None, omega: Tensor) -> Tensor:
+    """G = G_0 + G_0 X G_0 + ..., X = W^T Lambda W and G_0 = J Pi A^-1 Pi J^T, to first order in X and without bias, from the columns
+    u_j = J Pi A^-1/2 omega_j alone:  (1/m) sum_j u_j u_j^T + 1/(m (m - 1)) sum_{j != l} u_j (u_j^T X u_l) u_l^T."""
+    m = omega.shape[2]
+    directions = omega.to(a)
+    if normal is not None:
+        directions = directions - normal[:, :, None] * (normal[:, None, :] @ directions)
+    columns = local.problem.backbone.pushforward(local.at, directions * _inverse_root(mask, a)[:, :, None])
+    logits = local.weight @ columns
+    inner = logits.mT @ local.hess @ logits / (m * (m - 1))
+    inner.diagonal(dim1=1, dim2=2).fill_(1 / m)
+    return columns @ inner @ columns.mT
+
+
 class L2Response(_Boundary):
     """Response on an L2 ball cut by the input box, the four cases of the boundary: ball binds, ball slack, vertex, interior.
 
@@ -311,6 +370,19 @@ class L2Response(_Boundary):
     """
 
     name = "l2"
+    uses_gradient = True
+
+    def small_curvature(self, local: LocalPoint, a: Tensor) -> Tensor:
+        """The eigenvalues b of d2l/dx2 / mu, root mean square, as if J were a multiple of an isometry: its scale is the one by
+        which it takes W^T r to the input gradient. Second order in b is left out where that is small."""
+        if local.c is not None:
+            return super().small_curvature(local, a)
+        square = local.weight @ local.weight.T
+        heights = (local.terms.r * (local.terms.r @ square)).sum(1)
+        stretched = local.hess @ square
+        size = (stretched * stretched.mT).sum((1, 2)).clamp(min=0.0).sqrt()
+        steep = local.input_gradient.square().sum(1)
+        return size * steep <= _FIRST_ORDER * heights * a[:, 0]
 
     def free(self, local: LocalPoint, counts: Counter[str]) -> tuple[Tensor, Tensor, Tensor | None]:
         threat, delta, g = local.threat, local.delta.to(local.phi), local.input_gradient

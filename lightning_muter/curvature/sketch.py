@@ -47,28 +47,34 @@ def _shift(z: Tensor, by: int) -> Tensor:
     return (z >> by) & ((1 << (64 - by)) - 1)
 
 
-#: Random directions per sample where a sketch is the cheaper way.
-_DIRECTIONS = 8
-#: Features up to which J itself is taken: exact statistics are worth that many reverse passes, once.
-_EXACT_WIDTH = 128
+#: Random directions per sample at most, and at least.
+_MOST, _LEAST = 8, 4
+#: Samples x directions that are aimed at: the step then differs from the exact one by 2 to 3 %.
+_ENOUGH = 16_384
+#: Passes up to which J itself is taken where the samples are few.
+_EXACT_PASSES = 128
 
 
-def choose_directions(asked: int | None, backbone: Backbone) -> int:
-    """How many random directions sketch G = J K J^T; 0: exactly, from J by one reverse pass per feature.
+def choose_directions(asked: int | None, backbone: Backbone, count: int | None = None) -> int:
+    """How many random directions sketch G = J K J^T; 0: exactly, from J, by one pass per feature or input.
 
     Args:
-        asked: the response's ``sketch``; None takes J up to 128 features, directions beyond.
+        asked: the response's ``sketch``; None chooses.
+        count: the number of samples; the error of their sum falls with samples x directions. None: few.
     """
     if backbone.affine:
         return 0  # J is one matrix, known
     if asked is not None:
         return asked
-    chosen = _DIRECTIONS if backbone.width > _EXACT_WIDTH else 0
+    directions = _MOST if count is None else min(_MOST, max(_LEAST, -(-_ENOUGH // count)))
+    few = count is None or count * _MOST < _ENOUGH // 2
+    passes = min(backbone.width, backbone.inputs)
+    chosen = 0 if passes <= directions or (few and passes <= _EXACT_PASSES) else directions
     _log.debug(
         "J K J^T %s: %d passes over the backbone exactly, %d with %d random directions per sample",
         "sketched" if chosen else "exact",
-        backbone.width,
-        _DIRECTIONS,
-        _DIRECTIONS,
+        passes,
+        directions,
+        directions,
     )
     return chosen

@@ -1,12 +1,4 @@
-"""Sums of per-sample total Hessians of a head, in packed symmetric blocks.
-
-With u(v) = d2l/dwdx v = r a^T + (Lambda W a) phi^T, a = J v (rows: logits; the bias row of a is 0), the indirect part
-u K u^T of one sample has for the logits k, l the block
-
-    r_k r_l G + r_k E_l phi^T + phi (r_l E_k)^T + (E^T W^T Lambda)_kl phi phi^T,        G = J K J^T,  E = G W^T Lambda
-
-so that the whole sum is a few weighted matrix products. No per-sample matrix of the size of the parameters is ever formed.
-"""
+"""Sums of per-sample total Hessians of a head, in packed symmetric blocks (`curvature.grams` says what is in a block)."""
 
 from __future__ import annotations
 
@@ -17,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_muter.curvature.direct import Curvature, direct_core
+from lightning_muter.curvature.grams import HeadTerms, add_direct, pairs_of
 from lightning_muter.curvature.response import LocalPoint, Response
 
 #: Numbers in the largest temporary of one accumulation step (float64: 256 MiB).
@@ -54,7 +47,7 @@ class BlockSymmetric:
     def dense(self) -> Tensor:
         """The full symmetric matrix."""
         out = self.blocks.new_empty(self.n_logits, self.width, self.n_logits, self.width)
-        for p, (k, m) in enumerate(self.pairs.T.tolist()):
+        for p, (k, m) in enumerate(pairs_of(self.n_logits)):
             out[k, :, m, :] = self.blocks[p]
             out[m, :, k, :] = self.blocks[p].T
         return out.reshape(self.size, self.size)
@@ -63,7 +56,7 @@ class BlockSymmetric:
         """Add sum_i scale_i sum_j shares_ij (v_ij - v_i)(v_ij - v_i)^T, v_i = sum_j shares_ij v_ij; vectors (c, J, K q)."""
         spread = vectors - (shares[:, :, None] * vectors).sum(1, keepdim=True)
         rows = (spread * (shares * scale[:, None]).sqrt()[:, :, None]).reshape(-1, self.n_logits, self.width)
-        for p, (k, m) in enumerate(self.pairs.T.tolist()):
+        for p, (k, m) in enumerate(pairs_of(self.n_logits)):
             self.blocks[p] += rows[:, k].T @ rows[:, m]
 
     def minus(self, other: BlockSymmetric) -> BlockSymmetric:
@@ -117,55 +110,30 @@ def add_hessian(
 ) -> None:
     """Add the total Hessians of these samples, in chunks whose temporaries stay below the workspace."""
     n, (k, q) = len(local.x), local.problem.shape
-    per_sample = 8 * k * q  # W^T Lambda, E and copies of them
+    per_sample = 4 * (q + k * k)
     if response.forms_squares:
-        per_sample = max(per_sample, local.problem.backbone.width**2 * 3, local.x.shape[1] * (q + 2 * k))
+        per_sample += max(local.problem.backbone.width**2 * 3, local.x.shape[1] * (2 * q + 2 * k)) + 4 * k * q
     step = max(1, _WORKSPACE // per_sample)
     for begin in range(0, n, step):
         at = slice(begin, begin + step)
-        part = LocalPoint(
-            local.problem,
-            local.theta,
-            local.threat,
-            local.x[at],
-            local.y[at],
-            local.delta[at],
-            None if local.c is None else local.c[at],
-            None if local.positions is None else local.positions[at],
-        )
+        part = local if step >= n else local.take(at)
         _add_chunk(sums, part, response, curvature, None if weight is None else weight[at])
 
 
 def _add_chunk(sums: Sums, local: LocalPoint, response: Response, curvature: Curvature, weight: Tensor | None) -> None:
     target = sums.hessian
     assert target is not None
-    problem, r, hess = local.problem, local.terms.r, local.hess
-    scale = torch.ones(len(r), dtype=r.dtype, device=r.device) if weight is None else weight.to(r)
-    phi = problem.augment(local.phi)
-    left, right = target.pairs
-    core = direct_core(curvature, r, hess)
     gram = response.gram(local, sums.counts)
-    f = problem.backbone.width
-    if gram is not None:
-        through = local.weight.T @ hess  # W^T Lambda, (n, f, K)
-        moved = gram.times(through)  # E
-        core = core + hess @ local.weight @ moved
-        core = (core + core.mT) / 2
-        # a few blocks at a time: temporaries stay small beside the matrix
-        step = max(1, min(problem.n_logits, _WORKSPACE // (8 * f * f)))
-        for at in range(0, len(left), step):
-            some = slice(at, at + step)
-            target.blocks[some, :f, :f] += gram.outer_sum(scale[:, None] * r[:, left[some]] * r[:, right[some]])
-        n, k = r.shape
-        flat = moved.mT.reshape(n, -1)
-        firsts, seconds = left.tolist(), right.tolist()
-        for row in range(k):
-            cross = ((phi * (scale * r[:, row])[:, None]).T @ flat).reshape(-1, k, f)  # r_row phi E_l^T for all l
-            for p, (first, second) in enumerate(zip(firsts, seconds, strict=True)):
-                if first == row:
-                    target.blocks[p, :f, :] += cross[:, second].T
-                if second == row:
-                    target.blocks[p, :, :f] += cross[:, first]
-    packed = scale[:, None] * core[:, left, right]
-    for p in range(packed.shape[1]):
-        target.blocks[p] += (phi * packed[:, p, None]).T @ phi
+    r, hess = local.terms.r, local.hess
+    terms = HeadTerms(
+        local.problem.augment(local.phi),
+        r,
+        hess,
+        local.weight,
+        torch.ones_like(r[:, 0]) if weight is None else weight.to(r),
+        direct_core(curvature, r, hess),
+    )
+    if gram is None:
+        add_direct(target.blocks, terms)
+    else:
+        gram.add(target.blocks, terms)

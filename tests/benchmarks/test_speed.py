@@ -50,7 +50,7 @@ def test_a_snapshot_per_epoch(benchmark: Any, name: str) -> None:
     rounds = 3 if name == "cnn" else 1
     epoch, attack = (workloads.seconds(run, rounds) for run in (work.epoch, lambda: work.attacked(20)))
     # about as many gradients as PGD-20 takes; the default goes on for longer where maxima sit on kinks
-    objective = work.objective(InnerSolver(tolerance=1e-3, max_iter=4, descent=15, tracking=10, finish=1))
+    objective = work.objective(InnerSolver(tolerance=1e-3, max_iter=4, tracking=10, finish=1))
     theta = objective.problem.read_theta()
     response = as_response("auto", work.threat)
     figures: dict[str, float] = {}
