@@ -6,6 +6,9 @@ F_R is m-strongly convex, m = min(lambda) |R|. With g the gradient at inexact ma
 
 eta is certified, not assumed: `curvature.globality` bounds what the global maxima can be above the maximisers used.
 
+Where several maxima are equal, g is their mixture sum_j p_j grad l_j (`curvature.contest`) and eta what sum_j p_j l_j falls short
+of phi too: every l_j is convex in w for fixed delta and below phi.
+
 The curvature of the loss makes it tighter. With the maximisers held where they are, F_R is at least the sum f of the losses there
 plus the penalty 1/2 w^T N w, N = |R| diag(lambda), and at most eta above it at w. For cross-entropy the third derivative along a
 line is at most omega times the second, omega the range over which the step moves the logits, so that with d = w_R* - w and H
@@ -99,18 +102,24 @@ def _certify(objective: RobustObjective, theta: Tensor, evaluation: Evaluation) 
     m = float(objective.decay.min()) * objective.count
     # a gap that hardly moves the bound need not be told from 0
     target = 1e-4 * float(evaluation.gradient.square().sum()) / (4 * m)
-    found = globally_maximised(objective, theta, evaluation.delta, target / max(objective.count, 1))
-    exact = replace(objective, delta=found.delta, tick=None)
+    found = globally_maximised(objective, theta, evaluation, target / max(objective.count, 1))
+    exact = replace(objective, delta=found.delta, rivals=evaluation.rivals, prior=evaluation.prior, tick=None)
     bent = found.curvature is not None and theta.numel() <= _DENSE
     sums, delta = exact.sums(theta, settle=False, response=NoResponse() if bent else None)
-    gradient = exact.evaluation(theta, sums, delta).gradient
-    bound = certified_distance(gradient, objective.decay, objective.count, found.gap)
-    if sums.hessian is None or found.curvature is None:
+    mixed, gap = exact.evaluation(theta, sums, delta), found.gap
+    if mixed.share is not None:
+        alone = replace(exact, rivals=None, prior=None)
+        largest = alone.evaluation(theta, *alone.sums(theta, settle=False))
+        gap += max(largest.value - mixed.value, 0.0) + 64 * torch.finfo(theta.dtype).eps * abs(mixed.value)
+    bound = certified_distance(mixed.gradient, objective.decay, objective.count, gap)
+    if sums.hessian is None or found.curvature is None or (mixed.share is not None and mixed.kinks is None):
         return bound
     hessian = sums.hessian.dense()
+    if mixed.kinks is not None:  # of the mixture at fixed shares
+        hessian -= mixed.kinks.stiffness()
     for _ in range(3):
         kappa = _kappa(found.curvature * math.sqrt(2) * bound * found.reach)
-        nearer = certified_distance_in_metric(gradient, objective.decay, objective.count, found.gap, hessian, kappa)
+        nearer = certified_distance_in_metric(mixed.gradient, objective.decay, objective.count, gap, hessian, kappa)
         bound = min(bound, nearer)
         if kappa > 0.8 or nearer > bound:
             break
@@ -124,8 +133,8 @@ def _kappa(omega: float) -> float:
 
 @dataclass
 class Maximised:
-    """Maximisers (n, D), their total gap eta, max |phi| at them, and the multiple of the range of the logits that bounds the
-    third derivative of the loss by the second (None: not known)."""
+    """Maximisers (n, D), their total gap eta, max |phi| at them and their rivals, and the multiple of the range of the logits
+    that bounds the third derivative of the loss by the second (None: not known)."""
 
     delta: Tensor
     gap: float
@@ -133,8 +142,10 @@ class Maximised:
     curvature: float | None
 
 
-def globally_maximised(objective: RobustObjective, theta: Tensor, delta: Tensor, tolerance: float = 0.0) -> Maximised:
-    """Maximisers at least as good as ``delta`` (n, D), and eta, an upper bound of sum_i w_i (phi_i - value at them).
+def globally_maximised(
+    objective: RobustObjective, theta: Tensor, evaluation: Evaluation, tolerance: float = 0.0
+) -> Maximised:
+    """Maximisers at least as good as the evaluation's, and eta, an upper bound of sum_i w_i (phi_i - value at them).
 
     ``tolerance``: of the gap of one sample.
     """
@@ -144,10 +155,13 @@ def globally_maximised(objective: RobustObjective, theta: Tensor, delta: Tensor,
     for batch in objective.source.batches(objective.positions):
         x = batch.x.to(problem.backbone.exact_dtype)
         c = objective.coefficients(done, x, batch.y)
-        here = delta[done : done + len(x)].to(x)
+        rows = slice(done, done + len(x))
+        here = evaluation.delta[rows].to(x)
         here, gap = best_maximisers(problem, theta, threat, x, batch.y, here, c, tolerance)
         total += float((gap if batch.weight is None else gap * batch.weight).sum())
-        reach = max(reach, float(problem.augment(problem.backbone(x + here)).norm(dim=1).max()))
+        others = () if evaluation.rivals is None else evaluation.rivals[:, rows].to(x)
+        for d in (here, *others):
+            reach = max(reach, float(problem.augment(problem.backbone(x + d)).norm(dim=1).max()))
         bent = line_curvature(problem, theta, x, batch.y)
         curvature = None if curvature is None or bent is None else max(curvature, bent)
         found.append(here)

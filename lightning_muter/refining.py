@@ -23,6 +23,8 @@ from lightning_muter.solvers import definite_inverse
 AGED = 0.25
 #: Accepted steps in one fresh metric.
 ROUND = 2
+#: On the stationarity: what a descent that stalls short of it has met is a kink, not rounding.
+STALLED = 1e-8
 #: On the stationarity: nothing is left to gain in float64.
 TOLERANCE = 1e-12
 
@@ -39,70 +41,63 @@ def refined(
     steps: int,
     on_step: Callable[[int, Evaluation], None] | None = None,
 ) -> Descent:
-    """At most ``steps`` accepted steps of L-BFGS on F_R from theta, in the metric of ``matrix`` or of fresh ones.
+    """At most ``steps`` accepted steps on F_R from theta, in the metric of ``matrix`` or of fresh ones.
+
+    Where maxima are followed singly these are steps of L-BFGS. Where several are weighed (`curvature.contest`) each step holds
+    the kinks between them as they are, and a look for new maxima follows it. A linear model goes over from the first to the
+    second where it stalls.
 
     Args:
         matrix: H_R of the stored statistics, (K q, K q), row-major as theta.
         before: F_R at the weights that ``matrix`` was used from; first: at theta, one Newton step further. Together they
             tell whether the curvature has aged.
     """
-    if float(first.gradient.norm()) <= AGED * float(before.gradient.norm()):
-        if not objective.reproducible:
-            return _tracked(objective, theta, matrix, before, first, steps, on_step)
-        metric, _ = definite_inverse(matrix)
-        return descend(objective, theta, metric, max_steps=steps, tolerance=TOLERANCE, first=first, on_step=on_step)
-    found = Descent(theta, first, "capped", 0, [first.stationarity])
-    while found.status == "capped" and found.steps < steps:
-        metric, now = _fresh(objective, found, response, curvature)
-        part = descend(
-            objective,
-            found.theta,
-            metric,
-            max_steps=min(ROUND, steps - found.steps),
-            tolerance=TOLERANCE,
-            first=now,
-            on_step=None if on_step is None else (lambda i, e, done=found.steps: on_step(done + i, e)),  # type: ignore[misc]
-        )
-        history = [*found.history, *part.history[1:]]
-        found = Descent(part.theta, part.evaluation, part.status, found.steps + part.steps, history)
-    return found
-
-
-def _tracked(
-    objective: RobustObjective,
-    theta: Tensor,
-    matrix: Tensor,
-    before: Evaluation,
-    first: Evaluation,
-    steps: int,
-    on_step: Callable[[int, Evaluation], None] | None,
-) -> Descent:
-    """Step by step, with a look for new maxima after each: where several are nearly equal the steps hold the kinks between them."""
+    linear = objective.problem.backbone.affine  # looked at afresh in every evaluation
+    aged = float(first.gradient.norm()) > AGED * float(before.gradient.norm())
     # the stored matrix holds the kinks as they were at the trained weights
-    smooth, _ = definite_inverse(matrix if before.kinks is None else matrix - before.kinks.stiffness())
+    metric, _ = definite_inverse(matrix if before.kinks is None else matrix - before.kinks.stiffness())
     found = Descent(theta, first, "capped", 0, [first.stationarity])
     while found.status == "capped" and found.steps < steps:
-        done = found.steps
-        report = None if on_step is None else (lambda i, e, done=done: on_step(done + i, e))
-        part = descend_contested(
-            objective, found.theta, smooth, max_steps=1, tolerance=TOLERANCE, first=found.evaluation, on_step=report
-        )
-        if part.steps == 0:
-            return Descent(found.theta, found.evaluation, part.status, done, found.history)
-        seen = objective.evaluate(part.theta, explore=True)
-        objective.accept(seen)
-        found = Descent(part.theta, seen, "capped", done + 1, [*found.history, seen.stationarity])
+        now, left = found.evaluation, steps - found.steps
+        if aged:
+            metric, now = _fresh(objective, found, response, curvature)
+            left = min(ROUND, left)
+        elif found.steps and not linear:
+            now = objective.evaluate(found.theta, explore=True)
+        objective.accept(now)
+        report = None if on_step is None else (lambda i, e, done=found.steps: on_step(done + i, e))
+        if objective.reproducible:
+            part = descend(
+                objective, found.theta, metric, max_steps=left, tolerance=TOLERANCE, first=now, on_step=report
+            )
+        else:
+            part = descend_contested(
+                objective, found.theta, metric, max_steps=1, tolerance=TOLERANCE, first=now, on_step=report
+            )
+        status = part.status
+        if status == "stalled" and part.evaluation.stationarity > STALLED and objective.contend():
+            status = "capped"
+        history = [*found.history, *part.history[1:]]
+        found = Descent(part.theta, part.evaluation, status, found.steps + part.steps, history)
+    if found.steps and not linear:
+        last = objective.evaluate(found.theta, explore=True)
+        objective.accept(last)
+        found = Descent(found.theta, last, found.status, found.steps, [*found.history[:-1], last.stationarity])
     return found
 
 
 def _fresh(
     objective: RobustObjective, at: Descent, response: Response, curvature: Curvature
 ) -> tuple[Metric, Evaluation]:
-    """The total Hessian over the retained samples where the descent stands, as a metric; and F_R at its maximisers."""
+    """The total Hessian over the retained samples where the descent stands, the share of kinks left out, as a metric; and F_R
+    at its maximisers."""
     objective.accept(at.evaluation)
-    sums, delta = objective.sums(at.theta, response=response, curvature=curvature)
+    sums, delta = objective.sums(at.theta, response=response, curvature=curvature, explore=not objective.reproducible)
     assert sums.hessian is not None
+    now = objective.evaluation(at.theta, sums, delta)
     matrix = sums.hessian.dense()
     matrix.diagonal().add_(objective.count * objective.decay.flatten())
+    if now.kinks is not None:
+        matrix -= now.kinks.stiffness()
     metric, _ = definite_inverse(matrix)
-    return metric, objective.evaluation(at.theta, sums, delta)
+    return metric, now

@@ -149,6 +149,7 @@ class Contest:
 
     Attributes:
         delta: (1 + m, n, D).       values, prior, share: (1 + m, n), values -inf where there is none.
+        frozen: which of them are fixed points, not maxima (1 + m, n).
     """
 
     delta: Tensor
@@ -156,7 +157,8 @@ class Contest:
     prior: Tensor
     share: Tensor | None
     temperature: float
-    _seen: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    frozen: Tensor | None = None
+    _seen: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
 
     @classmethod
     def of(cls, found: Maximisers, temperature: float) -> Contest:
@@ -169,29 +171,37 @@ class Contest:
         share = torch.where(share < _NEGLIGIBLE, 0.0, share)
         share = share / share.sum(0)
         alone = not bool(torch.isfinite(values[1:]).any())
-        return cls(delta, values, found.prior, None if alone else share, temperature)
+        frozen = None
+        if found.frozen is not None and bool(found.frozen.any()):
+            frozen = torch.cat([torch.zeros_like(found.frozen[:1]), found.frozen])
+        return cls(delta, values, found.prior, None if alone else share, temperature, frozen)
 
     @property
     def contested(self) -> Tensor:
         return torch.isfinite(self.values).sum(0) > 1
 
-    def points(self) -> Iterator[tuple[slice | Tensor, Tensor, Tensor | None]]:
-        """(rows, delta (n, D), shares of the rows) of each local maximum."""
+    def points(self) -> Iterator[tuple[int, slice | Tensor, Tensor, Tensor | None, bool]]:
+        """(which of the maxima, rows, delta (n, D), shares of the rows, whether they are frozen)."""
         if self.share is None:
-            yield slice(None), self.delta[0], None
+            yield 0, slice(None), self.delta[0], None, False
             return
-        for delta, share, value in zip(self.delta, self.share, self.values, strict=True):
-            rows = torch.isfinite(value).nonzero()[:, 0]
-            if len(rows):
-                yield rows, delta, share[rows]
+        for j, (delta, share, value) in enumerate(zip(self.delta, self.share, self.values, strict=True)):
+            there = torch.isfinite(value)
+            kinds = [(there, False)]
+            if self.frozen is not None:
+                kinds = [(there & ~self.frozen[j], False), (there & self.frozen[j], True)]
+            for mask, frozen in kinds:
+                rows = mask.nonzero()[:, 0]
+                if len(rows):
+                    yield j, rows, delta, share[rows], frozen
 
-    def saw(self, rows: slice | Tensor, local: LocalPoint) -> None:
+    def saw(self, which: int, rows: slice | Tensor, local: LocalPoint) -> None:
         """Keep the gradients r phi^T of contested samples."""
         if self.share is None or isinstance(rows, slice):
             return
         some = self.contested[rows]
         gradient = local.terms.r[some, :, None] * local.problem.augment(local.phi[some])[:, None, :]
-        self._seen.append((rows[some], gradient.flatten(1)))
+        self._seen.append((which, rows[some], gradient.flatten(1)))
 
     def close(self, sums: Sums, weight: Tensor | None) -> Kinks | None:
         """Add what the single maxima do not give: the relative entropy to the value, the spread of the gradients to the Hessian."""
@@ -205,10 +215,9 @@ class Contest:
         sums.count -= int(torch.isfinite(self.values).sum()) - len(contested)
         rows = contested.nonzero()[:, 0]
         index = torch.cumsum(contested, 0) - 1
-        width = self._seen[0][1].shape[1]
-        gradients = self._seen[0][1].new_zeros(len(rows), len(self.values), width)
-        slots = [j for j, value in enumerate(self.values) if bool(torch.isfinite(value).any())]
-        for j, (at, gradient) in zip(slots, self._seen, strict=True):
+        width = self._seen[0][2].shape[1]
+        gradients = self._seen[0][2].new_zeros(len(rows), len(self.values), width)
+        for j, at, gradient in self._seen:
             gradients[index[at], j] = gradient
         kinks = Kinks(
             self.values[:, rows].T.to(gradients), gradients, self.prior[:, rows].T.to(gradients),

@@ -221,18 +221,23 @@ def polish(
     damping = 0.0
     status, shift, steps, idle, rounds = "capped", 0.0, 0, 0, 0
     best: tuple[Tensor, Evaluation] | None = None
+    reached: float | None = None
     while objective.passes - begin < max_passes:
         if not anchored and objective.smoothing_moves(theta):
             # at a zero head there is nothing to smooth, yet F has its worst kink there: look from where Newton points
             zero = not bool(objective.problem.weight(theta).any())
             objective.anchor(_newton_point(objective, theta) if zero else theta)
-            best = None  # another objective
+            best, reached = None, None  # another objective
         objective.restart()
         # other local maxima are looked for between descents, so that in the end they depend on theta and not on the path
         explore = not objective.reproducible
         rounds += 1
         sums, delta = objective.sums(theta, response=response, curvature=curvature, explore=explore)
         first = objective.evaluation(theta, sums, delta)
+        if reached is not None and first.value > reached + 1e-9 * abs(reached) and objective.contend():
+            # the maxima that were followed are not the largest here: two are equal on the way
+            best, reached, idle = None, None, 0
+            continue
         objective.accept(first)
         before = first.stationarity if before is None else before
         assert sums.hessian is not None
@@ -255,7 +260,7 @@ def polish(
             on_step=None if on_step is None else (lambda _, e, offset=steps: on_step(offset + _, e)),  # type: ignore[misc]
         )
         steps += found.steps
-        theta = found.theta
+        theta, reached = found.theta, found.evaluation.value
         falls = found.evaluation.value < first.value - 1e-3 * abs(first.value)
         if best is None or falls or found.evaluation.stationarity < 0.5 * best[1].stationarity:
             idle = 0
@@ -272,6 +277,9 @@ def polish(
         ):
             status = "converged"
             break
+        if found.status == "stalled" and objective.contend():
+            best, reached, idle = None, None, 0
+            continue
         stuck = found.status == "stalled" and found.steps == 0
         if stuck and damping < 1.0 and found.evaluation.stationarity > 1e-2:
             damping = max(10 * damping, 0.01)  # far from the end: shorter steps, as in Levenberg-Marquardt

@@ -17,6 +17,7 @@ all speak of the same function. rho is 0 at the vertices and rho >= 0: phi <= ph
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from lightning_muter.curvature.anderson import Anderson
 from lightning_muter.curvature.problem import HeadProblem
+from lightning_muter.curvature.rivals import Several, ranked
 from lightning_muter.threat import ThreatModel
 
 
@@ -66,6 +68,7 @@ class Maximisers:
     Attributes:
         rivals: other local maxima (m, n, D), with values (m, n), -inf where one is none.
         prior: weights q (1 + m, n) of the maximiser and its rivals, summing to 1 (`curvature.contest`).
+        frozen: which rivals are maxima no more, but points where one was (m, n) (`curvature.rivals`).
     """
 
     delta: Tensor
@@ -76,6 +79,7 @@ class Maximisers:
     rivals: Tensor | None = None
     rival_values: Tensor | None = None
     prior: Tensor | None = None
+    frozen: Tensor | None = None
 
     @property
     def converged(self) -> Tensor:
@@ -137,40 +141,46 @@ class InnerSolver:
             value, _ = problem.loss_and_input_gradient(theta, x, y)
             return Maximisers(zero, value, value * 0, 0, tol)
         one = _Inner(problem, theta, threat, x, y, Rho(threat, x, c), tol)
-        kinked = problem.backbone.piecewise_linear and not problem.backbone.affine
-        tried: list[tuple[Tensor, Tensor]] = []
-        if start is not None:
-            near = [start, *([] if rivals is None else rivals.unbind())]
-            alone = len(near) == 1 and not explore
-            tried += [self._near(one, threat.project(d.to(x), x), kinked, alone) for d in near]
-        if start is None or explore:
-            far = self._starts(one)
-            alone = len(far) == 1 and not tried
-            tried += [self._far(one, d, kinked, alone) for d in far]
+        affine = problem.backbone.affine
+        kinked = problem.backbone.piecewise_linear and not affine
+        near = (
+            [] if start is None else [threat.project(d.to(x), x) for d in (start, *(() if rivals is None else rivals))]
+        )
+        if prior is None:
+            prior = x.new_full((len(near), len(x)), 1 / max(len(near), 1))
+        else:
+            prior = prior.to(x)
+        far = self._starts(one) if start is None or explore else []
+        alone = len(near) + len(far) == 1
+        tried = []
+        for j, delta in enumerate(near):
+            # of a linear model's only those that have a weight: it is looked at afresh in every evaluation
+            rows = prior[j].nonzero()[:, 0] if affine and j else None
+            tried.append(one.of(rows, delta, lambda part, d: self._near(part, d, kinked, alone)))
+        tried += [self._far(one, delta, kinked, alone) for delta in far]
         deltas, values = torch.stack([d for d, _ in tried]), torch.stack([v for _, v in tried])
-        weights = torch.zeros_like(values)
-        if start is not None:
-            weights[: len(near)] = 1 / len(near) if prior is None else prior.to(weights).clamp(min=1e-12)
-        wanted = self.rivals if margin or not problem.backbone.affine else 0
-        chosen, values, weights = _ranked(deltas, values, weights, wanted)
-        far_away = kinked and (start is None or explore)
-        found = self._finish(one, chosen[0], kinked, far_away)
-        if len(chosen) == 1:
+        places, heights = ranked(deltas, values, self.rivals if margin or not affine else 0)
+        far_away = kinked and bool(far)
+        found = self._finish(one, places[0], kinked, far_away)
+        if len(places) == 1:
             return found
-        places, heights = chosen.clone(), torch.full_like(values, -math.inf)
-        places[0], heights[0] = found.delta, found.value
-        for j in range(1, len(chosen)):
-            rows = (values[j] > found.value - 2 * margin).nonzero()[:, 0] if margin else values.new_zeros(0).long()
+        places[0], first = found.delta, heights[1:]
+        heights = torch.full_like(heights, -math.inf)
+        heights[0] = found.value
+        for j in range(1, len(places)):
+            rows = (first[j - 1] > found.value - 2 * margin).nonzero()[:, 0] if margin else x.new_zeros(0).long()
             if len(rows):
-                more = self._finish(one.take(rows), chosen[j, rows], kinked, far_away)
+                more = self._finish(one.take(rows), places[j, rows], kinked, far_away)
                 places[j, rows], heights[j, rows] = more.delta, more.value
-            for k in range(j):  # ascents may end at the same maximum: it counts once
-                same = close(places[j], places[k]) & torch.isfinite(heights[k])
-                weights[k] += torch.where(same, weights[j], 0.0)
-                weights[j] = weights[j].masked_fill(same, 0.0)
-                heights[j] = heights[j].masked_fill(same, -math.inf)
-        found.rivals, found.rival_values = places[1:], heights[1:]
-        found.prior = _prior(weights, heights, _FRESH if explore or start is None else _FAINT)
+        several = Several(places, heights)
+        several.merge()
+        if near:
+            tracked = prior if affine else prior.clamp(min=1e-12)
+            height = (lambda rows, d: one.take(rows).value(d)) if affine and margin else None
+            several.inherit(torch.stack(near), deltas[: len(near)], tracked, margin, height)
+        several.settle(fresh=explore or not near)
+        found.rivals, found.rival_values = several.places[1:], several.heights[1:]
+        found.prior, found.frozen = several.weights, several.frozen[1:]
         return found
 
     def _finish(self, one: _Inner, delta: Tensor, kinked: bool, far_away: bool) -> Maximisers:
@@ -213,44 +223,6 @@ class InnerSolver:
         return [zero, *(one.threat.linear_maximiser(g, x) for g in towards.unbind(1))]
 
 
-def _ranked(deltas: Tensor, values: Tensor, weights: Tensor, rivals: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of candidates (m, n, D) with values and weights (m, n) the best, an earlier one unless a later one wins clearly, and up
-    to ``rivals`` next best ones that are elsewhere: (1 + rivals, n, D), values (-inf where there is none), weights."""
-    best = torch.zeros_like(values[0], dtype=torch.long)
-    top = values[0]
-    for j in range(1, len(values)):  # equal maxima up to rounding may not change places
-        wins = values[j] > top + 1e-9 * (1 + top.abs())
-        best, top = torch.where(wins, j, best), torch.where(wins, values[j], top)
-    rows = torch.arange(deltas.shape[1], device=deltas.device)
-    chosen, kept, left, shares = [deltas[best, rows]], [top], values.clone(), []
-    for j in range(min(rivals, len(values) - 1) + 1):
-        near = close(deltas, chosen[-1]) & torch.isfinite(left)
-        shares.append((weights * near).sum(0))
-        left = left.masked_fill(near, -math.inf)
-        if j == min(rivals, len(values) - 1):
-            break
-        pick = left.argmax(0)
-        value = left[pick, rows]
-        chosen.append(torch.where(torch.isfinite(value)[:, None], deltas[pick, rows], chosen[0]))
-        kept.append(value)
-    return torch.stack(chosen), torch.stack(kept), torch.stack(shares)
-
-
-#: Least weight of a local maximum that was just found, and of one that is tracked.
-_FRESH, _FAINT = 0.1, 1e-4
-
-
-def _prior(weights: Tensor, values: Tensor, least: float) -> Tensor:
-    there = torch.isfinite(values)
-    weights = torch.where(weights == 0, least, weights.clamp(min=_FAINT)) * there
-    return weights / weights.sum(0)
-
-
-def close(a: Tensor, b: Tensor) -> Tensor:
-    """Whether two maximisers are one and the same."""
-    return (a - b).norm(dim=-1) <= 0.05 * b.norm(dim=-1)
-
-
 @dataclass
 class _Inner:
     """The inner problem of a batch at fixed weights, and ascents in it."""
@@ -265,6 +237,21 @@ class _Inner:
 
     def take(self, rows: Tensor) -> _Inner:
         return replace(self, x=self.x[rows], y=self.y[rows], rho=self.rho.take(rows))
+
+    def of(
+        self, rows: Tensor | None, delta: Tensor, ascend: Callable[[_Inner, Tensor], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """Ends and values of ascents from some rows (all of them: None); -inf elsewhere."""
+        if rows is None or len(rows) == len(delta):
+            return ascend(self, delta)
+        ends, values = delta.clone(), torch.full_like(delta[:, 0], -math.inf)
+        if len(rows):
+            ends[rows], values[rows] = ascend(self.take(rows), delta[rows])
+        return ends, values
+
+    def value(self, delta: Tensor) -> Tensor:
+        loss, _ = self.problem.loss_and_input_gradient(self.theta, self.x + delta, self.y)
+        return loss.to(delta) + self.rho.value(delta)
 
     def short(self, delta: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         if steps == 0:  # nothing to compare with

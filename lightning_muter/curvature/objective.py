@@ -3,11 +3,13 @@
 With a nonlinear backbone the inner problem has many local maxima, and maximisers found from scratch would make F jump as
 theta moves. They are *tracked*: every evaluation starts from the maximisers of the last accepted point and their rivals,
 which makes F continuous along a descent (and cheap). Linear models forget them before statistics are taken (:meth:`restart`):
-there the maximisers found from scratch are reproducible from sample and theta alone.
+there the maximisers found from scratch are reproducible from sample and theta alone; until a descent stalls where two of
+them are equal (:meth:`contend`), after which they are tracked and weighed as those of a network.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +21,7 @@ from lightning_muter.curvature.contest import Contest, Kinks
 from lightning_muter.curvature.direct import Curvature
 from lightning_muter.curvature.inner import InnerSolver, Maximisers, Rho, Smoothing
 from lightning_muter.curvature.problem import HeadProblem
-from lightning_muter.curvature.response import LocalPoint, Response
+from lightning_muter.curvature.response import LocalPoint, NoResponse, Response
 from lightning_muter.curvature.samples import SampleSource
 from lightning_muter.curvature.total import Sums, add_gradient, add_hessian
 from lightning_muter.threat import ThreatModel
@@ -81,6 +83,7 @@ class RobustObjective:
         decay: lambda per entry of theta, (K, q).
         delta: tracked maximisers (len(positions), D), in the order of ``positions``.
         rivals, prior: further local maxima (m, n, D) and the weights of all, (1 + m, n): see `curvature.contest`.
+        contended: a linear model's maxima are tracked and weighed too.
     """
 
     problem: HeadProblem
@@ -95,6 +98,7 @@ class RobustObjective:
     passes: int = 0
     rivals: Tensor | None = None
     prior: Tensor | None = None
+    contended: bool = False
     _c: dict[tuple[int, int], Tensor | None] = field(default_factory=dict, repr=False)
     _met: Met = field(default_factory=Met, repr=False)
 
@@ -105,13 +109,23 @@ class RobustObjective:
     @property
     def reproducible(self) -> bool:
         """Maximisers from scratch depend on sample and theta alone."""
-        return self.problem.backbone.affine
+        return self.problem.backbone.affine and not self.contended
 
     @property
     def temperature(self) -> float:
-        """Of the soft maximum over local maxima. A linear model takes the largest, which is a function of theta alone; on the kinks
-        of a piecewise-linear network maxima cannot be told apart."""
-        return 0.0 if self.problem.backbone.piecewise_linear else self.smoothing.temperature
+        """Of the soft maximum over local maxima. A linear model that is not contended takes the largest, which is a function of
+        theta alone; on the kinks of a piecewise-linear network maxima cannot be told apart."""
+        affine = self.problem.backbone.affine
+        alone = not self.contended if affine else self.problem.backbone.piecewise_linear
+        return 0.0 if alone else self.smoothing.temperature
+
+    def contend(self) -> bool:
+        """Track and weigh the local maxima of a linear model from now on; False where this is so already or can change nothing."""
+        several = self.problem.backbone.affine and self.threat.norm == "l2" and self.inner.starts > 0
+        if self.contended or not several or not self.smoothing.temperature or self.problem.n_logits == 2:
+            return False
+        self.contended = True
+        return True
 
     def restart(self) -> None:
         """Forget the tracked maximisers of a linear model."""
@@ -149,7 +163,7 @@ class RobustObjective:
             c = self.coefficients(done, x, batch.y)
             found = self._maximise(theta, x, batch.y, c, slice(done, done + n), settle, explore, sums.counts)
             contest = Contest.of(found, self.temperature)
-            for rows, delta, share in contest.points():
+            for which, rows, delta, share, frozen in contest.points():
                 local = LocalPoint(
                     problem,
                     theta,
@@ -169,8 +183,9 @@ class RobustObjective:
                     extra = None if local.c is None else Rho(self.threat, local.x, local.c).value(local.delta)
                     add_gradient(sums, local, weight, extra)
                 if response is not None:
-                    add_hessian(sums, local, response, curvature, weight)
-                contest.saw(rows, local)
+                    # a fixed point does not answer the weights
+                    add_hessian(sums, local, NoResponse() if frozen else response, curvature, weight)
+                contest.saw(which, rows, local)
             kinks = contest.close(sums, batch.weight)
             delta = found.delta
             kept.append(delta)
@@ -197,14 +212,24 @@ class RobustObjective:
         rivals = None if self.rivals is None else self.rivals[:, rows]
         prior = None if self.prior is None else self.prior[:, rows]
         if not settle and start is not None:
-            zero = torch.zeros_like(x[:, 0])
-            return Maximisers(self.threat.project(start.to(x), x), zero, zero, 0, 0.0, rivals, None, prior)
+            return self._as_they_are(theta, x, y, start, rivals, prior)
         found = self.inner.solve(
             self.problem, theta, self.threat, x, y, c, start, rivals, prior, explore, 100 * self.temperature
         )
         counts["samples"] += len(x)
         counts["maximisers converged"] += int(found.converged.sum())
         return found
+
+    def _as_they_are(
+        self, theta: Tensor, x: Tensor, y: Tensor, start: Tensor, rivals: Tensor | None, prior: Tensor | None
+    ) -> Maximisers:
+        delta = self.threat.project(start.to(x), x)
+        zero = torch.zeros_like(x[:, 0])
+        if rivals is None or prior is None or not self.temperature:
+            return Maximisers(delta, zero, zero, 0, 0.0)
+        losses = [self.problem.loss_and_input_gradient(theta, x + d, y)[0] for d in (delta, *rivals.to(x))]
+        heights = torch.stack(losses).masked_fill(prior == 0, -math.inf)
+        return Maximisers(delta, heights[0], zero, 0, 0.0, rivals.to(x), heights[1:], prior)
 
     def coefficients(self, begin: int, x: Tensor, y: Tensor) -> Tensor | None:
         """c of these samples; a function of the anchor alone, kept because every pass needs it."""
@@ -226,7 +251,11 @@ class RobustObjective:
         return anchor is None or bool((theta - anchor).norm() > 1e-2 * theta.norm())
 
     def evaluate(self, theta: Tensor, *, explore: bool = False) -> Evaluation:
-        """F and its gradient at theta, from the tracked maximisers; :meth:`accept` makes its maximisers the tracked ones."""
+        """F and its gradient at theta, from the tracked maximisers; :meth:`accept` makes its maximisers the tracked ones.
+
+        ``explore``: also from scratch. A contended linear model is always explored, which is cheap there.
+        """
+        explore = explore or self.problem.backbone.affine
         return self.evaluation(theta, *self.sums(theta, explore=explore and not self.reproducible))
 
     def evaluation(self, theta: Tensor, sums: Sums, delta: Tensor) -> Evaluation:
@@ -295,6 +324,7 @@ class RobustObjective:
 
     def restore(self, stored: Tensor) -> None:
         """Track what :meth:`stored_starts` gave."""
+        self.contended = self.problem.backbone.affine
         rows = stored.to(self.problem.device, self.problem.backbone.exact_dtype).movedim(1, 0)
         places, prior = rows[:, :, :-1] * self.threat.eps, rows[:, :, -1]
         self.delta = places[0]
