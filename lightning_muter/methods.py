@@ -112,7 +112,7 @@ class MUter(Method):
         gone = sums.gradient
         if not torch.equal(reference, base):
             gone = request.objective(request.forget, snapshot.base_starts).sums(base)[0].gradient
-        hessian = replace(snapshot.hessian, blocks=snapshot.hessian.blocks.to(device)).minus(sums.hessian)
+        hessian = replace(snapshot.hessian, blocks=snapshot.hessian.blocks.to(device)).minus(sums.hessian, reuse=True)
         gradient = snapshot.gradient.to(device) - gone
         penalty = request.n_retained * snapshot.decay.to(device)
         matrix = hessian.dense()

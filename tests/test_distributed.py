@@ -24,6 +24,38 @@ from tests.test_matrix_free import EXACT, data, direction, objective, relu_net
 N = 13  # odd: the shares differ in size
 
 
+def silu_cnn() -> nn.Sequential:
+    """A smooth convolutional backbone on 2 x 3 images."""
+    torch.manual_seed(1)
+    body = [nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 2, 3, padding=1), nn.SiLU(), nn.Flatten()]
+    return nn.Sequential(*body, nn.Linear(12, 5), nn.SiLU(), nn.Linear(5, 3)).double()
+
+
+def smooth_numbers(shards: Shards) -> dict[str, Tensor]:
+    """A polished snapshot of a smooth network's head."""
+    network = silu_cnn()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        snapshot = take_snapshot(
+            network,
+            data(N, 6),
+            threat_model=ThreatModel("l2", 0.1),
+            weight_decay=0.01,
+            polish=6,
+            batch_size=5,
+            progress=False,
+        )
+    assert snapshot.starts is not None
+    return {
+        "stored": snapshot.hessian.blocks,
+        "gradient": snapshot.gradient,
+        "polished": snapshot.theta_ref,
+        "starts": snapshot.starts.double(),
+        "counts": torch.tensor([snapshot.figures["counts"]["samples"], snapshot.figures["passes"]]),
+        "weights": torch.cat([p.detach().flatten() for p in network.parameters()]),
+    }
+
+
 def numbers(shards: Shards) -> dict[str, Tensor]:
     """Everything that must not depend on how many processes computed it."""
     threat, dataset = ThreatModel("l2", 0.03), data(N, 6)
@@ -77,18 +109,22 @@ def _head_objective(shards: Shards, threat: ThreatModel, dataset: Any) -> Sharde
     return ShardedObjective(problem, threat, source, decay, EXACT, positions=range(N), shards=shards)
 
 
-def _process(rank: int, folder: str) -> None:
+KINDS = {"kinked": numbers, "smooth": smooth_numbers}
+
+
+def _process(rank: int, folder: str, kind: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     try:
-        torch.save(numbers(Shards.current()), f"{folder}/{rank}.pt")
+        torch.save(KINDS[kind](Shards.current()), f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
-def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
-    alone = numbers(Shards())
-    mp.start_processes(_process, args=(str(tmp_path),), nprocs=2, start_method="spawn")
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_give_the_numbers_of_one(tmp_path: Path, kind: str) -> None:
+    alone = KINDS[kind](Shards())
+    mp.start_processes(_process, args=(str(tmp_path), kind), nprocs=2, start_method="spawn")
     both = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for name, one in alone.items():
         assert torch.equal(both[0][name], both[1][name]), name

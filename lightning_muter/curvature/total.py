@@ -59,8 +59,10 @@ class BlockSymmetric:
         for p, (k, m) in enumerate(pairs_of(self.n_logits)):
             self.blocks[p] += rows[:, k].T @ rows[:, m]
 
-    def minus(self, other: BlockSymmetric) -> BlockSymmetric:
-        return BlockSymmetric(self.n_logits, self.width, self.blocks - other.blocks)
+    def minus(self, other: BlockSymmetric, *, reuse: bool = False) -> BlockSymmetric:
+        """The difference; ``reuse``: in the memory of ``other``, which is then gone."""
+        blocks = other.blocks.neg_().add_(self.blocks) if reuse else self.blocks - other.blocks
+        return BlockSymmetric(self.n_logits, self.width, blocks)
 
     def clone(self) -> BlockSymmetric:
         return BlockSymmetric(self.n_logits, self.width, self.blocks.clone())
