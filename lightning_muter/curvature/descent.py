@@ -234,7 +234,7 @@ def polish(
         rounds += 1
         sums, delta = objective.sums(theta, response=response, curvature=curvature, explore=explore)
         first = objective.evaluation(theta, sums, delta)
-        if reached is not None and first.value > reached + 1e-9 * abs(reached) and objective.contend():
+        if reached is not None and first.value > reached + 1e-6 * abs(reached) and objective.contend():
             # the maxima that were followed are not the largest here: two are equal on the way
             best, reached, idle = None, None, 0
             continue
@@ -266,6 +266,9 @@ def polish(
             idle = 0
         else:
             idle += 1
+        if (found.status == "stalled" or idle >= 2) and objective.contend():
+            best, reached, idle = None, None, 0
+            continue
         if best is None or found.evaluation.stationarity < best[1].stationarity:
             best = (theta, found.evaluation)
         # tracked maxima: converged is what stays so after another look
@@ -277,9 +280,6 @@ def polish(
         ):
             status = "converged"
             break
-        if found.status == "stalled" and objective.contend():
-            best, reached, idle = None, None, 0
-            continue
         stuck = found.status == "stalled" and found.steps == 0
         if stuck and damping < 1.0 and found.evaluation.stationarity > 1e-2:
             damping = max(10 * damping, 0.01)  # far from the end: shorter steps, as in Levenberg-Marquardt
@@ -288,9 +288,8 @@ def polish(
             status = "stalled"
             break
         damping = 0.0 if damping < 0.01 else damping / 10
-    assert best is not None
     assert before is not None
-    theta, evaluation = best
+    theta, evaluation = best or (theta, objective.evaluate(theta))
     if evaluation.stationarity <= tolerance and (anchored or not objective.smoothing_moves(theta)):
         status = "converged"
     objective.accept(evaluation)
