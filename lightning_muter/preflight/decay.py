@@ -145,7 +145,6 @@ def inspect_optimizers(
     elif weights:
         out.append(Finding("skip", no_decay_text(weights)))
     elif undecayed:
-        out.append(
-            Finding("note", f"{', '.join(undecayed)} is not decayed: the certificate bounds the decayed part alone.")
-        )
+        text = f"{', '.join(undecayed)} is not decayed: results will carry no certificate."
+        out.append(Finding("note", text, "Decay every parameter of the head for one."))
     return out
