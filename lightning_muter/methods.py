@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_muter.curvature.local import LocalPoint
 from lightning_muter.curvature.objective import RobustObjective
 from lightning_muter.curvature.problem import HeadProblem
-from lightning_muter.curvature.response import LocalPoint
 from lightning_muter.curvature.samples import SampleSource
 from lightning_muter.curvature.total import BlockSymmetric
 from lightning_muter.errors import MismatchError

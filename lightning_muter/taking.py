@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings as warning_module
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from lightning_muter.adversarial.reading import attack_note
-from lightning_muter.curvature.descent import Polish, polish
+from lightning_muter.curvature import descent
 from lightning_muter.curvature.direct import Curvature
 from lightning_muter.curvature.inner import InnerSolver, Smoothing
 from lightning_muter.curvature.objective import Evaluation, RobustObjective
@@ -26,15 +26,14 @@ from lightning_muter.curvature.total import Sums
 from lightning_muter.errors import ArgumentError, MismatchError, UnsuitableError
 from lightning_muter.identity import DigestKey, weight_fingerprint
 from lightning_muter.losses import Loss, accuracy, resolve_loss
-from lightning_muter.preflight.decay import no_decay_text, read_weight_decay
 from lightning_muter.resuming import Resumable
 from lightning_muter.sharded import ShardedObjective
 from lightning_muter.snapshot import Snapshot, loss_name, sample_digests
 from lightning_muter.stored import Stored
 from lightning_muter.threat import ThreatModel
+from lightning_muter.trained import Decay, head_decay, trained_threat
 from lightning_muter.wide_snapshot import WIDE_BATCH, WideSnapshot
 
-Decay = float | Mapping[str, float] | str
 #: Stationarity that polish aims at, by the dtype of the backbone.
 AIM = {torch.float64: 1e-6, torch.float32: 1e-4}
 
@@ -102,7 +101,7 @@ def take_snapshot(
     if device is not None:
         model.to(device)
     loss = resolve_loss(loss, model)
-    threat = _threat(model, threat_model, attack)
+    threat = trained_threat(model, threat_model, attack)
     parameter = next(model.parameters())
     source = SampleSource(
         dataset,
@@ -133,12 +132,14 @@ def take_snapshot(
         chosen if chosen.name in ("l2", "linf") else as_response("auto", threat).resolved(problem.backbone, source.n)
     )
     figures: dict[str, Any] = {}
-    done: Polish | None = None
+    done: descent.Polish | None = None
     before_theta = theta
     with bar(objective, "polish", progress and polish != 0) as on_step:
         if polish != 0:
             limit = 150 if polish == "auto" else int(polish)
-            done = _polish(objective, theta, metric, aim, limit, anchored, on_step)
+            done = descent.polish(
+                objective, theta, metric, tolerance=aim, max_passes=limit, anchored=anchored, on_step=on_step
+            )
             theta = done.theta
     if objective.delta is None and not objective.reproducible:
         objective.accept(objective.evaluate(theta, explore=True))
@@ -270,94 +271,6 @@ def _by_name(snapshot: Snapshot, model: nn.Module) -> dict[str, float]:
     return found
 
 
-def _threat(model: nn.Module, threat_model: ThreatModel | None, attack: Any) -> ThreatModel:
-    if threat_model is not None:
-        return threat_model
-    if attack is not None:
-        return ThreatModel.from_attack(attack)
-    from lightning_muter.training import adversary_of
-
-    adversary = adversary_of(model) if isinstance(model, nn.Module) else None
-    if adversary is not None:
-        return adversary.threat
-    raise ArgumentError(
-        "threat_model",
-        None,
-        "a ThreatModel(norm, eps, box), or attack=...",
-        "Say what the model was trained against; ThreatModel('l2', 0.0) for standard training.",
-    )
-
-
-def head_decay(problem: HeadProblem, model: nn.Module, weight_decay: Decay, optimizers: Iterable[Any] | None) -> Tensor:
-    """lambda per entry of theta, (K, q).
-
-    Raises:
-        UnsuitableError: 0 for the head's weights, decoupled, or of an unknown kind.
-    """
-    prefix = f"{problem.head.name}." if problem.head.name else ""
-    names = [f"{prefix}weight"] + ([f"{prefix}bias"] if problem.has_bias else [])
-    if isinstance(weight_decay, Mapping):
-        values = {name: float(weight_decay.get(name, 0.0)) for name in names}
-    elif weight_decay == "auto":
-        values = read_weight_decay(_optimizers(model, optimizers), model.named_parameters())
-    elif isinstance(weight_decay, (int, float)) and not isinstance(weight_decay, bool):
-        values = dict.fromkeys(names, float(weight_decay))
-    else:
-        raise ArgumentError("weight_decay", weight_decay, "'auto', a number, or a dict of parameter names to numbers")
-    decay = torch.zeros(problem.shape, dtype=problem.dtype, device=problem.device)
-    decay[:, : problem.backbone.width] = values.get(names[0], 0.0)
-    if problem.has_bias:
-        decay[:, -1] = values.get(names[1], 0.0)
-    if not bool(torch.isfinite(decay).all()) or bool((decay < 0).any()):
-        raise ArgumentError("weight_decay", weight_decay, "finite numbers, 0 or larger")
-    if float(decay[0, 0]) == 0.0:
-        raise UnsuitableError(no_decay_text([names[0]]))
-    return decay
-
-
-def _optimizers(model: nn.Module, optimizers: Iterable[Any] | None) -> list[Any]:
-    if optimizers is not None:
-        return list(optimizers)
-    configure: Any = getattr(model, "configure_optimizers", None)
-    if configure is None:
-        raise ArgumentError(
-            "weight_decay",
-            "auto",
-            "a number for a module without configure_optimizers",
-            "Pass the weight_decay that the optimiser used, e.g. weight_decay=5e-4.",
-        )
-    return _flat_optimizers(configure())
-
-
-def _flat_optimizers(found: Any) -> list[Any]:
-    """The optimisers in any of the forms that ``configure_optimizers`` may return."""
-    if isinstance(found, torch.optim.Optimizer):
-        return [found]
-    if isinstance(found, Mapping):
-        return _flat_optimizers(found["optimizer"])
-    if isinstance(found, (tuple, list)):
-        out = []
-        for item in found:
-            if isinstance(item, (torch.optim.Optimizer, Mapping)) or (
-                isinstance(item, (tuple, list)) and any(isinstance(i, torch.optim.Optimizer) for i in item)
-            ):
-                out += _flat_optimizers(item) if not (isinstance(item, Mapping) and "optimizer" not in item) else []
-        return out
-    return []
-
-
-def _polish(
-    objective: RobustObjective,
-    theta: Tensor,
-    response: Response,
-    aim: float,
-    limit: int,
-    anchored: bool,
-    on_step: Callable[[int, Evaluation], None],
-) -> Polish:
-    return polish(objective, theta, response, tolerance=aim, max_passes=limit, anchored=anchored, on_step=on_step)
-
-
 def check_digests(
     snapshot: Stored,
     data: Dataset[Any],
@@ -437,7 +350,7 @@ def outside_head(model: nn.Module, problem: HeadProblem) -> str | None:
 
 
 def _polish_figures(
-    objective: RobustObjective, problem: HeadProblem, loss: Loss, before: Tensor, after: Tensor, done: Polish
+    objective: RobustObjective, problem: HeadProblem, loss: Loss, before: Tensor, after: Tensor, done: descent.Polish
 ) -> dict[str, Any]:
     def clean(theta: Tensor) -> float | None:
         right: list[Tensor] = []

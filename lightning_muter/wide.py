@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 import warnings as warning_module
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -31,11 +31,11 @@ from lightning_muter.errors import ArgumentError, MismatchError
 from lightning_muter.identity import weight_fingerprint
 from lightning_muter.levenberg import Found, LevenbergMarquardt
 from lightning_muter.losses import Loss, resolve_loss
-from lightning_muter.preflight.decay import read_weight_decay
 from lightning_muter.snapshot import loss_name
 from lightning_muter.solvers import CG, Solver
-from lightning_muter.taking import Decay, _optimizers, _threat, check_digests
+from lightning_muter.taking import check_digests
 from lightning_muter.threat import ThreatModel
+from lightning_muter.trained import Decay, decay_by_name, trained_threat
 from lightning_muter.truncated import TruncatedCG
 from lightning_muter.unlearning import UnlearnResult, checked_positions
 from lightning_muter.wide_snapshot import WIDE_BATCH, WideSnapshot
@@ -109,7 +109,7 @@ def unlearn_wide(
         data,
         [i for i in range(n_total) if i not in gone],
         scope=scope,
-        threat=_threat(model, threat_model, attack),
+        threat=trained_threat(model, threat_model, attack),
         trades_beta=trades_beta,
         response=response,
         curvature=curvature,
@@ -319,17 +319,8 @@ def _as_cg(solver: str | Solver | TruncatedCG) -> TruncatedCG:
 
 def wide_decay(problem: WideProblem, model: nn.Module, weight_decay: Decay, optimizers: Iterable[Any] | None) -> Tensor:
     """lambda per entry of w, (p,)."""
-    if isinstance(weight_decay, Mapping):
-        values = {name: float(weight_decay.get(name, 0.0)) for name in problem.names}
-    elif weight_decay == "auto":
-        values = read_weight_decay(_optimizers(model, optimizers), model.named_parameters())
-    elif isinstance(weight_decay, (int, float)) and not isinstance(weight_decay, bool):
-        values = dict.fromkeys(problem.names, float(weight_decay))
-    else:
-        raise ArgumentError("weight_decay", weight_decay, "'auto', a number, or a dict of parameter names to numbers")
-    found = torch.tensor([values.get(n, 0.0) for n in problem.names], dtype=problem.dtype, device=problem.device)
-    if not bool(torch.isfinite(found).all()) or bool((found < 0).any()):
-        raise ArgumentError("weight_decay", weight_decay, "finite numbers, 0 or larger")
+    values = decay_by_name(problem.names, model, weight_decay, optimizers)
+    found = torch.tensor([values[n] for n in problem.names], dtype=problem.dtype, device=problem.device)
     return torch.repeat_interleave(found, torch.tensor(problem.sizes, device=problem.device))
 
 

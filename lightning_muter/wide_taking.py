@@ -20,8 +20,9 @@ from lightning_muter.identity import DigestKey, weight_fingerprint
 from lightning_muter.levenberg import LevenbergMarquardt
 from lightning_muter.losses import Loss, resolve_loss
 from lightning_muter.snapshot import loss_name, sample_digests
-from lightning_muter.taking import Decay, _threat, check_digests
+from lightning_muter.taking import check_digests
 from lightning_muter.threat import ThreatModel
+from lightning_muter.trained import Decay, trained_threat
 from lightning_muter.truncated import TruncatedCG
 from lightning_muter.wide import DAMPING, left_outside, stored_objective, wide_decay, wide_objective
 from lightning_muter.wide_snapshot import WIDE_BATCH, WideSnapshot
@@ -77,7 +78,7 @@ def take_wide_snapshot(
         dataset,
         range(len(dataset)),  # type: ignore[arg-type]
         scope=scope,
-        threat=_threat(model, threat_model, attack),
+        threat=trained_threat(model, threat_model, attack),
         trades_beta=trades_beta,
         response=response,
         curvature=curvature,

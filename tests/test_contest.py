@@ -127,9 +127,8 @@ def test_the_adversary_ends_indifferent():
     assert (tied.sum(1) > 1).any()
     gap = torch.where(tied, kinks.values, -math.inf).amax(1) - torch.where(tied, kinks.values, math.inf).amin(1)
     assert float(gap.max()) < 1e-3
-    # the largest maximum is convex in the head: one end from any start (up to maxima that differ by 1e-6 of F), and the
-    # kinked descent is near it
-    assert (soft.theta - other.theta).norm() < 3e-3 * soft.theta.norm()
+    # the largest maximum is convex in the head: one end from any start, and the kinked descent is near it
+    assert (soft.theta - other.theta).norm() < 1e-3 * soft.theta.norm()
     assert (hard.theta - soft.theta).norm() < 0.1 * soft.theta.norm()
 
 

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lightning_muter.curvature.local import LocalPoint
 from lightning_muter.curvature.motion import LowRankMotion
 from lightning_muter.curvature.objective import RobustObjective
 from lightning_muter.curvature.problem import Backbone, HeadProblem
-from lightning_muter.curvature.response import L2Response, LinfResponse, LocalPoint, first_order
+from lightning_muter.curvature.response import L2Response, LinfResponse, first_order
 from lightning_muter.curvature.samples import SampleSource
 from lightning_muter.curvature.sketch import choose_directions, rademacher
 from lightning_muter.errors import ArgumentError

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from lightning_muter.curvature import total
+from lightning_muter.curvature.local import LocalPoint
 from lightning_muter.curvature.problem import HeadProblem
-from lightning_muter.curvature.response import LocalPoint, NoResponse, Response, Unconstrained
+from lightning_muter.curvature.response import NoResponse, Response, Unconstrained
 from lightning_muter.curvature.total import Sums, add_gradient, add_hessian
 from lightning_muter.models import SoftmaxRegression
 from lightning_muter.threat import ThreatModel

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_muter.curvature.inner import Maximisers
-from lightning_muter.curvature.response import LocalPoint
+from lightning_muter.curvature.local import LocalPoint
 from lightning_muter.curvature.total import Sums
 
 #: A local maximum of a smaller share is left out.

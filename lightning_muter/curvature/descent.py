@@ -219,7 +219,7 @@ def polish(
     begin = objective.passes
     before: float | None = None
     damping = 0.0
-    status, shift, steps, idle, rounds = "capped", 0.0, 0, 0, 0
+    status, shift, steps, idle = "capped", 0.0, 0, 0
     best: tuple[Tensor, Evaluation] | None = None
     reached: float | None = None
     while objective.passes - begin < max_passes:
@@ -231,7 +231,6 @@ def polish(
         objective.restart()
         # other local maxima are looked for between descents, so that in the end they depend on theta and not on the path
         explore = not objective.reproducible
-        rounds += 1
         sums, delta = objective.sums(theta, response=response, curvature=curvature, explore=explore)
         first = objective.evaluation(theta, sums, delta)
         if reached is not None and first.value > reached + 1e-6 * abs(reached) and objective.contend():

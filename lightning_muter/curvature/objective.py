@@ -20,8 +20,9 @@ from torch import Tensor
 from lightning_muter.curvature.contest import Contest, Kinks
 from lightning_muter.curvature.direct import Curvature
 from lightning_muter.curvature.inner import InnerSolver, Maximisers, Rho, Smoothing
+from lightning_muter.curvature.local import LocalPoint
 from lightning_muter.curvature.problem import HeadProblem
-from lightning_muter.curvature.response import LocalPoint, NoResponse, Response
+from lightning_muter.curvature.response import NoResponse, Response
 from lightning_muter.curvature.samples import SampleSource
 from lightning_muter.curvature.total import Sums, add_gradient, add_hessian
 from lightning_muter.threat import ThreatModel
@@ -29,7 +30,7 @@ from lightning_muter.threat import ThreatModel
 Tick = Callable[[int], None]
 
 #: Local maxima that weigh less than this everywhere are not kept with a snapshot.
-_FAINT = 1e-3
+_STORED = 1e-3
 
 
 @dataclass
@@ -313,7 +314,7 @@ class RobustObjective:
             return None
         places, prior = self.delta[None], torch.ones_like(self.delta[:, 0])[None]
         if self.rivals is not None and self.prior is not None:
-            keep = (self.prior > _FAINT).any(1)
+            keep = (self.prior > _STORED).any(1)
             keep[0] = True
             places, prior = torch.cat([places, self.rivals])[keep], self.prior[keep]
         # in units of eps: half precision keeps three digits of any radius

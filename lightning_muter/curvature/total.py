@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lightning_muter.curvature.direct import Curvature, direct_core
 from lightning_muter.curvature.grams import HeadTerms, add_direct, pairs_of
-from lightning_muter.curvature.response import LocalPoint, Response
+from lightning_muter.curvature.local import LocalPoint
+from lightning_muter.curvature.response import Response
 
 #: Numbers in the largest temporary of one accumulation step (float64: 256 MiB).
 _WORKSPACE = 32_000_000

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, jvp, vmap
 from torch.nn import functional as F
 
+from lightning_muter.curvature.local import LocalPoint
 from lightning_muter.curvature.problem import algebra_dtype, derivatives
-from lightning_muter.curvature.response import LocalPoint
 from lightning_muter.errors import ArgumentError
 from lightning_muter.head import eager, eval_mode
 from lightning_muter.losses import Loss, per_sample

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from lightning_muter.curvature.direct import Curvature
 from lightning_muter.curvature.inner import InnerSolver
+from lightning_muter.curvature.local import LocalPoint
 from lightning_muter.curvature.problem import HeadProblem
-from lightning_muter.curvature.response import LocalPoint, NoResponse
+from lightning_muter.curvature.response import NoResponse
 from lightning_muter.curvature.total import BlockSymmetric, Sums, add_gradient, add_hessian
 from lightning_muter.errors import ArgumentError, SolveError
 from lightning_muter.models.base import Classifier
