@@ -107,12 +107,12 @@ def _certify(objective: RobustObjective, theta: Tensor, evaluation: Evaluation) 
     bent = found.curvature is not None and theta.numel() <= _DENSE
     sums, delta = exact.sums(theta, settle=False, response=NoResponse() if bent else None)
     mixed, gap = exact.evaluation(theta, sums, delta), found.gap
-    if mixed.share is not None:
+    if mixed.contested:
         alone = replace(exact, rivals=None, prior=None)
         largest = alone.evaluation(theta, *alone.sums(theta, settle=False))
         gap += max(largest.value - mixed.value, 0.0) + 64 * torch.finfo(theta.dtype).eps * abs(mixed.value)
     bound = certified_distance(mixed.gradient, objective.decay, objective.count, gap)
-    if sums.hessian is None or found.curvature is None or (mixed.share is not None and mixed.kinks is None):
+    if sums.hessian is None or found.curvature is None or (mixed.contested and mixed.kinks is None):
         return bound
     hessian = sums.hessian.dense()
     if mixed.kinks is not None:  # of the mixture at fixed shares
@@ -151,8 +151,8 @@ def globally_maximised(
     """
     problem, threat = objective.problem, objective.threat
     found, total, done, reach = [], 0.0, 0, 0.0
-    curvature: float | None = 0.0
-    for batch in objective.source.batches(objective.positions):
+    curvature = 0.0  # infinity: not known
+    for batch in objective.source.batches(objective.own):
         x = batch.x.to(problem.backbone.exact_dtype)
         c = objective.coefficients(done, x, batch.y)
         rows = slice(done, done + len(x))
@@ -163,7 +163,10 @@ def globally_maximised(
         for d in (here, *others):
             reach = max(reach, float(problem.augment(problem.backbone(x + d)).norm(dim=1).max()))
         bent = line_curvature(problem, theta, x, batch.y)
-        curvature = None if curvature is None or bent is None else max(curvature, bent)
+        curvature = max(curvature, math.inf if bent is None else bent)
         found.append(here)
         done += len(x)
-    return Maximised(torch.cat(found), total, reach, curvature)
+    eta = objective.added(torch.tensor([total], dtype=problem.dtype, device=problem.device))
+    reach, curvature = objective.largest(eta.new_tensor([reach, curvature])).tolist()
+    delta = torch.cat(found) if found else evaluation.delta
+    return Maximised(delta, float(eta), reach, curvature if math.isfinite(curvature) else None)

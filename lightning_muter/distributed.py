@@ -52,14 +52,28 @@ class Shards:
         for t, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             t.copy_(part.reshape(t.shape))
 
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest of each entry over the processes."""
+        if self.world == 1:
+            return values
+        out = values.detach().clone()
+        dist.all_reduce(out, op=dist.ReduceOp.MAX, group=self.group)
+        return out
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every process has here (anything that can be pickled), by rank."""
+        if self.world == 1:
+            return [value]
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, value, group=self.group)
+        return found
+
     def gather_rows(self, rows: Tensor, count: int) -> Tensor:
         """Rows (len(share), D) of all processes in the order of the ``count`` positions that were shared out."""
         if self.world == 1:
             return rows
         width = rows.shape[1:] if len(rows) else None
-        widths: list[Any] = [None] * self.world
-        dist.all_gather_object(widths, width, group=self.group)
-        shape = next(w for w in widths if w is not None)
+        shape = next(w for w in self.gather(width) if w is not None)
         full = torch.zeros(count, *shape, dtype=rows.dtype, device=rows.device)
         if len(rows):
             full[self.rank :: self.world] = rows

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_muter.curvature.local import LocalPoint
-from lightning_muter.curvature.objective import RobustObjective
 from lightning_muter.curvature.problem import HeadProblem
 from lightning_muter.curvature.samples import SampleSource
 from lightning_muter.curvature.total import BlockSymmetric
+from lightning_muter.distributed import Shards
 from lightning_muter.errors import MismatchError
+from lightning_muter.sharded import ShardedObjective
 from lightning_muter.snapshot import Snapshot
 from lightning_muter.solvers import Border, Solution, Solver
 
@@ -26,6 +27,7 @@ class Request:
 
     Attributes:
         source: holds the samples to forget; retained: the others, where retained data was given.
+        shards: this process's share of either.
     """
 
     problem: HeadProblem
@@ -34,6 +36,7 @@ class Request:
     forget: list[int]
     solver: Solver
     retained: SampleSource | None = None
+    shards: Shards = field(default_factory=Shards.current)
 
     @property
     def n_retained(self) -> int:
@@ -41,13 +44,13 @@ class Request:
 
     def objective(
         self, positions: list[int], starts: Tensor | None, source: SampleSource | None = None
-    ) -> RobustObjective:
+    ) -> ShardedObjective:
         """The robust objective over some positions, its maximisers starting where the snapshot says."""
         snapshot, problem = self.snapshot, self.problem
         smoothing = snapshot.smoothing
         if smoothing.anchor is not None:
             smoothing = replace(smoothing, anchor=smoothing.anchor.to(problem.device))
-        objective = RobustObjective(
+        objective = ShardedObjective(
             problem,
             snapshot.threat_model,
             source or self.source,
@@ -55,6 +58,7 @@ class Request:
             snapshot.inner,
             smoothing,
             positions,
+            shards=self.shards,
         )
         if starts is not None:
             objective.restore(starts[torch.tensor(positions, dtype=torch.int64)])
@@ -121,7 +125,7 @@ class MUter(Method):
         border = None
         system = matrix
         if request.solver.bordered:
-            border = self._border(request, reference, delta)
+            border = self._border(request, reference, request.shards.gather_rows(delta, len(request.forget)))
             if border is not None:
                 system = matrix + (border.u * border.gamma) @ border.u.T
         solution = request.solver.solve(system, rhs, border).require(request.solver)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_muter.curvature.direct import Curvature
-from lightning_muter.curvature.objective import RobustObjective
+from lightning_muter.curvature.objective import Met
 from lightning_muter.curvature.response import Response
 from lightning_muter.curvature.total import BlockSymmetric, Sums
 from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError
@@ -58,8 +58,7 @@ class Resumable:
         path = self.path
         if objective.shards.world > 1:
             path = path.with_name(f"{path.name}.{objective.shards.rank}")
-        assert objective.positions is not None
-        positions, problem = [int(i) for i in objective.positions], objective.problem
+        positions, problem = [int(i) for i in objective.own], objective.problem
         identity = _identity(objective, theta, response, curvature, positions)
         total = Sums.zeros(problem.shape, problem.dtype, problem.device, hessian=True)
         key = DigestKey(bytes.fromhex(identity))
@@ -76,17 +75,7 @@ class Resumable:
         step = batch * -(-self.every // batch)
         while done < len(positions):
             at = slice(done, done + step)
-            part = RobustObjective(
-                problem,
-                objective.threat,
-                objective.source,
-                objective.decay,
-                objective.inner,
-                objective.smoothing,
-                positions[at],
-                None if objective.delta is None else objective.delta[at],
-                objective.tick,
-            )
+            part = objective.part(at)
             sums, delta = part.sums(theta, response=response, curvature=curvature)
             _add(total, sums)
             deltas.append(delta)
@@ -95,6 +84,7 @@ class Resumable:
                 seen.append(sample_digests(key, objective.source, positions[at]))
                 _write(path, identity, done, _hash(seen), total, torch.cat(deltas))
         objective.passes += 1
+        objective.met = Met()
         path.unlink(missing_ok=True)
         return objective.reduced(total), torch.cat(deltas)
 
@@ -114,16 +104,21 @@ def _identity(
     objective: ShardedObjective, theta: Tensor, response: Response, curvature: Curvature, positions: list[int]
 ) -> str:
     """Hash of everything the sums depend on but the samples."""
-    smoothing, delta = objective.smoothing, objective.delta
+    smoothing = objective.smoothing
+    optional = {
+        "delta": objective.delta,
+        "rivals": objective.rivals,
+        "prior": objective.prior,
+        "anchor": smoothing.anchor,
+        "weight": objective.source.weight,
+    }
     parts: dict[str, Any] = {
         "weights": weight_fingerprint(objective.problem.module.state_dict()),
         "tensors": weight_fingerprint(
             {
                 "theta": theta,
                 "positions": torch.tensor(positions),
-                **({} if delta is None else {"delta": delta}),
-                **({} if smoothing.anchor is None else {"anchor": smoothing.anchor}),
-                **({} if objective.source.weight is None else {"weight": objective.source.weight}),
+                **{name: t for name, t in optional.items() if t is not None},
             }
         ),
         "threat": objective.threat.to_dict(),
@@ -131,7 +126,7 @@ def _identity(
         "curvature": curvature,
         "loss": loss_name(objective.problem.loss),
         "inner": repr(objective.inner),
-        "smoothing": [smoothing.strength, smoothing.bandwidth],
+        "smoothing": [smoothing.strength, smoothing.bandwidth, smoothing.temperature],
         "batch": objective.source.batch_size,
         "process": [objective.shards.rank, objective.shards.world],
     }

@@ -124,7 +124,7 @@ def take_snapshot(
         anchored = True
         objective.set_smoothing(like.smoothing)
         if like.starts is not None:
-            objective.restore(like.starts[objective.shards.share(range(source.n))])
+            objective.restore(like.starts)
     elif not anchored:
         objective.anchor(theta)
     aim = tolerance if tolerance is not None else AIM.get(parameter.dtype, 1e-3)
@@ -144,7 +144,6 @@ def take_snapshot(
     if objective.delta is None and not objective.reproducible:
         objective.accept(objective.evaluate(theta, explore=True))
     starts = objective.stored_starts()
-    starts = None if starts is None else objective.shards.gather_rows(starts, source.n)
     with bar(objective, "snapshot", progress):
         if resume is not None:
             sums, final = resume.sums(objective, theta, chosen, curvature)
@@ -379,9 +378,9 @@ def _polish_figures(
 
 
 @contextmanager
-def bar(objective: RobustObjective, what: str, show: bool) -> Any:
+def bar(objective: ShardedObjective, what: str, show: bool) -> Any:
     """A progress bar over passes; yields what to call after each accepted step."""
-    line = tqdm(total=None, desc=what, unit="samples", disable=not show, leave=False)
+    line = tqdm(total=None, desc=what, unit="samples", disable=not (show and objective.shards.rank == 0), leave=False)
     objective.tick = line.update
 
     def on_step(step: int, now: Evaluation) -> None:

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from lightning_muter.certificate import certify, why_no_certificate
 from lightning_muter.curvature.problem import HeadProblem
 from lightning_muter.curvature.samples import SampleSource
+from lightning_muter.distributed import Shards
 from lightning_muter.errors import ArgumentError, MismatchError, RequestError, SolveError
 from lightning_muter.identity import weight_fingerprint
 from lightning_muter.losses import Loss, resolve_loss
@@ -76,6 +77,7 @@ def unlearn(
     loss: Loss | None = None,
     collate: Callable[[list[Any]], Any] | None = None,
     batch_size: int = 1024,
+    shards: Shards | None = None,
     progress: bool = True,
 ) -> UnlearnResult:
     """Remove samples from a trained model: on success model and snapshot hold the new state, else the old one.
@@ -95,6 +97,8 @@ def unlearn(
         refine: accepted steps of L-BFGS on the retained objective in the metric of the total Hessian, which is taken anew
             where the request went too far for the stored one (a whole class).
         dry_run: compute everything, change nothing.
+        shards: this process's share of the samples; None asks torch.distributed. Every process of the group makes the same
+            call and gets the same weights; ``Shards()``: this one works alone.
 
     Raises:
         ArgumentError, RequestError: bad positions; MismatchError: model, data or loss are not the snapshot's;
@@ -105,7 +109,7 @@ def unlearn(
 
         return unlearn_stored(
             model, snapshot, forget, data, retain=retain, refine=refine, method=method, solver=solver, dry_run=dry_run,
-            loss=loss, collate=collate, batch_size=min(batch_size, WIDE_BATCH), progress=progress,
+            loss=loss, collate=collate, batch_size=min(batch_size, WIDE_BATCH), shards=shards, progress=progress,
         )  # fmt: skip
     began = time.perf_counter()
     positions = checked_positions(forget, snapshot)
@@ -150,7 +154,7 @@ def unlearn(
             f"model: its head is {problem.head.name!r} {problem.shape}, the snapshot's {snapshot.head_name!r} "
             f"{tuple(snapshot.theta_ref.shape)}. Take a new snapshot."
         )
-    request = Request(problem, snapshot, source, positions, chosen_solver, retained)
+    request = Request(problem, snapshot, source, positions, chosen_solver, retained, shards or Shards.current())
     now = problem.read_theta()
     step = method.step(request)
     result = UnlearnResult(

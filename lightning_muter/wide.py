@@ -145,6 +145,7 @@ def unlearn_stored(
     loss: Loss | None = None,
     collate: Callable[[list[Any]], Any] | None = None,
     batch_size: int = WIDE_BATCH,
+    shards: Shards | None = None,
     progress: bool = True,
 ) -> UnlearnResult:
     """What :func:`lightning_muter.unlearn` does for a `WideSnapshot`: one accepted Newton-CG step and ``refine`` more.
@@ -180,7 +181,9 @@ def unlearn_stored(
     kept = [i for i in snapshot.retained_positions if i not in gone]
     check_digests(snapshot, data, positions, "data", collate)
     check_digests(snapshot, read, kept, "data" if retain is None else "retain", collate)
-    objective = stored_objective(model, snapshot, read, kept, loss=found, collate=collate, batch_size=batch_size)
+    objective = stored_objective(
+        model, snapshot, read, kept, loss=found, collate=collate, batch_size=batch_size, shards=shards
+    )
     result, new = _carry_out(
         objective, snapshot.scope, positions, 1 + refine, DAMPING, _as_cg(solver), 1e-6, None, progress
     )

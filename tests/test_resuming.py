@@ -18,6 +18,7 @@ from lightning_muter.resuming import Resumable
 from lightning_muter.snapshot import Snapshot
 from lightning_muter.taking import take_snapshot
 from lightning_muter.threat import ThreatModel
+from tests.test_distributed import several_maxima
 from tests.test_matrix_free import data, relu_net
 
 
@@ -63,6 +64,17 @@ def _reads_before_the_last_pass(tensors: tuple[Tensor, ...]) -> int:
     counting = Cut(*tensors, row=17, reads=1000)
     take(counting)
     return 1000 - counting.reads - 2  # the sums read the row once, the digests once more
+
+
+def test_local_maxima_are_weighed_in_parts_as_in_one_pass(tmp_path: Path) -> None:
+    network, dataset, options = several_maxima()
+    options |= {"batch_size": 6, "progress": False}
+    options["like"] = take_snapshot(network, dataset, polish=15, **options)
+    expected = take_snapshot(network, dataset, polish=0, **options)
+    found = take_snapshot(network, dataset, polish=0, resume=Resumable(tmp_path / "partial", 12), **options)
+    assert expected.figures["counts"]["contested"] > 2
+    assert found.figures["counts"] == expected.figures["counts"]
+    torch.testing.assert_close(found.hessian.blocks, expected.hessian.blocks, rtol=1e-12, atol=1e-12)
 
 
 def test_an_interrupted_snapshot_goes_on_to_the_same_numbers(tmp_path: Path) -> None:

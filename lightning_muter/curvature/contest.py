@@ -27,7 +27,7 @@ from lightning_muter.curvature.total import Sums
 #: A local maximum of a smaller share is left out.
 _NEGLIGIBLE = 1e-8
 #: Numbers in the gradients of contested samples that are kept for steps across kinks.
-_MOST = 50_000_000
+MOST = 50_000_000
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Kinks:
     @classmethod
     def joined(cls, parts: list[tuple[int, Kinks]]) -> Kinks | None:
         """Of batches that begin at these places; None if there are none, or too many to keep."""
-        if not parts or sum(k.gradients.numel() for _, k in parts) > _MOST:
+        if not parts or sum(k.gradients.numel() for _, k in parts) > MOST:
             return None
         most = max(k.values.shape[1] for _, k in parts)
 
@@ -66,6 +66,21 @@ class Kinks:
             torch.cat([k.rows + begin for begin, k in parts]),
             parts[0][1].temperature,
         )
+
+    def take(self, index: Tensor) -> Kinks:
+        """Some of the samples."""
+        return replace(
+            self,
+            values=self.values[index],
+            gradients=self.gradients[index],
+            prior=self.prior[index],
+            weight=self.weight[index],
+            rows=self.rows[index],
+        )
+
+    def to(self, device: torch.device | str) -> Kinks:
+        moved = {n: getattr(self, n).to(device) for n in ("values", "gradients", "prior", "weight", "rows")}
+        return replace(self, **moved)
 
     def shares(self, moved: Tensor | None = None) -> Tensor:
         """p (c, J) after the values have changed by ``moved`` (c, J)."""

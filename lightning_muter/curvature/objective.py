@@ -35,7 +35,8 @@ _STORED = 1e-3
 
 @dataclass
 class Evaluation:
-    """F, its gradient, sum |d phi_i|, the maximisers found (n, D) and the fraction that converged."""
+    """F, its gradient, sum |d phi_i|, the maximisers found (n, D) and the fraction that converged; for samples with several
+    maxima also those (see `curvature.contest`), ``contested`` where there are such samples."""
 
     value: float
     gradient: Tensor
@@ -46,6 +47,7 @@ class Evaluation:
     prior: Tensor | None = None
     share: Tensor | None = None
     kinks: Kinks | None = None
+    contested: bool = False
 
     @property
     def stationarity(self) -> float:
@@ -82,9 +84,10 @@ class RobustObjective:
 
     Attributes:
         decay: lambda per entry of theta, (K, q).
-        delta: tracked maximisers (len(positions), D), in the order of ``positions``.
+        delta: tracked maximisers (len(own), D), in the order of ``own``.
         rivals, prior: further local maxima (m, n, D) and the weights of all, (1 + m, n): see `curvature.contest`.
         contended: a linear model's maxima are tracked and weighed too.
+        met: the local maxima of the last pass.
     """
 
     problem: HeadProblem
@@ -101,11 +104,49 @@ class RobustObjective:
     prior: Tensor | None = None
     contended: bool = False
     _c: dict[tuple[int, int], Tensor | None] = field(default_factory=dict, repr=False)
-    _met: Met = field(default_factory=Met, repr=False)
+    met: Met = field(default_factory=Met, repr=False)
+
+    @property
+    def everything(self) -> Sequence[int]:
+        return range(self.source.n) if self.positions is None else self.positions
+
+    @property
+    def own(self) -> Sequence[int]:
+        """The positions that are evaluated here; where several processes share them (`sharded`), not all."""
+        return self.everything
 
     @property
     def count(self) -> int:
-        return self.source.n if self.positions is None else len(self.positions)
+        return len(self.everything)
+
+    def added(self, values: Tensor) -> Tensor:
+        """The sum over all processes that share the positions."""
+        return values
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest of all processes that share the positions."""
+        return values
+
+    def places_of(self, kinks: Kinks) -> tuple[Tensor, Tensor]:
+        """Which contested samples are among ``own``, and where."""
+        return torch.arange(len(kinks.rows), device=kinks.rows.device), kinks.rows
+
+    def part(self, at: slice) -> RobustObjective:
+        """The objective of some of ``own`` alone, from the tracked maximisers."""
+        return RobustObjective(
+            self.problem,
+            self.threat,
+            self.source,
+            self.decay,
+            self.inner,
+            self.smoothing,
+            self.own[at],
+            None if self.delta is None else self.delta[at],
+            self.tick,
+            rivals=None if self.rivals is None else self.rivals[:, at],
+            prior=None if self.prior is None else self.prior[:, at],
+            contended=self.contended,
+        )
 
     @property
     def reproducible(self) -> bool:
@@ -158,7 +199,7 @@ class RobustObjective:
         kept: list[Tensor] = []
         met: list[Met] = []
         done = 0
-        for batch in self.source.batches(self.positions):
+        for batch in self.source.batches(self.own):
             n = len(batch.x)
             x = batch.x.to(problem.backbone.exact_dtype)
             c = self.coefficients(done, x, batch.y)
@@ -195,8 +236,9 @@ class RobustObjective:
             if self.tick is not None:
                 self.tick(n)
         self.passes += 1
-        self._met = Met.joined(met)
-        return sums, torch.cat(kept)
+        self.met = Met.joined(met)
+        empty = torch.zeros(0, math.prod(self.source.input_shape), dtype=problem.dtype, device=problem.device)
+        return sums, torch.cat(kept) if kept else empty
 
     def _maximise(
         self,
@@ -270,10 +312,11 @@ class RobustObjective:
             float(sums.gradient_scale),
             delta,
             sums.counts["maximisers converged"] / total,
-            self._met.rivals,
-            self._met.prior,
-            self._met.share,
-            Kinks.joined(self._met.kinks),
+            self.met.rivals,
+            self.met.prior,
+            self.met.share,
+            Kinks.joined(self.met.kinks),
+            sums.counts["contested"] > 0,
         )
 
     def accept(self, evaluation: Evaluation) -> None:
@@ -284,21 +327,23 @@ class RobustObjective:
         """Weigh local maxima by the shares they had here, q <- p; the evaluation under the new weights."""
         self.accept(evaluation)
         share, kinks = evaluation.share, evaluation.kinks
-        if share is None:
-            return evaluation
-        self.prior = share
+        if share is not None:
+            self.prior = share
         if kinks is None:
             return evaluation
         new = kinks.reweighed()
         shares = new.shares()
         moved = (new.gradient(shares) - kinks.gradient(kinks.shares())).reshape(evaluation.gradient.shape)
-        weights = share.clone()
-        weights[: shares.shape[1], new.rows] = shares.T.to(weights)
+        weights = share
+        if share is not None:
+            weights = share.clone()
+            which, rows = self.places_of(new)
+            weights[: shares.shape[1], rows] = shares[which, : len(weights)].T.to(weights)
         return replace(
             evaluation,
             value=evaluation.value + float(new.total() - kinks.total()),
             gradient=evaluation.gradient + moved,
-            prior=share,
+            prior=share if share is not None else evaluation.prior,
             share=weights,
             kinks=new,
         )
@@ -314,17 +359,26 @@ class RobustObjective:
             return None
         places, prior = self.delta[None], torch.ones_like(self.delta[:, 0])[None]
         if self.rivals is not None and self.prior is not None:
-            keep = (self.prior > _STORED).any(1)
-            keep[0] = True
-            places, prior = torch.cat([places, self.rivals])[keep], self.prior[keep]
+            places, prior = torch.cat([places, self.rivals]), self.prior
+        top = prior.new_zeros(1 + self.inner.rivals)
+        if prior.shape[1]:
+            top[: len(prior)] = prior.amax(1)
+        keep = self.largest(top) > _STORED  # the same for every process
+        keep[0] = True
+        missing = len(keep) - len(places)
+        places = torch.cat([places, self.delta.expand(missing, *self.delta.shape)])[keep]
+        prior = torch.cat([prior, prior.new_zeros(missing, prior.shape[1])])[keep]
         # in units of eps: half precision keeps three digits of any radius
         rows = torch.cat([places / self.threat.eps, prior[:, :, None].to(places)], 2).movedim(0, 1)
         stored = rows.to(torch.float16).cpu()
-        self.restore(stored)
+        self._track(stored)
         return stored
 
     def restore(self, stored: Tensor) -> None:
         """Track what :meth:`stored_starts` gave."""
+        self._track(stored)
+
+    def _track(self, stored: Tensor) -> None:
         self.contended = self.problem.backbone.affine
         rows = stored.to(self.problem.device, self.problem.backbone.exact_dtype).movedim(1, 0)
         places, prior = rows[:, :, :-1] * self.threat.eps, rows[:, :, -1]

@@ -100,9 +100,10 @@ class SampleSource:
     def batches(self, positions: Sequence[int] | None = None) -> Iterator[Samples]:
         """Batches in the order of ``positions`` (all samples by default), on the device."""
         wanted = list(range(self.n)) if positions is None else [int(i) for i in positions]
-        if self._cacheable and self._cache is None and len(wanted) * 2 > self.n:
+        if self._cacheable and len(wanted) > int((self._row >= 0).sum()):  # the largest set asked for is kept
             parts = list(self._load(wanted))
             self._cache = torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts])
+            self._row.fill_(-1)
             self._row[torch.tensor(wanted)] = torch.arange(len(wanted))
         if self._cache is None or bool((self._row[torch.tensor(wanted, dtype=torch.int64)] < 0).any()):
             yield from self._load(wanted)
