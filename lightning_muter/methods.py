@@ -45,24 +45,35 @@ class Request:
     def objective(
         self, positions: list[int], starts: Tensor | None, source: SampleSource | None = None
     ) -> ShardedObjective:
-        """The robust objective over some positions, its maximisers starting where the snapshot says."""
-        snapshot, problem = self.snapshot, self.problem
-        smoothing = snapshot.smoothing
-        if smoothing.anchor is not None:
-            smoothing = replace(smoothing, anchor=smoothing.anchor.to(problem.device))
-        objective = ShardedObjective(
-            problem,
-            snapshot.threat_model,
-            source or self.source,
-            snapshot.decay.to(problem.device),
-            snapshot.inner,
-            smoothing,
-            positions,
-            shards=self.shards,
-        )
-        if starts is not None:
-            objective.restore(starts[torch.tensor(positions, dtype=torch.int64)])
-        return objective
+        """The robust objective over some positions, its maximisers starting at these of the snapshot's."""
+        return objective_of(self.snapshot, self.problem, source or self.source, positions, starts, self.shards)
+
+
+def objective_of(
+    snapshot: Snapshot,
+    problem: HeadProblem,
+    source: SampleSource,
+    positions: list[int],
+    starts: Tensor | None,
+    shards: Shards,
+) -> ShardedObjective:
+    """The robust objective of a snapshot over some positions; ``starts``: of the maximisers of all positions."""
+    smoothing = snapshot.smoothing
+    if smoothing.anchor is not None:
+        smoothing = replace(smoothing, anchor=smoothing.anchor.to(problem.device))
+    objective = ShardedObjective(
+        problem,
+        snapshot.threat_model,
+        source,
+        snapshot.decay.to(problem.device),
+        snapshot.inner,
+        smoothing,
+        positions,
+        shards=shards,
+    )
+    if starts is not None:
+        objective.restore(starts[torch.tensor(positions, dtype=torch.int64)])
+    return objective
 
 
 @dataclass

@@ -10,10 +10,11 @@ reached (one more pass over the retained samples, a few times dearer than an eva
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor
 
-from lightning_muter.curvature.descent import Descent, Metric, descend, descend_contested
+from lightning_muter.curvature.descent import Descent, Metric, descend, descend_contested, jumped
 from lightning_muter.curvature.direct import Curvature
 from lightning_muter.curvature.objective import Evaluation, RobustObjective
 from lightning_muter.curvature.response import Response
@@ -70,20 +71,28 @@ def refined(
             part = descend(
                 objective, found.theta, metric, max_steps=left, tolerance=TOLERANCE, first=now, on_step=report
             )
+            part = _looked_at(objective, part)
         else:
             part = descend_contested(
                 objective, found.theta, metric, max_steps=1, tolerance=TOLERANCE, first=now, on_step=report
             )
-        status = part.status
-        if status == "stalled" and part.evaluation.stationarity > STALLED and objective.contend():
-            status = "capped"
         history = [*found.history, *part.history[1:]]
-        found = Descent(part.theta, part.evaluation, status, found.steps + part.steps, history)
+        found = Descent(part.theta, part.evaluation, part.status, found.steps + part.steps, history)
     if found.steps and not linear:
         last = objective.evaluate(found.theta, explore=True)
         objective.accept(last)
         found = Descent(found.theta, last, found.status, found.steps, [*found.history[:-1], last.stationarity])
     return found
+
+
+def _looked_at(objective: RobustObjective, at: Descent) -> Descent:
+    """Where a descent along single maxima of a linear model ended, evaluated from scratch; if it stalled, or larger maxima are
+    found, they are weighed from now on."""
+    now, status = objective.afresh(at.theta), at.status
+    kink = status == "stalled" and now.stationarity > STALLED
+    if (kink or jumped(at.evaluation.value, now.value)) and objective.contend():
+        now, status = objective.evaluate(at.theta), "capped"
+    return replace(at, evaluation=now, status=status, history=[*at.history[:-1], now.stationarity])
 
 
 def _fresh(

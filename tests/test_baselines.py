@@ -58,7 +58,7 @@ def test_nothing_keeps_the_model(world: World) -> None:
 
 
 def test_retraining_uses_the_retained_samples_and_its_own_start(world: World) -> None:
-    reference, stationarity, seconds = world.retrain(FORGET)
+    reference, stationarity, seconds, _ = world.retrain(FORGET)
     by_hand = world.copy_model()
     by_hand.reset_head()
     stub_retrainer(by_hand, [world.data[i] for i in range(len(world.data)) if i not in FORGET])

@@ -13,10 +13,14 @@ from lightning_muter.data import DigitsDataModule
 from lightning_muter.metrics import relative_parameter_distance
 from lightning_muter.models import LogisticRegression, SoftmaxRegression
 from lightning_muter.solvers import Schur
+from lightning_muter.study import protocol
 from lightning_muter.study.baselines import Competitor, Outcome
+from lightning_muter.study.cache import Cache
 from lightning_muter.study.closed_forms import ClosedForm
 from lightning_muter.study.curved import Unlearn
 from lightning_muter.study.evaluation import PGD
+from lightning_muter.study.results import Row
+from lightning_muter.study.scenarios import Scenario
 from lightning_muter.study.world import World, head_vector
 from lightning_muter.threat import ThreatModel
 
@@ -118,3 +122,17 @@ def test_successive_requests_equal_one() -> None:
     assert successive is not None
     torch.testing.assert_close(successive, answer(world, method).parameters, rtol=1e-9, atol=1e-10)
     assert state.model is not world.model
+
+
+@pytest.mark.parametrize("eps", [0.25, 0.6])
+def test_refined_and_retrained_heads_are_as_far_apart_as_their_bounds_allow(eps: float) -> None:
+    """Retraining ends near the minimiser, not at it: a refined head may be nearer, and the reference has a bound as well."""
+    world = world_of("l2", eps)
+    share = Scenario(("some",), (tuple(FORGET),))
+    methods = [Unlearn(certify=True), Unlearn(refine=4)]
+    first, plain, refined = protocol.run(
+        world, methods, [share], Cache(None), Row("digits", "softmax", "pgd_l2", "", "")
+    )
+    assert first.bound < 0.1 * plain.distance_absolute
+    for row in (plain, refined):
+        assert row.distance_absolute <= row.bound + first.bound

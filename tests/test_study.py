@@ -63,7 +63,7 @@ class Oracle(Competitor):
     default_label = "oracle"
 
     def answer(self, state: State, request: list[int], forgotten: list[int]) -> Outcome:
-        model, stationarity, _ = state.world.retrain(forgotten)
+        model, stationarity, *_ = state.world.retrain(forgotten)
         return Outcome(model, 0.25, head_vector(model), stationarity=stationarity)
 
 

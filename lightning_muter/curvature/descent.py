@@ -186,6 +186,11 @@ def _weak_wolfe(
     return best
 
 
+def jumped(followed: float, afresh: float) -> bool:
+    """Whether F at the largest maxima lies above F at those that were followed on the way: two are equal in between."""
+    return afresh > followed + 1e-6 * abs(followed)
+
+
 @dataclass
 class Polish:
     """What :func:`polish` reached: theta, stationarity before and after, status, passes over the data, metric shift."""
@@ -233,7 +238,7 @@ def polish(
         explore = not objective.reproducible
         sums, delta = objective.sums(theta, response=response, curvature=curvature, explore=explore)
         first = objective.evaluation(theta, sums, delta)
-        if reached is not None and first.value > reached + 1e-6 * abs(reached) and objective.contend():
+        if reached is not None and jumped(reached, first.value) and objective.contend():
             # the maxima that were followed are not the largest here: two are equal on the way
             best, reached, idle = None, None, 0
             continue
@@ -270,13 +275,11 @@ def polish(
             continue
         if best is None or found.evaluation.stationarity < best[1].stationarity:
             best = (theta, found.evaluation)
-        # tracked maxima: converged is what stays so after another look
-        sure = objective.reproducible
-        if (
-            found.status == "converged"
-            and (sure or found.steps == 0)
-            and (anchored or not objective.smoothing_moves(theta))
-        ):
+        # maxima were followed: converged is what stays so after another look
+        if found.status == "converged" and found.steps and objective.reproducible:
+            best = (theta, objective.afresh(theta))
+        sure = best[1].stationarity <= tolerance if objective.reproducible else found.steps == 0
+        if found.status == "converged" and sure and (anchored or not objective.smoothing_moves(theta)):
             status = "converged"
             break
         stuck = found.status == "stalled" and found.steps == 0
@@ -289,6 +292,8 @@ def polish(
         damping = 0.0 if damping < 0.01 else damping / 10
     assert before is not None
     theta, evaluation = best or (theta, objective.evaluate(theta))
+    if status != "converged" and objective.reproducible:
+        evaluation = objective.afresh(theta)
     if evaluation.stationarity <= tolerance and (anchored or not objective.smoothing_moves(theta)):
         status = "converged"
     objective.accept(evaluation)

@@ -301,6 +301,11 @@ class RobustObjective:
         explore = explore or self.problem.backbone.affine
         return self.evaluation(theta, *self.sums(theta, explore=explore and not self.reproducible))
 
+    def afresh(self, theta: Tensor) -> Evaluation:
+        """F and its gradient at the largest maxima of a linear model, whichever were followed on the way there."""
+        self.restart()
+        return self.evaluate(theta)
+
     def evaluation(self, theta: Tensor, sums: Sums, delta: Tensor) -> Evaluation:
         """The penalised objective from sums at theta."""
         penalty = self.count * self.decay

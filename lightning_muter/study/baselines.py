@@ -103,7 +103,7 @@ class RetrainCold(Competitor):
         with torch.no_grad():
             for parameter in start.head.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.1)
-        model, stationarity, seconds = state.world.retrain(forgotten, start)
+        model, stationarity, seconds, _ = state.world.retrain(forgotten, start)
         return Outcome(model, seconds, head_vector(model), stationarity=stationarity)
 
 
@@ -114,7 +114,7 @@ class RetrainWarm(Competitor):
 
     def answer(self, state: State, request: list[int], forgotten: list[int]) -> Outcome:
         assert isinstance(state.model, Classifier)
-        model, stationarity, seconds = state.world.retrain(forgotten, state.model)
+        model, stationarity, seconds, _ = state.world.retrain(forgotten, state.model)
         state.model = model
         return Outcome(model, seconds, head_vector(model), stationarity=stationarity)
 

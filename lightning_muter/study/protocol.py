@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -34,12 +35,14 @@ class Part:
 
 @dataclass
 class Reference:
-    """The model retrained without the forgotten samples, and what it predicts."""
+    """The model retrained without the forgotten samples, and what it predicts; ``bound``: its own certified distance to the
+    minimiser (NaN: not known)."""
 
     model: nn.Module
     vector: Tensor
     stationarity: float
     seconds: float
+    bound: float
     parts: dict[str, Part]
 
 
@@ -62,8 +65,10 @@ class Referee:
 
     def _make(self, forgotten: list[int]) -> Reference:
         def retrain() -> tuple[dict[str, float], dict[str, Tensor]]:
-            model, reached, seconds = self.world.retrain(forgotten)
-            return {"stationarity": reached, "seconds": seconds}, {"head": head_vector(model)}
+            found = self.world.retrain(forgotten)
+            bound = self.world.certified(found, forgotten)
+            figures = {"stationarity": found.stationarity, "seconds": found.seconds}
+            return figures | ({} if math.isnan(bound) else {"bound": bound}), {"head": head_vector(found.model)}
 
         (meta, tensors), _ = self.cache.get_or_make("reference", digest([self._key, forgotten]), retrain)
         model = self.world.copy_model()
@@ -74,7 +79,10 @@ class Referee:
             "test": self._test,
         }
         parts = {name: self._part(model, *samples[name]) for name in PARTS}
-        return Reference(model, tensors["head"], float(meta["stationarity"]), float(meta["seconds"]), parts)
+        stationarity, seconds, bound = (
+            float(meta.get(name, math.nan)) for name in ("stationarity", "seconds", "bound")
+        )
+        return Reference(model, tensors["head"], stationarity, seconds, bound, parts)
 
     def _part(self, model: nn.Module, x: Tensor, y: Tensor) -> Part:
         judge, world = self.world.evaluation, self.world
@@ -194,6 +202,7 @@ def _reference_row(referee: Referee, reference: Reference, row: Row) -> Row:
         reference.vector,
         status="reference",
         stationarity=reference.stationarity,
+        bound=reference.bound,
         note=note,
     )
     return referee.measure(replace(row, method=REFERENCE), outcome, reference)

@@ -41,7 +41,7 @@ class Row:
     n_forgotten: int = 0
     percent: float = NAN
     distance: float = NAN
-    bound: float = NAN  # certified absolute distance to the retrained optimum
+    bound: float = NAN  # certified absolute distance to the minimiser on the retained data (the reference has its own)
     distance_absolute: float = NAN
     clean_acc: float = NAN
     robust_acc: float = NAN

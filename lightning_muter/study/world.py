@@ -5,23 +5,38 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+from lightning_muter.certificate import certify, why_no_certificate
+from lightning_muter.curvature.problem import HeadProblem
+from lightning_muter.curvature.samples import SampleSource
 from lightning_muter.data.arrays import ArrayDataset
+from lightning_muter.distributed import Shards
 from lightning_muter.identity import weight_fingerprint
+from lightning_muter.methods import objective_of
 from lightning_muter.models.base import Classifier
 from lightning_muter.snapshot import Snapshot
 from lightning_muter.study.evaluation import Evaluation, stacked
 from lightning_muter.taking import take_snapshot
 from lightning_muter.threat import ThreatModel
+
+
+class Retrained(NamedTuple):
+    """A model minimised on what is left, how stationary, in what time, and the snapshot taken there."""
+
+    model: Classifier
+    stationarity: float
+    seconds: float
+    snapshot: Snapshot | None = None
 
 
 @dataclass
@@ -91,26 +106,41 @@ class World:
         """Leave the model where its objective on the private part is stationary, and keep that snapshot as the base."""
         self.base = self.snapshot(self.model)
 
-    def minimise(self, model: Classifier, data: Any) -> float:
-        """Minimise the robust objective on a dataset further, from where the head stands; the stationarity reached.
+    def minimise(self, model: Classifier, data: Any) -> tuple[float, Snapshot | None]:
+        """Minimise the robust objective on a dataset further, from where the head stands; the stationarity reached, and the
+        snapshot taken there.
 
         The objective is the base snapshot's: the smoothing of an L-infinity adversary belongs to it, as eps does.
         """
         if self.retrainer is not None:
-            return self.retrainer(model, data)
+            return self.retrainer(model, data), None
         options: dict[str, Any] = {}
         if self.base is not None and self.base.smoothing.anchor is not None:
             options["smoothing"] = self.base.smoothing
-        return float(self.snapshot(model, data, **options).stationarity)
+        snapshot = self.snapshot(model, data, **options)
+        return float(snapshot.stationarity), snapshot
 
-    def retrain(self, forgotten: Sequence[int], start: Classifier | None = None) -> tuple[Classifier, float, float]:
-        """Minimise on what is left, from a zero head or from ``start``'s; ``(model, stationarity, seconds)``."""
+    def retrain(self, forgotten: Sequence[int], start: Classifier | None = None) -> Retrained:
+        """Minimise on what is left, from a zero head or from ``start``'s."""
         model = copy.deepcopy(self.model if start is None else start)
         began = time.perf_counter()
         if start is None:
             model.reset_head()
-        reached = self.minimise(model, Subset(self.data, self.retained(forgotten)))
-        return model, reached, time.perf_counter() - began
+        reached, snapshot = self.minimise(model, Subset(self.data, self.retained(forgotten)))
+        return Retrained(model, reached, time.perf_counter() - began, snapshot)
+
+    def certified(self, retrained: Retrained, forgotten: Sequence[int]) -> float:
+        """How far the retrained head is from the minimiser at most; NaN where no bound is known."""
+        snapshot = retrained.snapshot
+        if snapshot is None:
+            return math.nan
+        source = SampleSource(Subset(self.data, self.retained(forgotten)))
+        problem = HeadProblem(retrained.model, self.loss, source.examples())
+        if why_no_certificate(problem, snapshot.decay) is not None:
+            return math.nan
+        objective = objective_of(snapshot, problem, source, list(range(source.n)), snapshot.starts, Shards())
+        theta = problem.read_theta()
+        return certify(objective, theta, objective.evaluate(theta))
 
     def key(self) -> str:
         """Digest of everything that a retrained reference depends on, the forgotten samples aside."""
