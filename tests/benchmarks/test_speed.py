@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from lightning_muter.curvature.descent import descend, polish
 from lightning_muter.curvature.inner import InnerSolver
 from lightning_muter.curvature.matrix_free import Batch, WideObjective, batch_product, problem_parts
+from lightning_muter.curvature.objective import Evaluation
 from lightning_muter.curvature.problem import HeadProblem
 from lightning_muter.curvature.response import L2Response, NoResponse, Unconstrained, as_response
 from lightning_muter.curvature.samples import SampleSource
@@ -152,11 +153,17 @@ def test_b_request_per_retraining(benchmark: Any, name: str) -> None:
 
     def cold() -> float:
         retained = objective()
+        took: list[float] = []
         began = time.process_time()
+
+        def on_step(step: int, now: Evaluation) -> None:
+            if now.stationarity <= aim and not took:  # polish would look again whether it stays there
+                took.append(time.process_time() - began)
+                cold_reached.append(now.stationarity)
+
         start = torch.zeros_like(snapshot.theta_ref)
-        found = polish(retained, start, snapshot.response, tolerance=aim, max_passes=60 if name == "cnn" else 4)
-        cold_reached.append(found.evaluation.stationarity)
-        return time.process_time() - began
+        polish(retained, start, snapshot.response, tolerance=aim, max_passes=60, on_step=on_step)
+        return took[0]
 
     cold_reached: list[float] = []
     seconds = {"warm": warm(), "cold": cold()}
