@@ -78,7 +78,8 @@ def take_snapshot(
             ``configure_optimizers()``.
         polish: "auto" minimises until stationary (1e-6 in float64, 1e-4 in float32), a number limits the passes over the
             data, 0 leaves the weights as they are.
-        smoothing: of L-infinity switches; given with an anchor it is taken as it is (to compare models on one objective).
+        smoothing: of L-infinity switches, by default :meth:`Smoothing.of` the model; given with an anchor it is taken as it is
+            (to compare models on one objective).
         sample_weight: w_i (n,) of an objective sum_i w_i phi_i.
         key: of the samples' digests; a new one when not given.
         like: another snapshot of the same weights and data: its maximisers' starting points and smoothing are used.
@@ -116,7 +117,7 @@ def take_snapshot(
     decay = head_decay(problem, model, weight_decay, optimizers)
     chosen = as_response(response, threat).resolved(problem.backbone, source.n)
     inner = inner or (like.inner if like is not None else InnerSolver())
-    objective = ShardedObjective(problem, threat, source, decay, inner, smoothing or Smoothing())
+    objective = ShardedObjective(problem, threat, source, decay, inner, smoothing or Smoothing.of(problem))
     theta = problem.read_theta()
     anchored = smoothing is not None and smoothing.anchor is not None
     if like is not None:

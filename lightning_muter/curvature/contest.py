@@ -96,9 +96,13 @@ class Kinks:
         """sum_i w_i sum_j p_ij G_ij, (p,)."""
         return ((self.weight[:, None] * shares).flatten() @ self.gradients.flatten(0, 1)).contiguous()
 
-    def reweighed(self) -> Kinks:
-        """With q <- p."""
-        return replace(self, prior=self.shares())
+    def reweighed(self, temperature: float) -> Kinks:
+        """With q <- p, and another T."""
+        return replace(self, prior=self.shares(), temperature=temperature)
+
+    def gap(self) -> float:
+        """sum_i w_i (max_j l_ij - phi_i): 0 where the multipliers are right, so that all maxima of weight are equal."""
+        return float((self.weight * self.values.amax(1)).sum() - self.total())
 
     def stiffness(self) -> Tensor:
         """The share of the kinks in the Hessian, sum_i (w_i / T) sum_j p_ij (G_ij - G_i)(G_ij - G_i)^T, (p, p)."""

@@ -18,6 +18,9 @@ from lightning_muter.curvature.objective import Evaluation, RobustObjective
 from lightning_muter.curvature.response import NoResponse, Response
 from lightning_muter.solvers import definite_inverse
 
+#: By how much the temperature falls at a time, and at most.
+COOLING, COOLEST = 4.0, 1e-3
+
 Metric = Callable[[Tensor], Tensor]
 
 
@@ -106,7 +109,8 @@ def descend_contested(
     on_step: Callable[[int, Evaluation], None] | None = None,
 ) -> Descent:
     """As :func:`descend`, where several local maxima are nearly equal: each step minimises a model that holds the kinks between
-    them as they are (`curvature.contest.Kinks`) beside the curvature of the rest, and weighs the maxima anew.
+    them as they are (`curvature.contest.Kinks`) beside the curvature of the rest, and weighs the maxima anew; at a lower
+    temperature where their values do not become equal fast enough (a multiplier moves by their difference over T).
 
     Args:
         smooth: H^-1 of the total Hessian without the kinks' share.
@@ -114,7 +118,7 @@ def descend_contested(
     now = objective.weigh(first)
     history, steps, status = [now.stationarity], 0, "capped"
     while True:
-        if now.stationarity <= tolerance:
+        if now.unsettled <= tolerance:
             status = "converged"
         if status == "converged" or steps == max_steps:
             break
@@ -129,7 +133,10 @@ def descend_contested(
             status = "stalled"
             break
         t, new = found
-        theta, now = theta + t * direction.reshape(theta.shape), objective.weigh(new)
+        theta, before = theta + t * direction.reshape(theta.shape), now.unsettled
+        if new.unsettled > max(0.5 * before, new.stationarity):
+            objective.cooling = max(objective.cooling / COOLING, COOLEST)
+        now = objective.weigh(new)
         steps += 1
         history.append(now.stationarity)
         if on_step is not None:
@@ -266,14 +273,14 @@ def polish(
         steps += found.steps
         theta, reached = found.theta, found.evaluation.value
         falls = found.evaluation.value < first.value - 1e-3 * abs(first.value)
-        if best is None or falls or found.evaluation.stationarity < 0.5 * best[1].stationarity:
+        if best is None or falls or found.evaluation.unsettled < 0.5 * best[1].unsettled:
             idle = 0
         else:
             idle += 1
         if (found.status == "stalled" or idle >= 2) and objective.contend():
             best, reached, idle = None, None, 0
             continue
-        if best is None or found.evaluation.stationarity < best[1].stationarity:
+        if best is None or found.evaluation.unsettled < best[1].unsettled:
             best = (theta, found.evaluation)
         # maxima were followed: converged is what stays so after another look
         if found.status == "converged" and found.steps and objective.reproducible:
@@ -294,7 +301,8 @@ def polish(
     theta, evaluation = best or (theta, objective.evaluate(theta))
     if status != "converged" and objective.reproducible:
         evaluation = objective.afresh(theta)
-    if evaluation.stationarity <= tolerance and (anchored or not objective.smoothing_moves(theta)):
+    if evaluation.unsettled <= tolerance and (anchored or not objective.smoothing_moves(theta)):
         status = "converged"
     objective.accept(evaluation)
+    objective.cooling = 1.0
     return Polish(theta, evaluation, before, status, objective.passes - begin, shift)

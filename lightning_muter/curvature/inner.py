@@ -46,6 +46,12 @@ class Smoothing:
     anchor: Tensor | None = None
     temperature: float = 0.005
 
+    @classmethod
+    def of(cls, problem: HeadProblem) -> Smoothing:
+        """The default. A linear model gets a quarter more than keeps its inner problem concave at the anchor, so that it stays
+        so at the weights to which a removal leads."""
+        return cls(strength=1.25) if problem.backbone.affine else cls()
+
     def coefficients(self, problem: HeadProblem, threat: ThreatModel, x: Tensor, y: Tensor) -> Tensor | None:
         """c_ij (n, D), or ``None`` where nothing is smoothed; depends on the sample and the anchor alone."""
         if self.anchor is None or threat.norm != "linf" or threat.eps == 0 or not (self.strength or self.bandwidth):

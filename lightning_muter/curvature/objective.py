@@ -54,6 +54,12 @@ class Evaluation:
         """|grad F| / sum_i |grad phi_i|."""
         return float(self.gradient.norm()) / max(self.scale, 1e-300)
 
+    @property
+    def unsettled(self) -> float:
+        """The stationarity, or how far the maxima of weight are from equal (:meth:`Kinks.gap` over F) where that is more."""
+        gap = 0.0 if self.kinks is None else self.kinks.gap() / max(abs(self.value), 1e-300)
+        return max(self.stationarity, gap)
+
 
 @dataclass
 class Met:
@@ -87,6 +93,7 @@ class RobustObjective:
         delta: tracked maximisers (len(own), D), in the order of ``own``.
         rivals, prior: further local maxima (m, n, D) and the weights of all, (1 + m, n): see `curvature.contest`.
         contended: a linear model's maxima are tracked and weighed too.
+        cooling: of the temperature while multipliers settle (:func:`lightning_muter.curvature.descent.descend_contested`).
         met: the local maxima of the last pass.
     """
 
@@ -103,6 +110,7 @@ class RobustObjective:
     rivals: Tensor | None = None
     prior: Tensor | None = None
     contended: bool = False
+    cooling: float = 1.0
     _c: dict[tuple[int, int], Tensor | None] = field(default_factory=dict, repr=False)
     met: Met = field(default_factory=Met, repr=False)
 
@@ -159,11 +167,11 @@ class RobustObjective:
         theta alone; on the kinks of a piecewise-linear network maxima cannot be told apart."""
         affine = self.problem.backbone.affine
         alone = not self.contended if affine else self.problem.backbone.piecewise_linear
-        return 0.0 if alone else self.smoothing.temperature
+        return 0.0 if alone else self.smoothing.temperature * self.cooling
 
     def contend(self) -> bool:
         """Track and weigh the local maxima of a linear model from now on; False where this is so already or can change nothing."""
-        several = self.problem.backbone.affine and self.threat.norm == "l2" and self.inner.starts > 0
+        several = self.problem.backbone.affine and self.inner.starts > 0
         if self.contended or not several or not self.smoothing.temperature or self.problem.n_logits == 2:
             return False
         self.contended = True
@@ -257,7 +265,17 @@ class RobustObjective:
         if not settle and start is not None:
             return self._as_they_are(theta, x, y, start, rivals, prior)
         found = self.inner.solve(
-            self.problem, theta, self.threat, x, y, c, start, rivals, prior, explore, 100 * self.temperature
+            self.problem,
+            theta,
+            self.threat,
+            x,
+            y,
+            c,
+            start,
+            rivals,
+            prior,
+            explore,
+            100 * self.temperature / self.cooling,
         )
         counts["samples"] += len(x)
         counts["maximisers converged"] += int(found.converged.sum())
@@ -336,7 +354,7 @@ class RobustObjective:
             self.prior = share
         if kinks is None:
             return evaluation
-        new = kinks.reweighed()
+        new = kinks.reweighed(self.temperature)
         shares = new.shares()
         moved = (new.gradient(shares) - kinks.gradient(kinks.shares())).reshape(evaluation.gradient.shape)
         weights = share
