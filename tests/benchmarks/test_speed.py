@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_muter.curvature.descent import descend, polish
@@ -63,10 +64,20 @@ def test_a_snapshot_per_epoch(benchmark: Any, name: str) -> None:
     figures: dict[str, float] = {}
 
     def maximise(what: str, solver: InnerSolver) -> None:
-        objective.inner = solver
-        began = time.process_time()
-        sums, objective.delta = objective.sums(theta)
-        figures[f"maximisation {what} / PGD-20"] = (time.process_time() - began) / attack
+        objective.inner, gradients = solver, 0
+        plain = objective.problem.loss_and_input_gradient
+
+        def counted(theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            nonlocal gradients
+            gradients += len(x)
+            return plain(theta, x, y)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(objective.problem, "loss_and_input_gradient", counted)
+            began = time.process_time()
+            sums, objective.delta = objective.sums(theta)
+            figures[f"maximisation {what} / PGD-20"] = (time.process_time() - began) / attack
+        figures[f"gradients {what}"] = gradients / sums.counts["samples"]
         figures[f"converged {what}"] = sums.counts["maximisers converged"] / sums.counts["samples"]
 
     if name == "cnn":
@@ -100,7 +111,7 @@ def test_a_step_of_sketched_sums(benchmark: Any) -> None:
     exact = take_snapshot(work.model, work.dataset, response=L2Response(sketch=0), **options)
     sketched = take_snapshot(work.model, work.dataset, polish=0, like=exact, **options)
 
-    def step(snapshot: Snapshot, forget: list[int]) -> torch.Tensor:
+    def step(snapshot: Snapshot, forget: list[int]) -> Tensor:
         model, kept = copy.deepcopy(work.model), copy.deepcopy(snapshot)
         unlearn(model, kept, forget, work.dataset, progress=False)
         return HeadProblem(model, F.cross_entropy, work.dataset.tensors[0][:4]).read_theta() - snapshot.theta_ref
