@@ -58,6 +58,8 @@ def refined(
     # the stored matrix holds the kinks as they were at the trained weights
     metric, _ = definite_inverse(matrix if before.kinks is None else matrix - before.kinks.stiffness())
     found = Descent(theta, first, "capped", 0, [first.stationarity])
+    if steps and objective.reproducible:
+        found = _looked_at(objective, found)
     while found.status == "capped" and found.steps < steps:
         now, left = found.evaluation, steps - found.steps
         if aged:
@@ -68,6 +70,7 @@ def refined(
         objective.accept(now)
         report = None if on_step is None else (lambda i, e, done=found.steps: on_step(done + i, e))
         if objective.reproducible:
+            left = left if found.steps else 1  # a larger maximum is better met early
             part = descend(
                 objective, found.theta, metric, max_steps=left, tolerance=TOLERANCE, first=now, on_step=report
             )

@@ -7,6 +7,7 @@ with the kinks of a maximum (Lewis and Overton, 2013), on the true robust object
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -226,7 +227,8 @@ def polish(
     Args:
         tolerance: on |grad F| / sum |grad phi_i|.
         anchored: the smoothing is given and stays. Otherwise its anchor follows theta from round to round until the two
-            agree to a hundredth, so that the frozen smoothing is the one of the stationary point.
+            agree to a hundredth, so that the frozen smoothing is the one of the stationary point; or until they come no nearer
+            (two minimisers, each of the smoothing at the other).
     """
     begin = objective.passes
     before: float | None = None
@@ -234,7 +236,11 @@ def polish(
     status, shift, steps, idle = "capped", 0.0, 0, 0
     best: tuple[Tensor, Evaluation] | None = None
     reached: float | None = None
+    off, circling = math.inf, 0
     while objective.passes - begin < max_passes:
+        before_off, off = off, objective.off_anchor(theta)
+        circling += 0.5 * before_off < off < 0.1
+        anchored = anchored or circling > 2
         if not anchored and objective.smoothing_moves(theta):
             # at a zero head there is nothing to smooth, yet F has its worst kink there: look from where Newton points
             zero = not bool(objective.problem.weight(theta).any())

@@ -210,8 +210,7 @@ class InnerSolver:
         """0, and the ball's furthest points towards the most likely other classes (a single logit: both ways)."""
         problem, x = one.problem, one.x
         zero = torch.zeros_like(x)
-        few = problem.n_logits == 2 or (problem.backbone.affine and one.rho.c is not None)
-        if not self.starts or few:
+        if not self.starts or problem.n_logits == 2:
             return [zero]
         weight = problem.weight(one.theta)
         if problem.n_logits == 1:  # a loss such as the square rises both ways

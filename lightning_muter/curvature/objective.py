@@ -304,12 +304,16 @@ class RobustObjective:
         if self.threat.norm == "linf" and self.threat.eps > 0 and bool(self.problem.weight(theta).any()):
             self.set_smoothing(replace(self.smoothing, anchor=theta.clone()))
 
+    def off_anchor(self, theta: Tensor) -> float:
+        """How far theta has left the anchor of the smoothing, relative to its size."""
+        if self.threat.norm != "linf" or self.threat.eps == 0:
+            return 0.0
+        anchor = self.smoothing.anchor
+        return math.inf if anchor is None else float((theta - anchor).norm() / theta.norm().clamp(min=1e-300))
+
     def smoothing_moves(self, theta: Tensor) -> bool:
         """Whether theta has left the anchor by more than a hundredth."""
-        if self.threat.norm != "linf" or self.threat.eps == 0:
-            return False
-        anchor = self.smoothing.anchor
-        return anchor is None or bool((theta - anchor).norm() > 1e-2 * theta.norm())
+        return self.off_anchor(theta) > 1e-2
 
     def evaluate(self, theta: Tensor, *, explore: bool = False) -> Evaluation:
         """F and its gradient at theta, from the tracked maximisers; :meth:`accept` makes its maximisers the tracked ones.
