@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from lightning_muter.curvature.descent import Descent, Metric, descend, descend_contested, jumped
+from lightning_muter.curvature.descent import Descent, Metric, Pair, descend, descend_contested, jumped
 from lightning_muter.curvature.direct import Curvature
 from lightning_muter.curvature.objective import Evaluation, RobustObjective
 from lightning_muter.curvature.response import Response
@@ -57,6 +57,7 @@ def refined(
     aged = float(first.gradient.norm()) > AGED * float(before.gradient.norm())
     # the stored matrix holds the kinks as they were at the trained weights
     metric, _ = definite_inverse(matrix if before.kinks is None else matrix - before.kinks.stiffness())
+    learnt: list[Pair] = []
     found = Descent(theta, first, "capped", 0, [first.stationarity])
     if steps and objective.reproducible:
         found = _looked_at(objective, found)
@@ -70,9 +71,18 @@ def refined(
         objective.accept(now)
         report = None if on_step is None else (lambda i, e, done=found.steps: on_step(done + i, e))
         if objective.reproducible:
-            left = left if found.steps else 1  # a larger maximum is better met early
+            if not (aged or found.steps):
+                left = 1  # a larger maximum is better met early
+            learnt = [] if aged else learnt
             part = descend(
-                objective, found.theta, metric, max_steps=left, tolerance=TOLERANCE, first=now, on_step=report
+                objective,
+                found.theta,
+                metric,
+                max_steps=left,
+                tolerance=TOLERANCE,
+                first=now,
+                learnt=learnt,
+                on_step=report,
             )
             part = _looked_at(objective, part)
         else:

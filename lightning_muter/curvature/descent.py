@@ -20,9 +20,13 @@ from lightning_muter.curvature.response import NoResponse, Response
 from lightning_muter.solvers import definite_inverse
 
 #: By how much the temperature falls at a time, and at most.
-COOLING, COOLEST = 4.0, 1e-3
+COOLING, COOLEST = 4.0, 1e-2
+#: On the gap between maxima of weight: nothing is left to gain.
+EQUAL = 1e-7
 
 Metric = Callable[[Tensor], Tensor]
+#: A step and the change of the gradient along it.
+Pair = tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -45,13 +49,17 @@ def descend(
     tolerance: float,
     memory: int = 30,
     first: Evaluation | None = None,
+    learnt: list[Pair] | None = None,
     on_step: Callable[[int, Evaluation], None] | None = None,
 ) -> Descent:
-    """Minimise from theta until |grad F| / sum |grad phi_i| <= tolerance, ``max_steps`` accepted steps, or a stall."""
+    """Minimise from theta until |grad F| / sum |grad phi_i| <= tolerance, ``max_steps`` accepted steps, or a stall.
+
+    ``learnt``: what an earlier descent in this metric learnt of the curvature; it is added to.
+    """
     shape = theta.shape
     now = first or objective.evaluate(theta)
     objective.accept(now)
-    pairs: list[tuple[Tensor, Tensor]] = []
+    pairs = [] if learnt is None else learnt
     history = [now.stationarity]
     steps, status, settled, noise = 0, "capped", 0, 0.0
     while steps < max_steps:
@@ -134,8 +142,8 @@ def descend_contested(
             status = "stalled"
             break
         t, new = found
-        theta, before = theta + t * direction.reshape(theta.shape), now.unsettled
-        if new.unsettled > max(0.5 * before, new.stationarity):
+        theta, before = theta + t * direction.reshape(theta.shape), now.gap
+        if new.gap > max(0.5 * before, EQUAL):
             objective.cooling = max(objective.cooling / COOLING, COOLEST)
         now = objective.weigh(new)
         steps += 1
@@ -155,7 +163,7 @@ def _newton_point(objective: RobustObjective, theta: Tensor) -> Tensor:
     return theta - metric(objective.evaluation(theta, sums, delta).gradient.flatten()).reshape(theta.shape)
 
 
-def _two_loop(gradient: Tensor, pairs: list[tuple[Tensor, Tensor]], metric: Metric) -> Tensor:
+def _two_loop(gradient: Tensor, pairs: list[Pair], metric: Metric) -> Tensor:
     q = gradient.clone()
     alphas = []
     for s, y in reversed(pairs):

@@ -55,10 +55,14 @@ class Evaluation:
         return float(self.gradient.norm()) / max(self.scale, 1e-300)
 
     @property
+    def gap(self) -> float:
+        """How far the maxima of weight are from equal, over F (:meth:`Kinks.gap`)."""
+        return 0.0 if self.kinks is None else self.kinks.gap() / max(abs(self.value), 1e-300)
+
+    @property
     def unsettled(self) -> float:
-        """The stationarity, or how far the maxima of weight are from equal (:meth:`Kinks.gap` over F) where that is more."""
-        gap = 0.0 if self.kinks is None else self.kinks.gap() / max(abs(self.value), 1e-300)
-        return max(self.stationarity, gap)
+        """The stationarity, or the gap where that is more."""
+        return max(self.stationarity, self.gap)
 
 
 @dataclass
