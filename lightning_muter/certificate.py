@@ -32,8 +32,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_muter.curvature.evaluation import Evaluation
 from lightning_muter.curvature.globality import best_maximisers, line_curvature, why_no_bound
-from lightning_muter.curvature.objective import Evaluation, RobustObjective
+from lightning_muter.curvature.objective import RobustObjective
 from lightning_muter.curvature.problem import HeadProblem
 from lightning_muter.curvature.response import NoResponse
 

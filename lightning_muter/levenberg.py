@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lightning_muter.curvature.evaluation import Evaluation
 from lightning_muter.curvature.kronecker import Kronecker
 from lightning_muter.curvature.matrix_free import WideObjective
-from lightning_muter.curvature.objective import Evaluation
 from lightning_muter.errors import SolveError
 from lightning_muter.truncated import TruncatedCG
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lightning_muter.curvature.descent import Descent, Metric, Pair, descend, descend_contested, jumped
 from lightning_muter.curvature.direct import Curvature
-from lightning_muter.curvature.objective import Evaluation, RobustObjective
+from lightning_muter.curvature.evaluation import Evaluation
+from lightning_muter.curvature.objective import RobustObjective
 from lightning_muter.curvature.response import Response
 from lightning_muter.solvers import definite_inverse
 

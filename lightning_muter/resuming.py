@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_muter.curvature.direct import Curvature
-from lightning_muter.curvature.objective import Met
+from lightning_muter.curvature.evaluation import Met
 from lightning_muter.curvature.response import Response
 from lightning_muter.curvature.total import BlockSymmetric, Sums
 from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError

@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 from lightning_muter.adversarial.reading import attack_note
 from lightning_muter.curvature import descent
 from lightning_muter.curvature.direct import Curvature
+from lightning_muter.curvature.evaluation import Evaluation
 from lightning_muter.curvature.inner import InnerSolver, Smoothing
-from lightning_muter.curvature.objective import Evaluation, RobustObjective
+from lightning_muter.curvature.objective import RobustObjective
 from lightning_muter.curvature.problem import HeadProblem
 from lightning_muter.curvature.response import Response, as_response
 from lightning_muter.curvature.samples import SampleSource

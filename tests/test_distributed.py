@@ -151,7 +151,7 @@ def prepare(kind: str, folder: Path) -> None:
         snapshot = take_snapshot(
             network, dataset, polish=15 if kind == "several" else 60, batch_size=6, progress=False, **options
         )
-    assert snapshot.figures["counts"]["contested"] > 2
+    assert snapshot.figures["counts"]["contested"] > 1
     snapshot.save(folder / "start.muter")
     torch.save(network.state_dict(), folder / "start.pt")
 

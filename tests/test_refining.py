@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_iris
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
@@ -103,3 +103,30 @@ def test_steps_are_counted_over_all_metrics(world: Any) -> None:
     assert len(long.refine) == 3
     assert long.refine[:2] == short.refine
     assert not torch.equal(two, three)
+
+
+@pytest.mark.parametrize("threat", [ThreatModel("linf", 0.225, None), ThreatModel("l2", 0.3, None)], ids=["linf", "l2"])
+def test_steps_come_nearer_where_followed_maxima_are_not_the_largest(threat: ThreatModel) -> None:
+    """Iris in wide balls: from scratch and followed along, the largest maxima of some flowers are not the same ones."""
+    x, y = load_iris(return_X_y=True)
+    order = torch.randperm(150, generator=torch.Generator().manual_seed(2))
+    data = TensorDataset(torch.from_numpy((x - x.mean(0)) / x.std(0))[order], torch.from_numpy(y)[order])
+    options: dict[str, Any] = {"threat_model": threat, "weight_decay": 1e-3, "progress": False}
+    net, again = nn.Linear(4, 3, dtype=torch.float64), nn.Linear(4, 3, dtype=torch.float64)
+    for parameter in (*net.parameters(), *again.parameters()):
+        nn.init.zeros_(parameter)
+    snapshot = take_snapshot(net, data, **options)
+    forget = list(range(0, 150, 20))
+    kept = [i for i in range(150) if i not in forget]
+    smoothing = snapshot.smoothing if threat.norm == "linf" else None
+    retrained = take_snapshot(again, Subset(data, kept), smoothing=smoothing, **options)
+    assert max(snapshot.stationarity, retrained.stationarity) < 1e-6
+    wanted, distances = theta_of(again), []
+    whole = float((theta_of(net) - wanted).norm())
+    for refine in (0, 2, 5):
+        head, stored = copy.deepcopy(net), copy.deepcopy(snapshot)
+        unlearn(head, stored, forget, data, retain=data, refine=refine, progress=False)
+        distances.append(float((theta_of(head) - wanted).norm()) / whole)
+    assert distances[0] < 0.3
+    assert distances[1] < 0.2 * distances[0]
+    assert distances[2] < 2e-3

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from lightning_muter.curvature.direct import Curvature
-from lightning_muter.curvature.objective import Evaluation, RobustObjective
+from lightning_muter.curvature.evaluation import Evaluation
+from lightning_muter.curvature.objective import RobustObjective
 from lightning_muter.curvature.response import NoResponse, Response
 from lightning_muter.solvers import definite_inverse
 
@@ -118,16 +119,16 @@ def descend_contested(
     on_step: Callable[[int, Evaluation], None] | None = None,
 ) -> Descent:
     """As :func:`descend`, where several local maxima are nearly equal: each step minimises a model that holds the kinks between
-    them as they are (`curvature.contest.Kinks`) beside the curvature of the rest, and weighs the maxima anew; at a lower
-    temperature where their values do not become equal fast enough (a multiplier moves by their difference over T).
+    them as they are (`curvature.contest.Kinks`) beside the curvature of the rest, and weighs the maxima anew; for a linear model at
+    a lower temperature where their values do not become equal fast enough (a multiplier moves by their difference over T).
 
     Args:
         smooth: H^-1 of the total Hessian without the kinks' share.
     """
-    now = objective.weigh(first)
+    now, linear = objective.weigh(first), objective.problem.backbone.affine
     history, steps, status = [now.stationarity], 0, "capped"
     while True:
-        if now.unsettled <= tolerance:
+        if _left(objective, now) <= tolerance:
             status = "converged"
         if status == "converged" or steps == max_steps:
             break
@@ -143,7 +144,7 @@ def descend_contested(
             break
         t, new = found
         theta, before = theta + t * direction.reshape(theta.shape), now.gap
-        if new.gap > max(0.5 * before, EQUAL):
+        if linear and new.gap > max(0.5 * before, EQUAL):
             objective.cooling = max(objective.cooling / COOLING, COOLEST)
         now = objective.weigh(new)
         steps += 1
@@ -151,6 +152,11 @@ def descend_contested(
         if on_step is not None:
             on_step(steps, now)
     return Descent(theta, now, status, steps, history)
+
+
+def _left(objective: RobustObjective, now: Evaluation) -> float:
+    """What is left to do. A network's maxima come and go on the way, so that their values are no measure."""
+    return now.unsettled if objective.problem.backbone.affine else now.stationarity
 
 
 def _newton_point(objective: RobustObjective, theta: Tensor) -> Tensor:
@@ -287,14 +293,14 @@ def polish(
         steps += found.steps
         theta, reached = found.theta, found.evaluation.value
         falls = found.evaluation.value < first.value - 1e-3 * abs(first.value)
-        if best is None or falls or found.evaluation.unsettled < 0.5 * best[1].unsettled:
+        if best is None or falls or _left(objective, found.evaluation) < 0.5 * _left(objective, best[1]):
             idle = 0
         else:
             idle += 1
         if (found.status == "stalled" or idle >= 2) and objective.contend():
             best, reached, idle = None, None, 0
             continue
-        if best is None or found.evaluation.unsettled < best[1].unsettled:
+        if best is None or _left(objective, found.evaluation) < _left(objective, best[1]):
             best = (theta, found.evaluation)
         # maxima were followed: converged is what stays so after another look
         if found.status == "converged" and found.steps and objective.reproducible:
@@ -315,7 +321,7 @@ def polish(
     theta, evaluation = best or (theta, objective.evaluate(theta))
     if status != "converged" and objective.reproducible:
         evaluation = objective.afresh(theta)
-    if evaluation.unsettled <= tolerance and (anchored or not objective.smoothing_moves(theta)):
+    if _left(objective, evaluation) <= tolerance and (anchored or not objective.smoothing_moves(theta)):
         status = "converged"
     objective.accept(evaluation)
     objective.cooling = 1.0

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.func import grad
 from torch.func import jvp as torch_jvp
 
+from lightning_muter.curvature.evaluation import Evaluation
 from lightning_muter.curvature.inner import InnerSolver, Rho, Smoothing
 from lightning_muter.curvature.motion import Motion
-from lightning_muter.curvature.objective import Evaluation
 from lightning_muter.curvature.response import Response
 from lightning_muter.curvature.samples import Samples, SampleSource
 from lightning_muter.curvature.sketch import rademacher

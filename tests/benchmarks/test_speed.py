@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_muter.curvature.descent import descend, polish
+from lightning_muter.curvature.evaluation import Evaluation
 from lightning_muter.curvature.inner import InnerSolver
 from lightning_muter.curvature.matrix_free import Batch, WideObjective, batch_product, problem_parts
-from lightning_muter.curvature.objective import Evaluation
 from lightning_muter.curvature.problem import HeadProblem
 from lightning_muter.curvature.response import L2Response, NoResponse, Unconstrained, as_response
 from lightning_muter.curvature.samples import SampleSource
