@@ -47,7 +47,7 @@ def refined(
 
     Where maxima are followed singly these are steps of L-BFGS. Where several are weighed (`curvature.contest`) each step holds
     the kinks between them as they are, and a look for new maxima follows it. A linear model goes over from the first to the
-    second where it stalls.
+    second where it stalls, or where a look from scratch finds larger maxima than those it followed.
 
     Args:
         matrix: H_R of the stored statistics, (K q, K q), row-major as theta.

@@ -6,7 +6,9 @@ from __future__ import annotations
 import argparse
 import base64
 import html
+import math
 import re
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ from rich.console import Console
 from lightning_muter.errors import MuterError
 from lightning_muter.study import plots, tables
 from lightning_muter.study.closest import closest_markdown
-from lightning_muter.study.results import PARTS, Row, group, read_rows, summarise
+from lightning_muter.study.results import PARTS, REFERENCE, Row, group, read_rows, summarise
 
 PICTURES = {
     "distance.png": "Each method's distance to the model retrained without the removed samples. Dot: median over the "
@@ -70,6 +72,30 @@ def cost_markdown(rows: Sequence[Row]) -> str:
     return f"### {tables.title(rows)}\n\n{tables.markdown_table(headers, body)}\n"
 
 
+def certificate_markdown(rows: Sequence[Row]) -> str:
+    """Certified bounds over measured distances, per method; and how many distances are within the method's bound and the
+    reference's own, as every one must be. Empty without bounds."""
+    own = {_removal(r): r.bound for r in rows if r.method == REFERENCE}
+    body = []
+    for method, same in group(rows, lambda r: r.method).items():
+        known = [r for r in same if method != REFERENCE and r.distance_absolute > 0 and not math.isnan(r.bound)]
+        if not known:
+            continue
+        ratios = [r.bound / r.distance_absolute for r in known]
+        sums = [(r.distance_absolute, r.bound + own.get(_removal(r), math.nan)) for r in known]
+        sums = [(distance, total) for distance, total in sums if not math.isnan(total)]
+        within = f"{sum(distance <= total for distance, total in sums)} of {len(sums)}" if sums else "-"
+        body.append([method, *(tables.number(v, 2) for v in (statistics.median(ratios), max(ratios))), within])
+    if not body:
+        return ""
+    headers = ["method", "bound / distance, median", "max", "within both bounds"]
+    return f"### {tables.title(rows)}\n\n{tables.markdown_table(headers, body)}\n"
+
+
+def _removal(row: Row) -> tuple[str, int, int, int]:
+    return row.setting, row.n_forgotten, row.seed, row.forget_seed
+
+
 def size(count: float) -> str:
     """Bytes in a unit that reads well.
 
@@ -109,6 +135,13 @@ def compose(rows: Sequence[Row], pictures: Sequence[Path], *, heading: str = "Un
     if closeness:
         intro = "Agreement of the predicted classes in %, in brackets KL(retrained ‖ unlearned) in nats.\n"
         parts += ["## Predictions against the retrained model's\n", intro, *closeness]
+    certificates = [text for same in problems if (text := certificate_markdown(same))]
+    if certificates:
+        intro = (
+            "The bound is on the distance to the minimiser, the distance is measured to the reference, which is near it: "
+            "below 1 the reference is the further one. It has a bound of its own; no distance may exceed the sum of both.\n"
+        )
+        parts += ["## Certificate\n", intro, *certificates]
     parts += ["## Cost\n", *(cost_markdown(same) for same in problems)]
     if failed:
         parts += ["## Notes\n", notes_markdown(failed)]

@@ -164,3 +164,26 @@ THREATS = {
     "linf": ThreatModel("linf", 0.1, None),
     "linf-box": ThreatModel("linf", 0.15),
 }
+
+
+def several_maxima() -> tuple[nn.Module, TensorDataset, dict[str, Any]]:
+    """A smooth network in a wide ball: some samples have several maxima."""
+    torch.manual_seed(1)
+    network = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+    network[0].requires_grad_(False)
+    with torch.no_grad():
+        network[0].weight.mul_(3)
+    x = torch.randn(40, 3).double()
+    y = (x @ torch.randn(3, 4).double()).argmax(1)
+    return (
+        network,
+        TensorDataset(x, y),
+        {"threat_model": ThreatModel("l2", 0.6, None), "weight_decay": 0.001, "smoothing": Smoothing(temperature=0.05)},
+    )
+
+
+def equal_maxima() -> tuple[nn.Module, TensorDataset, dict[str, Any]]:
+    """A linear model at whose minimiser some samples have two equal maxima."""
+    one = make("linear", "softmax", n=40, seed=1)
+    dataset = TensorDataset(one.x, one.net(one.x).argmax(1))
+    return one.net, dataset, {"threat_model": ThreatModel("l2", 0.5, None), "weight_decay": 0.001}

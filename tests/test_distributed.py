@@ -12,9 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
-from lightning_muter.curvature.inner import Smoothing
 from lightning_muter.curvature.response import as_response
 from lightning_muter.distributed import Shards, refuse_sharded_parameters
 from lightning_muter.errors import UnsuitableError
@@ -24,7 +22,7 @@ from lightning_muter.taking import take_snapshot
 from lightning_muter.threat import ThreatModel
 from lightning_muter.unlearning import unlearn
 from lightning_muter.wide import unlearn_wide
-from tests.cases import make
+from tests.cases import equal_maxima, several_maxima
 from tests.test_matrix_free import EXACT, data, direction, objective, relu_net
 
 N = 13  # odd: the shares differ in size
@@ -115,29 +113,6 @@ def _head_objective(shards: Shards, threat: ThreatModel, dataset: Any) -> Sharde
     problem = HeadProblem(relu_net(), F.cross_entropy, source.examples())
     decay = torch.full(problem.shape, 0.01, dtype=torch.float64)
     return ShardedObjective(problem, threat, source, decay, EXACT, positions=range(N), shards=shards)
-
-
-def several_maxima() -> tuple[nn.Module, TensorDataset, dict[str, Any]]:
-    """A smooth network in a wide ball: some samples have several maxima."""
-    torch.manual_seed(1)
-    network = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 4)).double()
-    network[0].requires_grad_(False)
-    with torch.no_grad():
-        network[0].weight.mul_(3)
-    x = torch.randn(40, 3).double()
-    y = (x @ torch.randn(3, 4).double()).argmax(1)
-    return (
-        network,
-        TensorDataset(x, y),
-        {"threat_model": ThreatModel("l2", 0.6, None), "weight_decay": 0.001, "smoothing": Smoothing(temperature=0.05)},
-    )
-
-
-def equal_maxima() -> tuple[nn.Module, TensorDataset, dict[str, Any]]:
-    """A linear model at whose minimiser some samples have two equal maxima."""
-    one = make("linear", "softmax", n=40, seed=1)
-    dataset = TensorDataset(one.x, one.net(one.x).argmax(1))
-    return one.net, dataset, {"threat_model": ThreatModel("l2", 0.5, None), "weight_decay": 0.001}
 
 
 STARTS = {"several": several_maxima, "equal": equal_maxima}

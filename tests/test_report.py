@@ -150,3 +150,16 @@ def test_a_row_has_a_column_for_every_field() -> None:
     header = to_csv([]).strip().split(",")
     assert header == results.COLUMNS
     assert len(set(header)) == len(header)
+
+
+def test_the_report_holds_bounds_against_distances() -> None:
+    rows = []
+    for seed, (bound, own) in enumerate(((0.3, 0.0), (0.1, 0.15), (0.05, 0.1))):
+        rows += [
+            make("retraining", seed=seed, bound=own, distance_absolute=0.0),
+            make("constraint-aware + 2 refine", seed=seed, bound=bound, distance_absolute=0.2),
+            make("doing nothing", seed=seed, distance_absolute=1.0),
+        ]
+    text = report.compose(rows, [])
+    assert "| constraint-aware + 2 refine | 0.5 | 1.5 | 2 of 3 |" in text
+    assert "## Certificate" not in report.compose([make(distance_absolute=0.2)], [])

@@ -18,7 +18,7 @@ from lightning_muter.resuming import Resumable
 from lightning_muter.snapshot import Snapshot
 from lightning_muter.taking import take_snapshot
 from lightning_muter.threat import ThreatModel
-from tests.test_distributed import several_maxima
+from tests.cases import several_maxima
 from tests.test_matrix_free import data, relu_net
 
 

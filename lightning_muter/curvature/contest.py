@@ -69,18 +69,14 @@ class Kinks:
 
     def take(self, index: Tensor) -> Kinks:
         """Some of the samples."""
-        return replace(
-            self,
-            values=self.values[index],
-            gradients=self.gradients[index],
-            prior=self.prior[index],
-            weight=self.weight[index],
-            rows=self.rows[index],
-        )
+        return self._each(lambda t: t[index])
 
     def to(self, device: torch.device | str) -> Kinks:
-        moved = {n: getattr(self, n).to(device) for n in ("values", "gradients", "prior", "weight", "rows")}
-        return replace(self, **moved)
+        return self._each(lambda t: t.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Kinks:
+        values, gradients, prior = change(self.values), change(self.gradients), change(self.prior)
+        return Kinks(values, gradients, prior, change(self.weight), change(self.rows), self.temperature)
 
     def shares(self, moved: Tensor | None = None) -> Tensor:
         """p (c, J) after the values have changed by ``moved`` (c, J)."""

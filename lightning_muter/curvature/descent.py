@@ -143,8 +143,8 @@ def descend_contested(
             status = "stalled"
             break
         t, new = found
-        theta, before = theta + t * direction.reshape(theta.shape), now.gap
-        if linear and new.gap > max(0.5 * before, EQUAL):
+        theta = theta + t * direction.reshape(theta.shape)
+        if linear and new.gap > max(0.5 * now.gap, EQUAL):
             objective.cooling = max(objective.cooling / COOLING, COOLEST)
         now = objective.weigh(new)
         steps += 1

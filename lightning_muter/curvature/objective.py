@@ -115,9 +115,13 @@ class RobustObjective:
     def temperature(self) -> float:
         """Of the soft maximum over local maxima. A linear model that is not contended takes the largest, which is a function of
         theta alone; on the kinks of a piecewise-linear network maxima cannot be told apart."""
+        return self._warmest * self.cooling
+
+    @property
+    def _warmest(self) -> float:
         affine = self.problem.backbone.affine
         alone = not self.contended if affine else self.problem.backbone.piecewise_linear
-        return 0.0 if alone else self.smoothing.temperature * self.cooling
+        return 0.0 if alone else self.smoothing.temperature
 
     def contend(self) -> bool:
         """Track and weigh the local maxima of a linear model from now on; False where this is so already or can change nothing."""
@@ -225,7 +229,7 @@ class RobustObjective:
             rivals,
             prior,
             explore,
-            100 * self.temperature / self.cooling,
+            100 * self._warmest,
         )
         counts["samples"] += len(x)
         counts["maximisers converged"] += int(found.converged.sum())
