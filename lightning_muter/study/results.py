@@ -6,10 +6,12 @@ points (unlearned minus retrained), times are seconds; an empty cell means "not 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import math
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -136,16 +138,21 @@ def from_csv(text: str, *, origin: str = "results.csv") -> list[Row]:
 
 
 def append_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Append rows to a table in one write, so that several processes may share it; the first writes the header."""
+    """Append rows to a table in one write, so that several processes may share it.
+
+    A new table appears with its header in it, as a link to a finished file: whoever appends finds the header there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.") as header:
+            header.write(to_csv([]).encode())
+            header.flush()
+            os.fchmod(header.fileno(), 0o644)
+            with contextlib.suppress(FileExistsError):  # another process was first: its header is the same
+                os.link(header.name, path)
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o644)
-        header = True
-    except FileExistsError:
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
-        header = False
-    try:
-        os.write(descriptor, to_csv(rows, header=header).encode())
+        os.write(descriptor, to_csv(rows, header=False).encode())
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
