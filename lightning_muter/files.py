@@ -96,12 +96,13 @@ def beside(target: Path, suffix: str) -> Path:
     return target.parent / f".{target.name[-150:]}.{secrets.token_hex(8)}{suffix}"
 
 
-def write_new(path: Path, writer: Writer, *, like: Path | None = None) -> Written:
+def write_new(path: Path, writer: Writer, *, like: Path | None = None, mode: int = 0o666) -> Written:
     """Write and `fsync` the new file `path`; nothing is left of it when `writer` fails.
 
-    It gets the permissions of `like` if that exists. Its folder is not synced. Raises FileExistsError if there is one.
+    It gets the permissions of `like` if that exists, else `mode` as far as the umask lets it. Its folder is not synced.
+    Raises FileExistsError if there is one.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
     try:
         with os.fdopen(descriptor, "w+b") as stream:
             if like is not None and like.exists() and hasattr(os, "fchmod"):
@@ -114,6 +115,22 @@ def write_new(path: Path, writer: Writer, *, like: Path | None = None) -> Writte
     except BaseException:
         path.unlink(missing_ok=True)
         raise
+
+
+def create_once(path: Path, writer: Writer, *, mode: int = 0o666) -> None:
+    """Write `path` unless somebody else was first; whoever sees it sees all of it, however many begin at once."""
+    temp = beside(path, ".muter-tmp")
+    write_new(temp, writer, mode=mode)
+    try:
+        os.link(temp, path)
+    except FileExistsError:
+        pass
+    except OSError:  # no hard links here: the window between looking and renaming stays open
+        if not path.exists():
+            os.rename(temp, path)
+    finally:
+        temp.unlink(missing_ok=True)
+    fsync_folder(path.parent)
 
 
 def atomic_write(path: str | os.PathLike[str], writer: Writer) -> Written:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError
-from lightning_muter.files import fsync_folder
+from lightning_muter.files import create_once
 
 KEY_BYTES, DIGEST_BYTES = 32, 16
 _PACKAGES = ("lightning-muter", "torch", "lightning", "torchattacks", "safetensors", "numpy")
@@ -153,32 +153,10 @@ class DigestKey:
 
 
 def _write_secret(path: Path, secret: bytes) -> None:
-    """Written under another name and linked into place: whoever sees the file sees all of it; the first one wins."""
-    temp = path.parent / f".{path.name}.{secrets.token_hex(8)}.muter-tmp"
     try:
-        descriptor = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        create_once(path, lambda file: file.write(secret), mode=0o600)
     except FileNotFoundError:
         raise ArgumentError("key", str(path), "a file in an existing folder", f"Create {path.parent} first.") from None
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(secret)
-            file.flush()
-            os.fsync(file.fileno())
-        _link_new(temp, path)
-    finally:
-        temp.unlink(missing_ok=True)
-    fsync_folder(path.parent)
-
-
-def _link_new(temp: Path, path: Path) -> None:
-    """Give `temp` its final name unless somebody else was first."""
-    try:
-        os.link(temp, path)
-    except FileExistsError:
-        return
-    except OSError:  # no hard links here: the window between looking and renaming stays open
-        if not path.exists():
-            os.rename(temp, path)
 
 
 def versions() -> dict[str, str]:

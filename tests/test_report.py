@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import statistics
 from pathlib import Path
 
@@ -68,6 +69,33 @@ def test_appending_from_several_processes_loses_nothing(tmp_path: Path) -> None:
         assert worker.exitcode == 0
     assert {(r.method, r.seed) for r in read_rows(path)} == {(f"m{i}", s) for i in range(20) for s in range(2)}
     assert path.read_text().count("dataset,model") == 1
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_table_of_whoever_was_first_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    """Another process makes the table between our look and our write, on file systems with hard links or without."""
+    path, link = tmp_path / "results.csv", os.link
+
+    def overtaken(source: Path, target: Path) -> None:
+        monkeypatch.setattr(os, "link", link)
+        append_rows(path, [make("theirs")])
+        if not links:
+            raise PermissionError("no hard links here")
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", overtaken)
+    append_rows(path, [make("ours")])
+    assert path.read_text() == to_csv([make("theirs"), make("ours")])
+    assert [p.name for p in tmp_path.iterdir()] == ["results.csv"]
+
+
+def test_tables_need_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise PermissionError("no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    append_rows(tmp_path / "results.csv", [make()])
+    assert (tmp_path / "results.csv").read_text() == to_csv([make()])
 
 
 def test_reading_a_folder_keeps_each_measurement_once(tmp_path: Path) -> None:

@@ -6,12 +6,10 @@ points (unlearned minus retrained), times are seconds; an empty cell means "not 
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -19,6 +17,7 @@ from statistics import mean, median, stdev
 from typing import Any, TypeVar
 
 from lightning_muter.errors import CorruptFileError
+from lightning_muter.files import atomic_write, create_once
 
 T = TypeVar("T")
 NAN = math.nan
@@ -138,18 +137,10 @@ def from_csv(text: str, *, origin: str = "results.csv") -> list[Row]:
 
 
 def append_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Append rows to a table in one write, so that several processes may share it.
-
-    A new table appears with its header in it, as a link to a finished file: whoever appends finds the header there.
-    """
+    """Append rows to a table in one write, so that several processes may share it; a new one comes with its header."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.") as header:
-            header.write(to_csv([]).encode())
-            header.flush()
-            os.fchmod(header.fileno(), 0o644)
-            with contextlib.suppress(FileExistsError):  # another process was first: its header is the same
-                os.link(header.name, path)
+        create_once(path, lambda file: file.write(to_csv([]).encode()))
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
     try:
         os.write(descriptor, to_csv(rows, header=False).encode())
@@ -160,9 +151,7 @@ def append_rows(path: Path, rows: Sequence[Row]) -> None:
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".part")
-    scratch.write_text(to_csv(rows), encoding="utf-8")
-    scratch.replace(path)
+    atomic_write(path, lambda file: file.write(to_csv(rows).encode()))
 
 
 def read_rows(folder: Path) -> list[Row]:
