@@ -10,20 +10,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_muter.adversarial.attacks import LossAttack
+    from lightning_muter.adversarial.adversary import LossAttack
+    from lightning_muter.adversarial.threat_model import ThreatModel
+    from lightning_muter.adversarial.training import AdversarialTraining, AdversarialTrainingMixin
     from lightning_muter.callback import MUterCallback
-    from lightning_muter.curvature.inner import Smoothing
-    from lightning_muter.curvature.response import Response
-    from lightning_muter.methods import Method, MUter
-    from lightning_muter.snapshot import Snapshot
-    from lightning_muter.solvers import Solver
-    from lightning_muter.taking import refresh, take_snapshot
-    from lightning_muter.threat import ThreatModel
-    from lightning_muter.training import AdversarialTraining, AdversarialTrainingMixin
-    from lightning_muter.unlearning import UnlearnResult, unlearn
-    from lightning_muter.wide import unlearn_wide
-    from lightning_muter.wide_snapshot import WideSnapshot
-    from lightning_muter.wide_taking import take_wide_snapshot
+    from lightning_muter.curvature.inner.maximiser import Smoothing
+    from lightning_muter.curvature.response.choose import Response
+    from lightning_muter.scope.head_methods import Method, MUter
+    from lightning_muter.scope.network import unlearn_wide
+    from lightning_muter.scope.wide_taking import take_wide_snapshot
+    from lightning_muter.snapshot.old_snapshot import Snapshot
+    from lightning_muter.snapshot.take import refresh, take_snapshot
+    from lightning_muter.snapshot.wide_snapshot import WideSnapshot
+    from lightning_muter.solvers.choose import Solver
+    from lightning_muter.unlearning.unlearn import UnlearnResult, unlearn
 
 __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022 - in the order of the flow
@@ -49,24 +49,24 @@ __all__ = [  # noqa: RUF022 - in the order of the flow
 
 # Public name -> module that defines it; the same names as above, in the same order.
 _HOME = {
-    "ThreatModel": "threat",
-    "LossAttack": "adversarial.attacks",
-    "AdversarialTrainingMixin": "training",
-    "AdversarialTraining": "training",
+    "ThreatModel": "adversarial.threat_model",
+    "LossAttack": "adversarial.adversary",
+    "AdversarialTrainingMixin": "adversarial.training",
+    "AdversarialTraining": "adversarial.training",
     "MUterCallback": "callback",
-    "take_snapshot": "taking",
-    "take_wide_snapshot": "wide_taking",
-    "refresh": "taking",
-    "Snapshot": "snapshot",
-    "WideSnapshot": "wide_snapshot",
-    "unlearn": "unlearning",
-    "unlearn_wide": "wide",
-    "UnlearnResult": "unlearning",
-    "Method": "methods",
-    "MUter": "methods",
-    "Response": "curvature.response",
-    "Solver": "solvers",
-    "Smoothing": "curvature.inner",
+    "take_snapshot": "snapshot.take",
+    "take_wide_snapshot": "scope.wide_taking",
+    "refresh": "snapshot.take",
+    "Snapshot": "snapshot.old_snapshot",
+    "WideSnapshot": "snapshot.wide_snapshot",
+    "unlearn": "unlearning.unlearn",
+    "unlearn_wide": "scope.network",
+    "UnlearnResult": "unlearning.unlearn",
+    "Method": "scope.head_methods",
+    "MUter": "scope.head_methods",
+    "Response": "curvature.response.choose",
+    "Solver": "solvers.choose",
+    "Smoothing": "curvature.inner.maximiser",
 }
 
 

@@ -11,24 +11,24 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import Dataset, Subset
 
-from lightning_muter.adversarial.reading import attack_note
-from lightning_muter.curvature.direct import Curvature
-from lightning_muter.curvature.response import Response
+from lightning_muter.adversarial.from_torchattacks import attack_note
+from lightning_muter.adversarial.threat_model import ThreatModel
+from lightning_muter.adversarial.training import adversary_of
+from lightning_muter.curvature.hessian.direct import Curvature
+from lightning_muter.curvature.response.choose import Response
 from lightning_muter.errors import ArgumentError, RequestError, UnsuitableError
-from lightning_muter.files import commit_files
-from lightning_muter.identity import DigestKey
-from lightning_muter.losses import Loss
-from lightning_muter.methods import Method
+from lightning_muter.model.losses import Loss
 from lightning_muter.preflight.checks import DEFAULT_CAP, inspect_fit
 from lightning_muter.preflight.findings import enforce
-from lightning_muter.snapshot import CHECKPOINT_KEY, Snapshot, key_path
-from lightning_muter.solvers import Solver, as_solver
-from lightning_muter.taking import refresh, take_snapshot
-from lightning_muter.threat import ThreatModel
-from lightning_muter.training import adversary_of
-from lightning_muter.unlearning import UnlearnResult, unlearn
-from lightning_muter.wide_snapshot import WIDE_BATCH, WideSnapshot
-from lightning_muter.wide_taking import take_wide_snapshot
+from lightning_muter.scope.head_methods import Method
+from lightning_muter.scope.wide_taking import take_wide_snapshot
+from lightning_muter.snapshot.old_snapshot import CHECKPOINT_KEY, Snapshot, key_path
+from lightning_muter.snapshot.take import refresh, take_snapshot
+from lightning_muter.snapshot.wide_snapshot import WIDE_BATCH, WideSnapshot
+from lightning_muter.solvers.choose import Solver, as_solver
+from lightning_muter.storage.atomic import commit_files
+from lightning_muter.storage.fingerprint import DigestKey
+from lightning_muter.unlearning.unlearn import UnlearnResult, unlearn
 
 
 class MUterCallback(pl.Callback):

@@ -108,7 +108,7 @@ _LESS_MEMORY = (
 
 
 def _run_lightning(arguments: list[str]) -> int:
-    from lightning_muter.deletion.commands import run
+    from lightning_muter.deletion.trainer import run
 
     return run(arguments)
 
@@ -131,7 +131,7 @@ def _run_files(command: str, arguments: list[str]) -> int:
         parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for another process")
     options = parser.parse_args(arguments)
     if command == "audit":
-        from lightning_muter.deletion.inspection import audit_command
+        from lightning_muter.deletion.audit import audit_command
 
         return audit_command(options.ckpt_path, verify=options.verify)
     from lightning_muter.deletion.purge import purge_command

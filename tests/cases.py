@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from lightning_muter.curvature.inner import InnerSolver, Smoothing
-from lightning_muter.curvature.objective import RobustObjective
-from lightning_muter.curvature.problem import HeadProblem
-from lightning_muter.curvature.samples import SampleSource
-from lightning_muter.threat import ThreatModel
+from lightning_muter.adversarial.threat_model import ThreatModel
+from lightning_muter.curvature.inner.maximiser import InnerSolver, Smoothing
+from lightning_muter.curvature.objective.head import RobustObjective
+from lightning_muter.curvature.problem.head import HeadProblem
+from lightning_muter.model.dataset import SampleSource
 
 D, N = 4, 16
 

@@ -10,10 +10,10 @@ import torchattacks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_muter.adversarial.attacks import Adversary, LossAttack, adversarial_batch, divergence
+from lightning_muter.adversarial.adversary import Adversary, LossAttack, adversarial_batch, divergence
+from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.errors import ArgumentError, UnsuitableError
-from lightning_muter.losses import per_sample
-from lightning_muter.threat import ThreatModel
+from lightning_muter.model.losses import per_sample
 
 
 class Net(nn.Module):

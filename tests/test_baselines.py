@@ -7,14 +7,22 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_muter.data import ArrayDataset, DigitsDataModule
+from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.errors import ArgumentError
-from lightning_muter.losses import per_sample
-from lightning_muter.models import Classifier, LogisticRegression, SoftmaxRegression
-from lightning_muter.study.baselines import SISA, FineTune, NegativeGradient, Nothing, RetrainCold, RetrainWarm, descend
-from lightning_muter.study.evaluation import PGD
-from lightning_muter.study.world import World, head_vector
-from lightning_muter.threat import ThreatModel
+from lightning_muter.model.losses import per_sample
+from lightning_muter.study.attacks import PGD
+from lightning_muter.study.data import ArrayDataset, DigitsDataModule
+from lightning_muter.study.methods.sgd import (
+    SISA,
+    FineTune,
+    NegativeGradient,
+    Nothing,
+    RetrainCold,
+    RetrainWarm,
+    descend,
+)
+from lightning_muter.study.models import Classifier, LogisticRegression, SoftmaxRegression
+from lightning_muter.study.setup.problem import World, head_vector
 
 FORGET = [3, 10, 11, 40]
 

@@ -7,8 +7,8 @@ from collections import OrderedDict, UserDict, namedtuple
 import pytest
 import torch
 
-from lightning_muter.adversarial.batches import split_batch
 from lightning_muter.errors import ArgumentError
+from lightning_muter.model.batches import split_batch
 
 X, Y, W = torch.rand(4, 3), torch.arange(4), torch.rand(4)
 Pair = namedtuple("Pair", "image label")

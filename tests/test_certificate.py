@@ -13,21 +13,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Subset, TensorDataset
 
-from lightning_muter.certificate import (
+from lightning_muter.adversarial.threat_model import ThreatModel
+from lightning_muter.certificate.certificate import (
     _kappa,
     certified_distance,
     certified_distance_in_metric,
     certify,
     why_no_certificate,
 )
-from lightning_muter.curvature.descent import polish
-from lightning_muter.curvature.globality import line_curvature
-from lightning_muter.curvature.inner import InnerSolver, Smoothing
-from lightning_muter.curvature.problem import HeadProblem
-from lightning_muter.curvature.response import as_response
-from lightning_muter.taking import take_snapshot
-from lightning_muter.threat import ThreatModel
-from lightning_muter.unlearning import unlearn
+from lightning_muter.certificate.global_maxima import line_curvature
+from lightning_muter.curvature.inner.maximiser import InnerSolver, Smoothing
+from lightning_muter.curvature.problem.head import HeadProblem
+from lightning_muter.curvature.response.choose import as_response
+from lightning_muter.minimise.polish import polish
+from lightning_muter.snapshot.take import take_snapshot
+from lightning_muter.unlearning.unlearn import unlearn
 from tests.cases import Case, case, make
 from tests.test_unlearning import forget_from, snapshot_of
 

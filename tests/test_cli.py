@@ -18,15 +18,15 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_muter import cli
+from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.callback import MUterCallback
 from lightning_muter.deletion.checkpoints import load_checkpoint
+from lightning_muter.deletion.files import Places
 from lightning_muter.deletion.ledger import Ledger
-from lightning_muter.deletion.places import Places
 from lightning_muter.deletion.transactions import exclusive
 from lightning_muter.errors import RequestError
-from lightning_muter.identity import DigestKey
-from lightning_muter.snapshot import Snapshot
-from lightning_muter.threat import ThreatModel
+from lightning_muter.snapshot.old_snapshot import Snapshot
+from lightning_muter.storage.fingerprint import DigestKey
 
 from .faults import listing
 from .userproject import UserData, UserNet

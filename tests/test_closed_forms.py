@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_muter.data import ArrayDataset
+from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.errors import ArgumentError
-from lightning_muter.losses import per_sample
-from lightning_muter.models import Classifier, LogisticRegression, SoftmaxRegression
-from lightning_muter.study.closed_forms import ClosedForm
-from lightning_muter.study.evaluation import PGD
-from lightning_muter.study.world import World, head_vector
-from lightning_muter.threat import ThreatModel
+from lightning_muter.model.losses import per_sample
+from lightning_muter.study.attacks import PGD
+from lightning_muter.study.data import ArrayDataset
+from lightning_muter.study.methods.newton_influence_fisher import ClosedForm
+from lightning_muter.study.models import Classifier, LogisticRegression, SoftmaxRegression
+from lightning_muter.study.setup.problem import World, head_vector
 
 FORGET = [0, 7, 19]
 DECAY = 0.05
@@ -114,7 +114,7 @@ def test_two_requests_equal_their_union() -> None:
 
 def test_newton_on_a_quadratic_objective_is_exact_retraining() -> None:
     """Ridge with clean points: the minimiser of what is left, from the minimiser of everything, in one step."""
-    from lightning_muter.models import RidgeClassifier
+    from lightning_muter.study.models import RidgeClassifier
 
     world = make_world(one_logit=True)
     model = RidgeClassifier((4,)).double()

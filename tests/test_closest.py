@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from lightning_muter.study.closest import beaten, cases, closest_markdown
-from lightning_muter.study.results import Row
+from lightning_muter.study.report.closest import beaten, cases, closest_markdown
+from lightning_muter.study.report.rows import Row
 
 
 def row(method: str, distance: float, setting: str = "5 %", seed: int = 0, **values: float) -> Row:

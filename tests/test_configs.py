@@ -13,15 +13,15 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
-from lightning_muter import experiment
-from lightning_muter.data import SplitDataModule
 from lightning_muter.errors import ArgumentError
-from lightning_muter.models import Classifier
-from lightning_muter.study import resolvers
-from lightning_muter.study.baselines import Competitor
-from lightning_muter.study.evaluation import Evaluation
-from lightning_muter.study.groundwork import threat_of
-from lightning_muter.study.scenarios import Setting
+from lightning_muter.study import experiment
+from lightning_muter.study.attacks import Evaluation
+from lightning_muter.study.data import SplitDataModule
+from lightning_muter.study.hydra import resolvers
+from lightning_muter.study.methods.sgd import Competitor
+from lightning_muter.study.models import Classifier
+from lightning_muter.study.requests import Setting
+from lightning_muter.study.setup.train import threat_of
 
 CONF = Path(experiment.config_dir())
 

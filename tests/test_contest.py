@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_muter.curvature.anderson import Anderson
-from lightning_muter.curvature.contest import Kinks
-from lightning_muter.curvature.descent import descend_contested, polish
-from lightning_muter.curvature.inner import InnerSolver, Smoothing
-from lightning_muter.curvature.objective import RobustObjective
-from lightning_muter.curvature.response import as_response
-from lightning_muter.solvers import definite_inverse
-from lightning_muter.threat import ThreatModel
+from lightning_muter.adversarial.threat_model import ThreatModel
+from lightning_muter.curvature.inner.anderson import Anderson
+from lightning_muter.curvature.inner.maximiser import InnerSolver, Smoothing
+from lightning_muter.curvature.objective.head import RobustObjective
+from lightning_muter.curvature.objective.soft_maximum import Kinks
+from lightning_muter.curvature.response.choose import as_response
+from lightning_muter.minimise.polish import descend_contested, polish
+from lightning_muter.solvers.choose import definite_inverse
 from tests.cases import case, make
 
 WIDE = ThreatModel("l2", 0.9, None)

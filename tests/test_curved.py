@@ -8,21 +8,21 @@ import math
 import pytest
 import torch
 
-from lightning_muter.curvature.response import Unconstrained
-from lightning_muter.data import DigitsDataModule
-from lightning_muter.metrics import relative_parameter_distance
-from lightning_muter.models import LogisticRegression, SoftmaxRegression
-from lightning_muter.solvers import Schur
-from lightning_muter.study import protocol
-from lightning_muter.study.baselines import Competitor, Outcome
-from lightning_muter.study.cache import Cache
-from lightning_muter.study.closed_forms import ClosedForm
-from lightning_muter.study.curved import Unlearn
-from lightning_muter.study.evaluation import PGD
-from lightning_muter.study.results import Row
-from lightning_muter.study.scenarios import Scenario
-from lightning_muter.study.world import World, head_vector
-from lightning_muter.threat import ThreatModel
+from lightning_muter.adversarial.threat_model import ThreatModel
+from lightning_muter.curvature.response.choose import Unconstrained
+from lightning_muter.solvers.choose import Schur
+from lightning_muter.study import compare as protocol
+from lightning_muter.study.attacks import PGD
+from lightning_muter.study.data import DigitsDataModule
+from lightning_muter.study.methods.muter import Unlearn
+from lightning_muter.study.methods.newton_influence_fisher import ClosedForm
+from lightning_muter.study.methods.sgd import Competitor, Outcome
+from lightning_muter.study.metrics import relative_parameter_distance
+from lightning_muter.study.models import LogisticRegression, SoftmaxRegression
+from lightning_muter.study.report.rows import Row
+from lightning_muter.study.requests import Scenario
+from lightning_muter.study.setup.cache import Cache
+from lightning_muter.study.setup.problem import World, head_vector
 
 FORGET = [2, 9, 30, 31]
 

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10, MNIST
 
-from lightning_muter import data as d
-from lightning_muter.data.arrays import regroup
 from lightning_muter.errors import ArgumentError
+from lightning_muter.study import data as d
+from lightning_muter.study.data.arrays import regroup
 
 # -- arrays ------------------------------------------------------------------------------------------------------------
 

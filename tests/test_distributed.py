@@ -14,15 +14,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from lightning_muter.curvature.response import as_response
-from lightning_muter.distributed import Shards, refuse_sharded_parameters
+from lightning_muter.adversarial.threat_model import ThreatModel
+from lightning_muter.curvature.objective.sharded import ShardedObjective
+from lightning_muter.curvature.response.choose import as_response
 from lightning_muter.errors import UnsuitableError
-from lightning_muter.sharded import ShardedObjective
-from lightning_muter.snapshot import Snapshot
-from lightning_muter.taking import take_snapshot
-from lightning_muter.threat import ThreatModel
-from lightning_muter.unlearning import unlearn
-from lightning_muter.wide import unlearn_wide
+from lightning_muter.model.distributed import Shards, refuse_sharded_parameters
+from lightning_muter.scope.network import unlearn_wide
+from lightning_muter.snapshot.old_snapshot import Snapshot
+from lightning_muter.snapshot.take import take_snapshot
+from lightning_muter.unlearning.unlearn import unlearn
 from tests.cases import equal_maxima, several_maxima
 from tests.test_matrix_free import EXACT, data, direction, objective, relu_net
 
@@ -107,8 +107,8 @@ def numbers(shards: Shards) -> dict[str, Tensor]:
 def _head_objective(shards: Shards, threat: ThreatModel, dataset: Any) -> ShardedObjective:
     from torch.nn import functional as F
 
-    from lightning_muter.curvature.problem import HeadProblem
-    from lightning_muter.curvature.samples import SampleSource
+    from lightning_muter.curvature.problem.head import HeadProblem
+    from lightning_muter.model.dataset import SampleSource
 
     source = SampleSource(dataset, threat=threat, batch_size=5)
     problem = HeadProblem(relu_net(), F.cross_entropy, source.examples())

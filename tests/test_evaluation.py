@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_muter.data import DigitsDataModule
+from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.errors import ArgumentError
-from lightning_muter.models import LogisticRegression, SmallCNN
-from lightning_muter.study.evaluation import PGD, AutoAttack, stacked
-from lightning_muter.threat import ThreatModel
+from lightning_muter.study.attacks import PGD, AutoAttack, stacked
+from lightning_muter.study.data import DigitsDataModule
+from lightning_muter.study.models import LogisticRegression, SmallCNN
 
 
 @pytest.fixture

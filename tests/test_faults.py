@@ -26,15 +26,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_muter import cli, files
-from lightning_muter.deletion import bookkeeping, lineage, transactions
-from lightning_muter.deletion import places as places_module
+from lightning_muter import cli
+from lightning_muter.deletion import files as places_module
+from lightning_muter.deletion import ledger_access as lineage
+from lightning_muter.deletion import request_flow as bookkeeping
+from lightning_muter.deletion import transactions
 from lightning_muter.deletion.checkpoints import checkpoint_fingerprint, load_checkpoint
+from lightning_muter.deletion.files import Places
 from lightning_muter.deletion.ledger import Ledger
-from lightning_muter.deletion.places import Places
 from lightning_muter.deletion.transactions import STAGES
-from lightning_muter.identity import DigestKey
-from lightning_muter.snapshot import Snapshot
+from lightning_muter.snapshot.old_snapshot import Snapshot
+from lightning_muter.storage import atomic as files
+from lightning_muter.storage.fingerprint import DigestKey
 
 from .faults import WatchedOs, run_killed
 from .test_checkpoints import Evil, zipped

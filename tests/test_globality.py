@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_muter.curvature.branching import _rise, global_maxima
-from lightning_muter.curvature.dual import Dual, as_dual
-from lightning_muter.curvature.globality import best_maximisers, curvature_gap
-from lightning_muter.curvature.inner import InnerSolver, Rho, Smoothing
-from lightning_muter.curvature.problem import HeadProblem
-from lightning_muter.curvature.simplex import linear_maximum
-from lightning_muter.threat import ThreatModel
+from lightning_muter.adversarial.threat_model import ThreatModel
+from lightning_muter.certificate.branch_and_bound import _rise, global_maxima
+from lightning_muter.certificate.dual import Dual, as_dual
+from lightning_muter.certificate.global_maxima import best_maximisers, curvature_gap
+from lightning_muter.certificate.simplex import linear_maximum
+from lightning_muter.curvature.inner.maximiser import InnerSolver, Rho, Smoothing
+from lightning_muter.curvature.problem.head import HeadProblem
 
 LOSSES = {
     "softmax": (F.cross_entropy, 3),

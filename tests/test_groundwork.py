@@ -12,19 +12,19 @@ import torch
 import torchattacks
 from torch.utils.data import Subset
 
-from lightning_muter.curvature.inner import InnerSolver
-from lightning_muter.data import (
+from lightning_muter.curvature.inner.maximiser import InnerSolver
+from lightning_muter.study.attacks import PGD
+from lightning_muter.study.data import (
     ArrayDataset,
     BreastCancerDataModule,
     DigitsDataModule,
     LacunaDataModule,
     SplitDataModule,
 )
-from lightning_muter.models import Classifier, LogisticRegression, SmallCNN, SoftmaxRegression
-from lightning_muter.study import groundwork
-from lightning_muter.study.cache import Cache
-from lightning_muter.study.evaluation import PGD
-from lightning_muter.study.world import World, head_vector
+from lightning_muter.study.models import Classifier, LogisticRegression, SmallCNN, SoftmaxRegression
+from lightning_muter.study.setup import train as groundwork
+from lightning_muter.study.setup.cache import Cache
+from lightning_muter.study.setup.problem import World, head_vector
 from tests.test_data import write_images
 
 TRAINER = functools.partial(

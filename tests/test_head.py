@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 from lightning_muter.errors import UnsuitableError
-from lightning_muter.head import eval_mode, features, find_head
+from lightning_muter.model.head import eval_mode, features, find_head
 
 
 class Net(nn.Module):

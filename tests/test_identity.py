@@ -11,9 +11,9 @@ import struct
 import pytest
 import torch
 
-from lightning_muter import identity
 from lightning_muter.errors import ArgumentError, CorruptFileError
-from lightning_muter.identity import DigestKey, weight_fingerprint
+from lightning_muter.storage import fingerprint as identity
+from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
 
 KEY = DigestKey(bytes(range(32)))
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_muter.curvature.inner import InnerSolver, Rho, Smoothing
-from lightning_muter.curvature.problem import HeadProblem
-from lightning_muter.threat import ThreatModel
+from lightning_muter.adversarial.threat_model import ThreatModel
+from lightning_muter.curvature.inner.maximiser import InnerSolver, Rho, Smoothing
+from lightning_muter.curvature.problem.head import HeadProblem
 from tests import reference
 from tests.cases import NAMES, THREATS, Case, case
 

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from lightning_muter.curvature import kronecker
-from lightning_muter.curvature.kronecker import Kronecker
-from lightning_muter.curvature.matrix_free import WideObjective
-from lightning_muter.threat import ThreatModel
-from lightning_muter.truncated import TruncatedCG
+from lightning_muter.adversarial.threat_model import ThreatModel
+from lightning_muter.curvature.objective import kfac as kronecker
+from lightning_muter.curvature.objective.kfac import Kronecker
+from lightning_muter.curvature.objective.network import WideObjective
+from lightning_muter.solvers.truncated import TruncatedCG
 from tests.test_matrix_free import direction, objective
 
 

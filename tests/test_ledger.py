@@ -14,7 +14,7 @@ from lightning_muter.deletion import ledger as ledger_module
 from lightning_muter.deletion import receipts
 from lightning_muter.deletion.ledger import Ledger, Switch
 from lightning_muter.errors import CorruptFileError, RequestError
-from lightning_muter.identity import DigestKey
+from lightning_muter.storage.fingerprint import DigestKey
 
 KEY = DigestKey(bytes(range(32)))
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_muter.errors import ArgumentError
-from lightning_muter.losses import accuracy, is_cross_entropy, mean_loss, per_sample, resolve_loss
+from lightning_muter.model.losses import accuracy, is_cross_entropy, mean_loss, per_sample, resolve_loss
 
 
 def test_criterion_of_the_module_then_cross_entropy() -> None:

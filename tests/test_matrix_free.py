@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from lightning_muter.curvature.inner import InnerSolver, Smoothing
-from lightning_muter.curvature.matrix_free import WideObjective
-from lightning_muter.curvature.objective import RobustObjective
-from lightning_muter.curvature.problem import HeadProblem
-from lightning_muter.curvature.response import Response, Unconstrained, as_response
-from lightning_muter.curvature.samples import SampleSource
-from lightning_muter.curvature.wide_problem import WideProblem, parameters_in
+from lightning_muter.adversarial.threat_model import ThreatModel
+from lightning_muter.curvature.inner.maximiser import InnerSolver, Smoothing
+from lightning_muter.curvature.objective.head import RobustObjective
+from lightning_muter.curvature.objective.network import WideObjective
+from lightning_muter.curvature.problem.head import HeadProblem
+from lightning_muter.curvature.problem.network import WideProblem, parameters_in
+from lightning_muter.curvature.response.choose import Response, Unconstrained, as_response
 from lightning_muter.errors import ArgumentError
-from lightning_muter.threat import ThreatModel
+from lightning_muter.model.dataset import SampleSource
 
 EXACT = InnerSolver(tolerance=1e-12, max_iter=1000)
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_muter import metrics as m
 from lightning_muter.errors import ArgumentError
+from lightning_muter.study import metrics as m
 
 
 @pytest.fixture

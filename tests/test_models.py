@@ -12,10 +12,10 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from lightning_muter import models as m
-from lightning_muter.data import BreastCancerDataModule, DigitsDataModule
 from lightning_muter.errors import ArgumentError, CorruptFileError
-from lightning_muter.models.losses import signs
+from lightning_muter.study import models as m
+from lightning_muter.study.data import BreastCancerDataModule, DigitsDataModule
+from lightning_muter.study.models.criteria import signs
 
 IMAGE = (3, 16, 16)
 

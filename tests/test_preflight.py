@@ -16,8 +16,10 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, WeightedRandomSampler
 
+from lightning_muter.adversarial.threat_model import ThreatModel
+from lightning_muter.adversarial.training import AdversarialTraining
 from lightning_muter.errors import UnsuitableError
-from lightning_muter.head import find_head
+from lightning_muter.model.head import find_head
 from lightning_muter.preflight.checks import (
     inspect_fit,
     inspect_loss,
@@ -27,10 +29,8 @@ from lightning_muter.preflight.checks import (
     predict_bytes,
 )
 from lightning_muter.preflight.data import example_batch, inspect_loaders
-from lightning_muter.preflight.decay import inspect_optimizers, read_weight_decay
 from lightning_muter.preflight.findings import Finding, enforce, skip_reason
-from lightning_muter.threat import ThreatModel
-from lightning_muter.training import AdversarialTraining
+from lightning_muter.preflight.optimizers import inspect_optimizers, read_weight_decay
 
 PGD = functools.partial(torchattacks.PGD, eps=0.1, steps=2)
 

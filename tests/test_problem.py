@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_muter.curvature.problem import HeadProblem
+from lightning_muter.curvature.problem.head import HeadProblem
 from tests import reference
 from tests.cases import NAMES, D, case
 

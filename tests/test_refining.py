@@ -12,12 +12,12 @@ from sklearn.datasets import load_digits, load_iris
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
-from lightning_muter import unlearning
-from lightning_muter.curvature.objective import RobustObjective
-from lightning_muter.snapshot import Snapshot
-from lightning_muter.taking import take_snapshot
-from lightning_muter.threat import ThreatModel
-from lightning_muter.unlearning import unlearn
+from lightning_muter.adversarial.threat_model import ThreatModel
+from lightning_muter.curvature.objective.head import RobustObjective
+from lightning_muter.snapshot.old_snapshot import Snapshot
+from lightning_muter.snapshot.take import take_snapshot
+from lightning_muter.unlearning import unlearn as unlearning
+from lightning_muter.unlearning.unlearn import unlearn
 
 CLASS = 3
 BASE: dict[str, Any] = {"threat_model": ThreatModel("l2", 0.25), "weight_decay": 1e-2, "progress": False}

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from lightning_muter import report
 from lightning_muter.errors import CorruptFileError
-from lightning_muter.study import plots, results, tables
-from lightning_muter.study.results import Row, append_rows, from_csv, read_rows, summarise, to_csv, write_rows
+from lightning_muter.study.report import plots, report, tables
+from lightning_muter.study.report import rows as results
+from lightning_muter.study.report.rows import Row, append_rows, from_csv, read_rows, summarise, to_csv, write_rows
 
 
 def make(method: str = "newton", setting: str = "5 %", seed: int = 0, **values: float | str) -> Row:

@@ -6,7 +6,7 @@ import pytest
 
 from lightning_muter.deletion.requests import ForgetConfig, Rows, checked_request_id, refuse_forgotten, resolve
 from lightning_muter.errors import ArgumentError, RequestError
-from lightning_muter.identity import DigestKey
+from lightning_muter.storage.fingerprint import DigestKey
 
 
 @pytest.fixture

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_muter.curvature.inner import InnerSolver, Smoothing
-from lightning_muter.curvature.response import (
+from lightning_muter.adversarial.threat_model import ThreatModel
+from lightning_muter.curvature.hessian.sums import Sums, add_hessian
+from lightning_muter.curvature.inner.maximiser import InnerSolver, Smoothing
+from lightning_muter.curvature.response.choose import (
     L2Response,
     LinfResponse,
     LocalPoint,
@@ -18,9 +20,7 @@ from lightning_muter.curvature.response import (
     Unconstrained,
     as_response,
 )
-from lightning_muter.curvature.total import Sums, add_hessian
 from lightning_muter.errors import ArgumentError
-from lightning_muter.threat import ThreatModel
 from tests import reference
 from tests.cases import NAMES, THREATS, Case, N, case, make
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError
-from lightning_muter.identity import DigestKey
-from lightning_muter.resuming import Resumable
-from lightning_muter.snapshot import Snapshot
-from lightning_muter.taking import take_snapshot
-from lightning_muter.threat import ThreatModel
+from lightning_muter.snapshot.old_snapshot import Snapshot
+from lightning_muter.snapshot.resume import Resumable
+from lightning_muter.snapshot.take import take_snapshot
+from lightning_muter.storage.fingerprint import DigestKey
 from tests.cases import several_maxima
 from tests.test_matrix_free import data, relu_net
 
@@ -48,7 +48,7 @@ def take(dataset: Any, resume: Resumable | None = None, **options: Any) -> Snaps
     options = {"threat_model": ThreatModel("l2", 0.05), "weight_decay": 0.01, "batch_size": 4, "polish": 0} | options
     # larger than memory: rows are read again in every pass
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_muter.curvature.samples._CACHE_BYTES", 0)
+        patch.setattr("lightning_muter.model.dataset._CACHE_BYTES", 0)
         return take_snapshot(relu_net(), dataset, resume=resume, key=DigestKey(bytes(32)), progress=False, **options)
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from lightning_muter import Snapshot, ThreatModel, take_snapshot, unlearn
-from lightning_muter.certificate import certify
-from lightning_muter.curvature.descent import polish
-from lightning_muter.curvature.inner import Smoothing
-from lightning_muter.curvature.objective import RobustObjective
-from lightning_muter.curvature.response import as_response
-from lightning_muter.curvature.rivals import Several, ranked
+from lightning_muter.certificate.certificate import certify
+from lightning_muter.curvature.inner.local_maxima import Several, ranked
+from lightning_muter.curvature.inner.maximiser import Smoothing
+from lightning_muter.curvature.objective.head import RobustObjective
+from lightning_muter.curvature.response.choose import as_response
+from lightning_muter.minimise.polish import polish
 from tests.cases import Case, make
 
 THREAT = ThreatModel("l2", 0.5, None)

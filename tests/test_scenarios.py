@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_muter.data import ArrayDataset
 from lightning_muter.errors import ArgumentError
-from lightning_muter.study import scenarios as s
+from lightning_muter.study import requests as s
+from lightning_muter.study.data import ArrayDataset
 
 
 @pytest.fixture

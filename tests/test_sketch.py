@@ -11,15 +11,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_muter.curvature.local import LocalPoint
-from lightning_muter.curvature.motion import LowRankMotion
-from lightning_muter.curvature.objective import RobustObjective
-from lightning_muter.curvature.problem import Backbone, HeadProblem
-from lightning_muter.curvature.response import L2Response, LinfResponse, first_order
-from lightning_muter.curvature.samples import SampleSource
-from lightning_muter.curvature.sketch import choose_directions, rademacher
+from lightning_muter.adversarial.threat_model import ThreatModel
+from lightning_muter.curvature.objective.head import RobustObjective
+from lightning_muter.curvature.problem.head import Backbone, HeadProblem
+from lightning_muter.curvature.problem.point import LocalPoint
+from lightning_muter.curvature.response.choose import L2Response, LinfResponse, first_order
+from lightning_muter.curvature.response.operators import LowRankMotion
+from lightning_muter.curvature.response.sketch import choose_directions, rademacher
 from lightning_muter.errors import ArgumentError
-from lightning_muter.threat import ThreatModel
+from lightning_muter.model.dataset import SampleSource
 from tests.test_matrix_free import EXACT, data, relu_net
 
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_muter import files
-from lightning_muter.curvature.response import Response, Unconstrained
+from lightning_muter.curvature.response.choose import Response, Unconstrained
 from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError, MuterError
-from lightning_muter.identity import DigestKey
-from lightning_muter.snapshot import KIND, Snapshot, key_path
-from lightning_muter.storage import read_container, write_container
-from lightning_muter.taking import take_snapshot
+from lightning_muter.snapshot.old_snapshot import KIND, Snapshot, key_path
+from lightning_muter.snapshot.take import take_snapshot
+from lightning_muter.storage import atomic as files
+from lightning_muter.storage.container import read_container, write_container
+from lightning_muter.storage.fingerprint import DigestKey
 from tests.cases import THREATS, Case, case
 from tests.faults import WatchedOs, listing, no_space
 from tests.test_unlearning import forget_from, head_of, snapshot_of, state
@@ -203,7 +203,7 @@ def test_a_first_save_that_fails_leaves_nothing(stored, tmp_path, monkeypatch):
     def fail(*args: Any) -> Any:
         raise OSError(28, "No space left on device (injected)")
 
-    monkeypatch.setattr("lightning_muter.stored.atomic_write", fail)
+    monkeypatch.setattr("lightning_muter.snapshot.snapshot.atomic_write", fail)
     with pytest.raises(OSError, match="injected"):
         snapshot.save(tmp_path / "a.muter.snapshot")
     assert listing(tmp_path) == {}

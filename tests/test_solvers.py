@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_muter.errors import ArgumentError, SolveError
-from lightning_muter.solvers import CG, LU, Border, Cholesky, Neumann, Schur, Solver, as_solver, definite_inverse
+from lightning_muter.solvers.choose import CG, LU, Border, Cholesky, Neumann, Schur, Solver, as_solver, definite_inverse
 
 EXACT: list[Solver] = [Cholesky(), LU(), CG(), Neumann(tolerance=1e-12), Schur()]
 

@@ -16,8 +16,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from lightning_muter import files, storage
 from lightning_muter.errors import ArgumentError, CorruptFileError
+from lightning_muter.storage import atomic as files
+from lightning_muter.storage import container as storage
 
 from .faults import WatchedOs, listing, no_space, run_killed
 

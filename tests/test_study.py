@@ -13,19 +13,19 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_muter import experiment
-from lightning_muter.data import DigitsDataModule
+from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.errors import ArgumentError, SolveError
-from lightning_muter.models import Classifier, SoftmaxRegression
-from lightning_muter.study import protocol
-from lightning_muter.study.baselines import Competitor, Nothing, Outcome, RetrainWarm, State
-from lightning_muter.study.cache import Cache
-from lightning_muter.study.evaluation import PGD
-from lightning_muter.study.results import Row, read_rows
-from lightning_muter.study.scenarios import Fractions, Scenario, Successive
-from lightning_muter.study.sweeps import FinishedJobs, add_failure, failures, job_key
-from lightning_muter.study.world import World, head_vector
-from lightning_muter.threat import ThreatModel
+from lightning_muter.study import compare as protocol
+from lightning_muter.study import experiment
+from lightning_muter.study.attacks import PGD
+from lightning_muter.study.data import DigitsDataModule
+from lightning_muter.study.hydra.sweeps import FinishedJobs, add_failure, failures, job_key
+from lightning_muter.study.methods.sgd import Competitor, Nothing, Outcome, RetrainWarm, State
+from lightning_muter.study.models import Classifier, SoftmaxRegression
+from lightning_muter.study.report.rows import Row, read_rows
+from lightning_muter.study.requests import Fractions, Scenario, Successive
+from lightning_muter.study.setup.cache import Cache
+from lightning_muter.study.setup.problem import World, head_vector
 from tests.test_configs import composed
 
 ROW = Row("digits", "softmax", "pgd_l2", "", "", eps=0.1)
@@ -184,7 +184,7 @@ def test_finished_jobs_and_failures_come_back(tmp_path: Path) -> None:
 
 
 def test_the_progress_bar_counts_what_is_finished(capsys: pytest.CaptureFixture[str]) -> None:
-    from lightning_muter.study.progress import Progress
+    from lightning_muter.study.hydra.progress import Progress
 
     with Progress(2) as progress:
         progress.begin("one")
@@ -201,7 +201,7 @@ def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     root = Path(experiment.__file__).parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "MUTER_CACHE": str(folder / "cache")}
     return subprocess.run(
-        [sys.executable, "-m", "lightning_muter.experiment", *arguments],
+        [sys.executable, "-m", "lightning_muter.study.experiment", *arguments],
         cwd=folder,
         env=environment,
         capture_output=True,

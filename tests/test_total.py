@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from lightning_muter.curvature.inner import InnerSolver
-from lightning_muter.curvature.objective import RobustObjective
-from lightning_muter.curvature.problem import HeadProblem
-from lightning_muter.curvature.response import as_response
-from lightning_muter.curvature.samples import SampleSource
-from lightning_muter.curvature.total import BlockSymmetric, Sums
-from lightning_muter.threat import ThreatModel
+from lightning_muter.adversarial.threat_model import ThreatModel
+from lightning_muter.curvature.hessian.sums import BlockSymmetric, Sums
+from lightning_muter.curvature.inner.maximiser import InnerSolver
+from lightning_muter.curvature.objective.head import RobustObjective
+from lightning_muter.curvature.problem.head import HeadProblem
+from lightning_muter.curvature.response.choose import as_response
+from lightning_muter.model.dataset import SampleSource
 from tests import reference
 from tests.cases import NAMES, THREATS, Case, case, make
 from tests.test_inner import _solve
@@ -72,7 +72,7 @@ def test_parts_add_up_in_any_order_and_batch(name, key):
 def test_chunks_of_the_workspace_change_nothing(monkeypatch):
     one = case("affine-softmax-weighted")
     whole = _sums(one, "l2")
-    monkeypatch.setattr("lightning_muter.curvature.total._WORKSPACE", 200)
+    monkeypatch.setattr("lightning_muter.curvature.hessian.sums._WORKSPACE", 200)
     parts = _sums(one, "l2")
     assert whole.hessian is not None
     assert parts.hessian is not None
@@ -122,7 +122,7 @@ def test_sums_accumulated_in_single_precision_err_by_rounding_alone(monkeypatch,
     threat = ThreatModel("l2", 0.05, None)
     sums = {}
     for dtype in (torch.float64, torch.float32):
-        monkeypatch.setattr("lightning_muter.curvature.problem.algebra_dtype", lambda device, dtype=dtype: dtype)
+        monkeypatch.setattr("lightning_muter.curvature.problem.head.algebra_dtype", lambda device, dtype=dtype: dtype)
         source = SampleSource(TensorDataset(x, y), batch_size=64)
         problem = HeadProblem(model, torch.nn.functional.cross_entropy, source.examples())
         decay = torch.zeros(problem.shape, dtype=dtype)

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_muter.adversarial.attacks import Adversary, LossAttack, divergence
+from lightning_muter.adversarial.adversary import Adversary, LossAttack, divergence
 from lightning_muter.adversarial.steps import STATE, STEPS
+from lightning_muter.adversarial.threat_model import ThreatModel
+from lightning_muter.adversarial.training import AdversarialTraining, AdversarialTrainingMixin, adversary_of
 from lightning_muter.errors import ArgumentError, RequestError, UnsuitableError
-from lightning_muter.threat import ThreatModel
-from lightning_muter.training import AdversarialTraining, AdversarialTrainingMixin, adversary_of
 
 EPS = 0.1
 PGD = functools.partial(torchattacks.PGD, eps=EPS, alpha=0.04, steps=3)
@@ -857,7 +857,10 @@ def test_unlearn_calls_the_attached_callback() -> None:
     [
         ({"class_path": "torchattacks.PGDL2", "init_args": {"eps": 0.2}}, ThreatModel("l2", 0.2)),
         (
-            {"class_path": "lightning_muter.threat.ThreatModel", "init_args": {"norm": "linf", "eps": 0.3}},
+            {
+                "class_path": "lightning_muter.adversarial.threat_model.ThreatModel",
+                "init_args": {"norm": "linf", "eps": 0.3},
+            },
             ThreatModel("linf", 0.3),
         ),
     ],

@@ -9,13 +9,14 @@ import sqlite3
 
 import pytest
 
-from lightning_muter import files
-from lightning_muter.deletion import ledger, lineage, transactions
-from lightning_muter.deletion import places as places_module
+from lightning_muter.deletion import files as places_module
+from lightning_muter.deletion import ledger, transactions
+from lightning_muter.deletion import ledger_access as lineage
+from lightning_muter.deletion.files import Places
 from lightning_muter.deletion.ledger import Ledger
-from lightning_muter.deletion.places import Places
 from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError, RequestError
-from lightning_muter.identity import DigestKey
+from lightning_muter.storage import atomic as files
+from lightning_muter.storage.fingerprint import DigestKey
 
 from .faults import WatchedOs, listing, no_space, run_killed
 

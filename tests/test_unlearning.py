@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
-from lightning_muter.curvature.response import Unconstrained
+from lightning_muter.adversarial.threat_model import ThreatModel
+from lightning_muter.curvature.response.choose import Unconstrained
 from lightning_muter.errors import ArgumentError, MismatchError, MuterError, RequestError, SolveError, UnsuitableError
-from lightning_muter.snapshot import Snapshot
-from lightning_muter.solvers import CG, Neumann, Schur
-from lightning_muter.taking import refresh, take_snapshot
-from lightning_muter.threat import ThreatModel
-from lightning_muter.unlearning import UnlearnResult, unlearn
+from lightning_muter.snapshot.old_snapshot import Snapshot
+from lightning_muter.snapshot.take import refresh, take_snapshot
+from lightning_muter.solvers.choose import CG, Neumann, Schur
+from lightning_muter.unlearning.unlearn import UnlearnResult, unlearn
 from tests.cases import THREATS, Case, case, make
 
 NONE = ThreatModel("l2", 0.0)
@@ -425,15 +425,15 @@ def test_an_undecayed_bias_is_fine_or_refused_but_never_wrong():
 @pytest.mark.parametrize(
     "where",
     [
-        "lightning_muter.unlearning._downdated",
-        "lightning_muter.unlearning._warnings",
-        "lightning_muter.unlearning._with_retained",
-        "lightning_muter.unlearning.weight_fingerprint",
-        "lightning_muter.unlearning.certify",
-        "lightning_muter.unlearning.refined",
-        "lightning_muter.snapshot.Snapshot.adopt",
-        "lightning_muter.curvature.problem.HeadProblem.write_theta",
-        "lightning_muter.methods.MUter.step",
+        "lightning_muter.unlearning.unlearn._downdated",
+        "lightning_muter.unlearning.unlearn._warnings",
+        "lightning_muter.unlearning.unlearn._with_retained",
+        "lightning_muter.unlearning.unlearn.weight_fingerprint",
+        "lightning_muter.unlearning.unlearn.certify",
+        "lightning_muter.unlearning.unlearn.refined",
+        "lightning_muter.snapshot.old_snapshot.Snapshot.adopt",
+        "lightning_muter.curvature.problem.head.HeadProblem.write_theta",
+        "lightning_muter.scope.head_methods.MUter.step",
     ],
 )
 @pytest.mark.parametrize("error", [RuntimeError("injected"), KeyboardInterrupt()], ids=["error", "interrupt"])
@@ -463,7 +463,7 @@ def test_a_failure_after_half_of_the_weights_are_written_leaves_no_trace(prepare
             self.head.linear.weight.copy_(theta[:, :-1])
         raise OSError("injected between the writes")
 
-    monkeypatch.setattr("lightning_muter.curvature.problem.HeadProblem.write_theta", half)
+    monkeypatch.setattr("lightning_muter.curvature.problem.head.HeadProblem.write_theta", half)
     with pytest.raises(OSError, match="between the writes"):
         forget_from(one, snapshot, [3])
     assert state(one.net, snapshot) == before

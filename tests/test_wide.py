@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
+from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.errors import ArgumentError, RequestError, SolveError, UnsuitableError
-from lightning_muter.identity import weight_fingerprint
-from lightning_muter.solvers import CG
-from lightning_muter.taking import take_snapshot
-from lightning_muter.threat import ThreatModel
-from lightning_muter.truncated import TruncatedCG
-from lightning_muter.wide import unlearn_wide
+from lightning_muter.scope.network import unlearn_wide
+from lightning_muter.snapshot.take import take_snapshot
+from lightning_muter.solvers.choose import CG
+from lightning_muter.solvers.truncated import TruncatedCG
+from lightning_muter.storage.fingerprint import weight_fingerprint
 from tests.test_matrix_free import data, direction, relu_net
 
 QUIET: dict[str, Any] = {"progress": False, "weight_decay": 0.01}
@@ -99,7 +99,7 @@ def test_a_dry_run_and_a_failure_change_nothing(monkeypatch: pytest.MonkeyPatch)
     before = weight_fingerprint(model.state_dict())
     result = unlearn_wide(model, [5], dataset, threat_model=threat, dry_run=True, **QUIET)
     assert weight_fingerprint(model.state_dict()) == before != result.fingerprint_after
-    monkeypatch.setattr("lightning_muter.wide.weight_fingerprint", _raises)
+    monkeypatch.setattr("lightning_muter.scope.network.weight_fingerprint", _raises)
     with pytest.raises(OSError, match="planted"):
         unlearn_wide(model, [5], dataset, threat_model=threat, **QUIET)
     assert weight_fingerprint(model.state_dict()) == before

@@ -24,13 +24,13 @@ from lightning_muter import (
     unlearn,
     unlearn_wide,
 )
-from lightning_muter.adversarial.attacks import LossAttack
+from lightning_muter.adversarial.adversary import LossAttack
 from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError, RequestError, UnsuitableError
-from lightning_muter.identity import weight_fingerprint
-from lightning_muter.snapshot import KIND
-from lightning_muter.solvers import CG
-from lightning_muter.storage import read_container, write_container
-from lightning_muter.study.matrix_free import NewtonCG
+from lightning_muter.snapshot.old_snapshot import KIND
+from lightning_muter.solvers.choose import CG
+from lightning_muter.storage.container import read_container, write_container
+from lightning_muter.storage.fingerprint import weight_fingerprint
+from lightning_muter.study.methods.newton_cg import NewtonCG
 from tests.test_callback import Plain, _attack, _data, _loader, _trainer
 from tests.test_cli import folder, muter, project, weights  # noqa: F401
 from tests.test_cli import unlearn as unlearn_by_command

@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_muter.curvature import total
-from lightning_muter.curvature.local import LocalPoint
-from lightning_muter.curvature.problem import HeadProblem
-from lightning_muter.curvature.response import NoResponse, Response, Unconstrained
-from lightning_muter.curvature.total import Sums, add_gradient, add_hessian
-from lightning_muter.models import SoftmaxRegression
-from lightning_muter.threat import ThreatModel
+from lightning_muter.adversarial.threat_model import ThreatModel
+from lightning_muter.curvature.hessian import sums as total
+from lightning_muter.curvature.hessian.sums import Sums, add_gradient, add_hessian
+from lightning_muter.curvature.problem.head import HeadProblem
+from lightning_muter.curvature.problem.point import LocalPoint
+from lightning_muter.curvature.response.choose import NoResponse, Response, Unconstrained
+from lightning_muter.study.models import SoftmaxRegression
 
 
 def statistics(n: int, width: int, response: Response, batch: int = 1024) -> Sums:
@@ -86,7 +86,7 @@ def test_the_truncated_series_tends_to_the_inverse_where_it_converges() -> None:
 
 _MEASURE = """
 import resource, time, torch
-from lightning_muter.curvature.response import NoResponse, Unconstrained
+from lightning_muter.curvature.response.choose import NoResponse, Unconstrained
 from tests.test_wide_head import statistics
 began = time.perf_counter()
 sums = statistics(10_000, 640, {response})

@@ -29,12 +29,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import lightning_muter as lm
-from lightning_muter.adversarial.attacks import LossAttack
-from lightning_muter.data import DigitsDataModule
-from lightning_muter.metrics import accuracy, agreement, prediction_kl
-from lightning_muter.models import SmallCNN
-from lightning_muter.study.evaluation import PGD, stacked
-from lightning_muter.study.groundwork import adversarial, fit
+from lightning_muter.adversarial.adversary import LossAttack
+from lightning_muter.study.attacks import PGD, stacked
+from lightning_muter.study.data import DigitsDataModule
+from lightning_muter.study.metrics import accuracy, agreement, prediction_kl
+from lightning_muter.study.models import SmallCNN
+from lightning_muter.study.setup.train import adversarial, fit
 
 THREAT = lm.ThreatModel("l2", 0.3, (0.0, 1.0))
 DECAY, BATCH, RATE = 1e-3, 64, 0.1

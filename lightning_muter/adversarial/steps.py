@@ -17,10 +17,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_muter.adversarial.attacks import Adversary, divergence
-from lightning_muter.adversarial.batches import split_batch
+from lightning_muter.adversarial.adversary import Adversary, divergence
 from lightning_muter.errors import UnsuitableError
-from lightning_muter.losses import accuracy, mean_loss
+from lightning_muter.model.batches import split_batch
+from lightning_muter.model.losses import accuracy, mean_loss
 
 STEPS = ("training_step", "validation_step", "test_step")
 MARK = "_muter_wrapped"  # on wrapped methods

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from lightning_muter.errors import ArgumentError, CorruptFileError
-from lightning_muter.files import Writer
-from lightning_muter.identity import weight_fingerprint
+from lightning_muter.storage.atomic import Writer
+from lightning_muter.storage.fingerprint import weight_fingerprint
 
 # What Lightning needs for loading; none of it depends on single samples except through the weights themselves.
 _KEPT = (

@@ -24,7 +24,7 @@ from typing import Any
 
 from lightning_muter.deletion.receipts import GENESIS, canonical, make_receipt, parse_receipt
 from lightning_muter.errors import CorruptFileError, RequestError
-from lightning_muter.identity import DigestKey
+from lightning_muter.storage.fingerprint import DigestKey
 
 SCHEMA = 1
 _BUSY_SECONDS = 10.0

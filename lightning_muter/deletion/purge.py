@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_muter.deletion.bookkeeping import known_key, load_snapshot
 from lightning_muter.deletion.checkpoints import checkpoint_fingerprint, load_checkpoint, remembers
+from lightning_muter.deletion.files import Places
 from lightning_muter.deletion.ledger import Ledger
-from lightning_muter.deletion.lineage import check_agreement, open_ledger
-from lightning_muter.deletion.places import Places
+from lightning_muter.deletion.ledger_access import check_agreement, open_ledger
+from lightning_muter.deletion.request_flow import known_key, load_snapshot
 from lightning_muter.deletion.requests import asked_digest, new_request_id
 from lightning_muter.deletion.transactions import commit_request, exclusive
 from lightning_muter.errors import CorruptFileError, MuterError, RequestError
-from lightning_muter.files import file_sha256, fsync_folder
-from lightning_muter.identity import versions
+from lightning_muter.storage.atomic import file_sha256, fsync_folder
+from lightning_muter.storage.fingerprint import versions
 
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{16}\.muter-(new|old|stage)")
 _LEFTOVER_AGE = 3600.0  # seconds; a younger one may belong to a process at work

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_muter.errors import CorruptFileError
-from lightning_muter.identity import DigestKey
-from lightning_muter.storage import parse_json
+from lightning_muter.storage.container import parse_json
+from lightning_muter.storage.fingerprint import DigestKey
 
 FORMAT = "lightning_muter receipt 1"
 GENESIS = "0" * 64

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_muter.errors import ArgumentError, RequestError
-from lightning_muter.identity import DigestKey
+from lightning_muter.storage.fingerprint import DigestKey
 
 _MAX_TEXT = 1 << 30
 

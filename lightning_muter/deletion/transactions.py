@@ -24,12 +24,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_muter import files
+from lightning_muter.deletion.files import Places, pending_request, write_receipts
 from lightning_muter.deletion.ledger import Ledger, Switch
-from lightning_muter.deletion.places import Places, pending_request, write_receipts
 from lightning_muter.errors import ArgumentError, CorruptFileError, MuterError, RequestError
-from lightning_muter.files import Writer, file_sha256, fsync_folder, recover_folder, try_lock, write_new
-from lightning_muter.identity import DigestKey
+from lightning_muter.storage import atomic as files
+from lightning_muter.storage.atomic import Writer, file_sha256, fsync_folder, recover_folder, try_lock, write_new
+from lightning_muter.storage.fingerprint import DigestKey
 
 STAGES = ("pending", "writing", "checking", "entering", "switching", "closing")
 Say = Callable[[str], None]

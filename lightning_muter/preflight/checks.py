@@ -10,16 +10,16 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
-from lightning_muter.adversarial.attacks import Adversary, check_box
-from lightning_muter.curvature.wide_problem import parameters_in
+from lightning_muter.adversarial.adversary import Adversary, check_box
+from lightning_muter.adversarial.threat_model import ThreatModel
+from lightning_muter.adversarial.training import adversary_of
+from lightning_muter.curvature.problem.network import parameters_in
 from lightning_muter.errors import ArgumentError, UnsuitableError
-from lightning_muter.head import Head, eval_mode, find_head
-from lightning_muter.losses import Loss, per_sample, resolve_loss
+from lightning_muter.model.head import Head, eval_mode, find_head
+from lightning_muter.model.losses import Loss, per_sample, resolve_loss
 from lightning_muter.preflight.data import example_batch, inspect_loaders
-from lightning_muter.preflight.decay import inspect_optimizers, read_weight_decay
 from lightning_muter.preflight.findings import Finding, Level, enforce, skip_reason
-from lightning_muter.threat import ThreatModel
-from lightning_muter.training import adversary_of
+from lightning_muter.preflight.optimizers import inspect_optimizers, read_weight_decay
 
 __all__ = [
     "Finding",

@@ -19,8 +19,8 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from lightning_muter.adversarial.batches import split_batch
 from lightning_muter.errors import ArgumentError
+from lightning_muter.model.batches import split_batch
 from lightning_muter.preflight.findings import Finding
 
 _READS, _ROWS = 3, 8

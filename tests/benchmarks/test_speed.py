@@ -16,20 +16,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_muter.curvature.descent import descend, polish
-from lightning_muter.curvature.evaluation import Evaluation
-from lightning_muter.curvature.inner import InnerSolver
-from lightning_muter.curvature.matrix_free import Batch, WideObjective, batch_product, problem_parts
-from lightning_muter.curvature.problem import HeadProblem
-from lightning_muter.curvature.response import L2Response, NoResponse, Unconstrained, as_response
-from lightning_muter.curvature.samples import SampleSource
-from lightning_muter.curvature.wide_problem import WideProblem
-from lightning_muter.sharded import ShardedObjective
-from lightning_muter.snapshot import Snapshot
-from lightning_muter.solvers import definite_inverse
-from lightning_muter.taking import take_snapshot
-from lightning_muter.threat import ThreatModel
-from lightning_muter.unlearning import unlearn
+from lightning_muter.adversarial.threat_model import ThreatModel
+from lightning_muter.curvature.inner.maximiser import InnerSolver
+from lightning_muter.curvature.objective.base import Evaluation
+from lightning_muter.curvature.objective.network import Batch, WideObjective, batch_product, problem_parts
+from lightning_muter.curvature.objective.sharded import ShardedObjective
+from lightning_muter.curvature.problem.head import HeadProblem
+from lightning_muter.curvature.problem.network import WideProblem
+from lightning_muter.curvature.response.choose import L2Response, NoResponse, Unconstrained, as_response
+from lightning_muter.minimise.polish import descend, polish
+from lightning_muter.model.dataset import SampleSource
+from lightning_muter.snapshot.old_snapshot import Snapshot
+from lightning_muter.snapshot.take import take_snapshot
+from lightning_muter.solvers.choose import definite_inverse
+from lightning_muter.unlearning.unlearn import unlearn
 from tests.benchmarks import workloads
 from tests.benchmarks.workloads import Workload
 
@@ -269,9 +269,9 @@ def test_e_product_per_gauss_newton(benchmark: Any, name: str) -> None:
 
 
 _MEMORY = """
-from lightning_muter.curvature.inner import InnerSolver
-from lightning_muter.curvature.response import Unconstrained
-from lightning_muter.threat import ThreatModel
+from lightning_muter.curvature.inner.maximiser import InnerSolver
+from lightning_muter.curvature.response.choose import Unconstrained
+from lightning_muter.adversarial.threat_model import ThreatModel
 from tests.benchmarks.workloads import Workload, features, peak_bytes
 def sums(n, f):
     data, model = features(n, f, 10)

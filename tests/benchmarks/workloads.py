@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from lightning_muter.curvature.inner import InnerSolver, Maximisers, Smoothing
-from lightning_muter.curvature.problem import HeadProblem
-from lightning_muter.curvature.samples import SampleSource
-from lightning_muter.models import PreActResNet18, SmallCNN
-from lightning_muter.sharded import ShardedObjective
-from lightning_muter.threat import ThreatModel
+from lightning_muter.adversarial.threat_model import ThreatModel
+from lightning_muter.curvature.inner.maximiser import InnerSolver, Maximisers, Smoothing
+from lightning_muter.curvature.objective.sharded import ShardedObjective
+from lightning_muter.curvature.problem.head import HeadProblem
+from lightning_muter.model.dataset import SampleSource
+from lightning_muter.study.models import PreActResNet18, SmallCNN
 
 
 @dataclass

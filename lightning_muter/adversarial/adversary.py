@@ -1,0 +1,318 @@
+"""Attacks on batches: torchattacks where it does the right thing, projected ascent on the true loss elsewhere.
+
+torchattacks maximises cross-entropy over classes, on images in [0, 1]. For one logit, other losses, other boxes and
+tabular data in L2 it gives no attack or a wrong one: there ``LossAttack`` climbs, with the attack's alpha and steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_muter.adversarial.from_torchattacks import attack_note, build_attack, is_tpgd, read_climb
+from lightning_muter.adversarial.threat_model import ThreatModel
+from lightning_muter.errors import ArgumentError, UnsuitableError
+from lightning_muter.model.batches import split_batch
+from lightning_muter.model.head import eval_mode
+from lightning_muter.model.losses import Loss, is_cross_entropy, one_logit, per_sample, resolve_loss
+
+
+class LossAttack:
+    """Projected gradient ascent on the true loss, for any input rank, dtype and device.
+
+        delta_{t+1} = Proj_B(x) ( delta_t + alpha d_t ),   d_t = sign(g_t) (linf), g_t / ||g_t|| (l2)
+
+    with g_t the gradient of the loss at x + delta_t. The best iterate of each sample is returned, x itself being one of
+    them: the loss never falls.
+
+    Args:
+        threat: the set B(x).
+        loss: ``callable(logits, y, reduction="none")`` or a ``torch.nn`` loss; default cross-entropy.
+        alpha: step size; default 2.5 eps / steps.
+        steps: number of steps.
+        random_start: start at a random point of the ball (global random generator) where the loss is higher there,
+            else at x.
+
+    >>> from torch import nn
+    >>> w = torch.tensor([[1.0, -2.0]])
+    >>> attack = LossAttack(ThreatModel("linf", 0.1, None), nn.MSELoss(), random_start=False)
+    >>> attack(lambda x: x @ w.T, torch.zeros(1, 2), torch.tensor([-1.0]))
+    tensor([[ 0.1000, -0.1000]])
+    """
+
+    def __init__(
+        self,
+        threat: ThreatModel,
+        loss: Loss | None = None,
+        alpha: float | None = None,
+        steps: int = 10,
+        random_start: bool = True,
+    ) -> None:
+        if not (isinstance(steps, int) and steps >= 1):
+            raise ArgumentError("steps", steps, "a whole number, 1 or more")
+        if alpha is not None and not alpha > 0:
+            raise ArgumentError("alpha", alpha, "a number above 0, or None for 2.5 eps / steps")
+        self.threat, self.steps, self.random_start = threat, steps, random_start
+        self.loss = None if loss is None else resolve_loss(loss)
+        self.alpha = 2.5 * threat.eps / steps if alpha is None else float(alpha)
+
+    def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+        """The adversarial inputs for ``x`` with labels ``y``; the modes of ``model`` are the caller's."""
+        loss = resolve_loss(self.loss)
+        return self.maximise(model, x, lambda logits: per_sample(loss, logits, y))
+
+    def maximise(self, model: Callable[[Tensor], Tensor], x: Tensor, objective: Callable[[Tensor], Tensor]) -> Tensor:
+        """Climb ``objective(model(x + delta)) -> (n,)``, summed over independent samples."""
+        check_box(x, self.threat)
+        if x.numel() == 0 or self.threat.eps == 0:
+            return x.detach().clone()
+        # half precision would lose small steps: keep the perturbation in float32 at least
+        flat = x.detach().flatten(1).to(torch.promote_types(x.dtype, torch.float32))
+        best = delta = torch.zeros_like(flat)
+        best_value = torch.full((len(x),), -torch.inf, dtype=flat.dtype, device=x.device)
+        if self.random_start:
+            # from a start below the clean loss, a small step size might never climb back
+            start = self._random_start(flat)
+            best_value, _ = _value_and_gradient(model, x, flat, delta, objective, gradient=False)
+            value, _ = _value_and_gradient(model, x, flat, start, objective, gradient=False)
+            delta = torch.where((value > best_value)[:, None], start, delta)
+        for step in range(self.steps + 1):
+            value, gradient = _value_and_gradient(model, x, flat, delta, objective, gradient=step < self.steps)
+            better = value > best_value
+            best = torch.where(better[:, None], delta, best)
+            best_value = torch.where(better, value, best_value)
+            if gradient is not None:
+                delta = self.threat.project(delta + self.alpha * self._direction(gradient), flat)
+        found = flat + best
+        if self.threat.box is not None:  # x + (hi - x) may round to just above hi
+            found = found.clamp(*self.threat.box)
+        return found.to(x.dtype).reshape(x.shape)
+
+    def _direction(self, gradient: Tensor) -> Tensor:
+        if self.threat.norm == "linf":
+            return gradient.sign()
+        # scaled first: squares of very large or very small slopes leave the range of float32
+        largest = gradient.abs().amax(1, keepdim=True)
+        scaled = torch.where(largest > 0, gradient / largest, gradient)
+        return torch.where(largest > 0, scaled / scaled.norm(dim=1, keepdim=True), scaled)
+
+    def _random_start(self, flat: Tensor) -> Tensor:
+        if self.threat.norm == "linf":
+            start = (2 * torch.rand_like(flat) - 1) * self.threat.eps
+        else:
+            direction = torch.randn_like(flat)
+            radius = torch.rand(len(flat), 1, dtype=flat.dtype, device=flat.device) * self.threat.eps
+            start = direction / direction.norm(dim=1, keepdim=True) * radius
+        return self.threat.project(start, flat)
+
+
+def _value_and_gradient(
+    model: Callable[[Tensor], Tensor],
+    x: Tensor,
+    flat: Tensor,
+    delta: Tensor,
+    objective: Callable[[Tensor], Tensor],
+    *,
+    gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Objective per sample and, where asked, its gradient in delta; parameters' ``.grad`` is never touched."""
+    with torch.set_grad_enabled(gradient):
+        at = delta.detach().clone().requires_grad_(gradient)
+        value = objective(model((flat + at).to(x.dtype).reshape(x.shape)))
+        slope = torch.autograd.grad(value.sum(), at)[0] if gradient else None
+    return value.detach().to(flat.dtype), slope
+
+
+def check_box(x: Tensor, threat: ThreatModel) -> None:
+    """Inputs must lie in the box, or an attack would move them there in silence.
+
+    Raises:
+        ArgumentError: some input lies outside.
+    """
+    if threat.box is None or x.numel() == 0:
+        return
+    lo, hi = (float(v) for v in x.detach().aminmax())
+    slack = 1e-6 + 4 * torch.finfo(x.dtype).eps * max(abs(threat.box[0]), abs(threat.box[1]))
+    if lo < threat.box[0] - slack or hi > threat.box[1] + slack:
+        raise ArgumentError(
+            "inputs",
+            (lo, hi),
+            f"values in the box {threat.box}",
+            "Put the normalisation inside the model and feed inputs in the box, or pass "
+            f"threat_model=ThreatModel({threat.norm!r}, {threat.eps:g}, box=None) for data without bounds (tables).",
+        )
+
+
+class Adversary:
+    """Who perturbs the batches of one module: its threat model, its loss, and which attack does the work.
+
+    torchattacks does the work for plain cross-entropy over classes on inputs in [0, 1]; otherwise ``LossAttack`` does,
+    with the attack's step size, steps and start, and ``why_own`` says why.
+
+    Args:
+        module: the model; ``module(x)`` gives logits.
+        attack: a torchattacks attack, a factory of one, a ``LossAttack``, a ``ThreatModel``, or None (then
+            ``threat_model`` is climbed by our own maximiser).
+        threat_model: the set B(x); read off the attack when None.
+        loss: what is maximised; the module's ``criterion``, else cross-entropy.
+        trades_beta: weight of the TRADES term, or None; then the divergence from the clean prediction is maximised.
+
+    Raises:
+        ArgumentError: neither attack nor threat model, they disagree, or the attack cannot be read.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        attack: Any = None,
+        threat_model: ThreatModel | None = None,
+        loss: Loss | None = None,
+        trades_beta: float | None = None,
+    ) -> None:
+        if attack is None and threat_model is None:
+            raise ArgumentError("attack", None, "an attack, or threat_model=ThreatModel(norm, eps, box)")
+        if trades_beta is not None and not trades_beta > 0:
+            raise ArgumentError(
+                "trades_beta", trades_beta, "a number above 0, or None", "The TRADES paper uses 1 to 6."
+            )
+        own_climb = isinstance(attack, (LossAttack, ThreatModel)) or attack is None
+        if loss is None and isinstance(attack, LossAttack):
+            loss = attack.loss
+        self.loss = resolve_loss(loss, module)
+        self.trades_beta = trades_beta
+        built = attack if own_climb else build_attack(attack, module)
+        self.threat = _agree(built, threat_model)
+        self.note = None if own_climb else attack_note(built)
+        self.attack: Any = None if own_climb else built
+        self._torchattacks = any(c.__module__.split(".")[0] == "torchattacks" for c in type(self.attack).__mro__)
+        self.model: nn.Module = module if own_climb else getattr(built, "model", module)
+        climb = read_climb(built)
+        self._own = LossAttack(self.threat, self.loss, climb.alpha, climb.steps or 10, climb.random_start)
+        self.why_own: str | None = "no torchattacks attack was given" if own_climb else self._why_own()
+        self._one_logit: bool | None = None
+
+    def _why_own(self) -> str | None:
+        if not self._torchattacks:  # somebody's own attack under an explicit threat model: taken at its word
+            return None
+        if self.trades_beta is not None and not is_tpgd(self.attack):
+            return "the TRADES divergence is maximised, which this attack does not do"
+        if self.trades_beta is None and not is_cross_entropy(self.loss):
+            return "the loss is not plain cross-entropy over classes, the only one that torchattacks maximises"
+        if self.threat.box != (0.0, 1.0):
+            return "torchattacks clamps inputs to [0, 1], which is not the box of this threat model"
+        return None
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """Adversarial inputs for ``x`` (same shape, dtype, device), whatever the autograd mode around the call.
+
+        Every submodule's mode and every parameter's ``.grad`` are as they were, also after an exception.
+        """
+        with attack_scope(self.model):
+            x, y = x.detach().clone(), y.detach().clone()  # tensors made under inference_mode cannot enter autograd
+            if self.why_own is None and self._torchattacks:
+                self._look(x, y)
+            if self.why_own is not None:
+                return self._climb(x, y)
+            check_box(x, self.threat)
+            if hasattr(self.attack, "set_device"):
+                self.attack.set_device(x.device)
+            out: Tensor = self.attack(x, y)
+            return out.detach().to(x.dtype)
+
+    def _look(self, x: Tensor, y: Tensor) -> None:
+        """Learn from the first batch what torchattacks cannot do with it."""
+        if self._one_logit is None:
+            with torch.no_grad():
+                self._one_logit = one_logit(self.logits(x))
+        if self._one_logit:
+            self.why_own = "the model gives one logit, and torchattacks maximises cross-entropy over classes"
+        elif self.trades_beta is None and (y.dim() != 1 or y.is_floating_point()):
+            self.why_own = "the labels are no class indices"
+        elif self.threat.norm == "l2" and x.dim() != 4:
+            self.why_own = f"torchattacks' L2 attacks need images (N, C, H, W), the inputs are {x.dim()}-dimensional"
+
+    def _climb(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.trades_beta is None:
+            return self._own(self.logits, x, y)
+        with torch.no_grad():
+            clean = self.logits(x)
+        climb = LossAttack(self.threat, self.loss, self._own.alpha or None, self._own.steps, random_start=True)
+        return climb.maximise(self.logits, x, lambda logits: divergence(clean, logits))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """What the attacked model gives for ``x``, in whatever mode it is.
+
+        Raises:
+            UnsuitableError: it is not one tensor.
+        """
+        out = self.model(x)
+        if not isinstance(out, Tensor):
+            raise UnsuitableError(
+                f"The model's forward returns {type(out).__name__}; an attack needs one tensor of logits. Return the "
+                "logits alone from forward, or build the attack on the submodule that gives them."
+            )
+        return out
+
+
+def adversarial_batch(adversary: Adversary, batch: Any) -> Any:
+    """The batch with its inputs replaced by adversarial ones; the same structure, everything else left alone."""
+    x, y, rebuild = split_batch(batch)
+    return rebuild(adversary(x, y))
+
+
+def divergence(clean: Tensor, adversarial: Tensor) -> Tensor:
+    """KL(clean || adversarial) of the predicted distributions, per sample (n,); Bernoulli for one logit."""
+    if one_logit(clean):
+        p, q = clean.reshape(-1), adversarial.reshape(-1)
+        clean, adversarial = torch.stack([-p / 2, p / 2], 1), torch.stack([-q / 2, q / 2], 1)
+    p, q = clean.log_softmax(1), adversarial.log_softmax(1)
+    return F.kl_div(q, p, log_target=True, reduction="none").sum(1)
+
+
+@contextmanager
+def attack_scope(module: nn.Module) -> Iterator[None]:
+    """Where an attack may run: gradients on, eval mode, no trace left behind.
+
+    Lightning validates under ``inference_mode`` or ``no_grad``; torchattacks flips the mode of the whole model; some
+    attacks call ``backward``; autocast of older torch reuses weights cast under ``inference_mode``.
+    """
+    grads = [(p, p.grad) for p in module.parameters()]
+    cached = torch.is_autocast_cache_enabled()
+    try:
+        for p, _ in grads:
+            p.grad = None
+        torch.set_autocast_cache_enabled(False)
+        with torch.inference_mode(False), torch.enable_grad(), eval_mode(module):
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+        for p, grad in grads:
+            p.grad = grad
+
+
+def _agree(attack: Any, threat: ThreatModel | None) -> ThreatModel:
+    """The threat model; norm and eps must be the attack's own where the attack can be read."""
+    if attack is None:
+        assert threat is not None  # checked by the caller
+        return threat
+    if threat is None:
+        return ThreatModel.from_attack(attack)
+    try:
+        of_attack = ThreatModel.from_attack(attack, threat.box)
+    except ArgumentError:
+        if getattr(attack, "normalization_used", None) is not None or getattr(attack, "targeted", False) is True:
+            raise
+        return threat
+    if (of_attack.norm, of_attack.eps) != (threat.norm, threat.eps):
+        raise ArgumentError(
+            "threat_model",
+            threat,
+            f"the attack's own norm and radius, {of_attack.norm!r} and {of_attack.eps:g}",
+            "Change one of the two, so that unlearning speaks of the perturbations that were trained on.",
+        )
+    return threat

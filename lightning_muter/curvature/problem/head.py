@@ -1,0 +1,322 @@
+"""The robust objective's pieces for one model: backbone, head and loss on logits.
+
+    z = W phi(x) + b,      r = dl/dz (K,),      Lambda = d2l/dz2 (K, K)
+
+The head lives here as one matrix theta = [W | b] of shape (K, f + 1) ((K, f) without a bias); its row-major flattening is
+the order of every vector and matrix of statistics. The backbone runs in the module's dtype, the head's algebra in
+float64 wherever the device has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import grad, jacrev, jvp, vmap
+
+from lightning_muter.model.head import Head, eval_mode, features, find_head
+from lightning_muter.model.losses import Loss, per_sample
+
+#: An affine backbone is represented by its matrix up to this many numbers.
+_MAX_LINEAR = 20_000_000
+
+#: Forward-mode products, or reverse passes, taken together.
+_TANGENTS = 6
+
+
+def algebra_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on devices without it (MPS)."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+@contextmanager
+def derivatives() -> Iterator[None]:
+    """Autograd on, whatever the caller switched off (``no_grad``, ``inference_mode``), and no autocast."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
+        yield
+
+
+#: What PyTorch says where a layer has no rule for forward mode or for batches of it.
+_NO_RULE = ("forward AD", "forward-mode", "vmap", "atching rule", "functorch", "jvp")
+
+
+def _lacks_forward_mode(error: RuntimeError) -> bool:
+    return isinstance(error, NotImplementedError) or any(text in str(error) for text in _NO_RULE)
+
+
+@dataclass(frozen=True)
+class LogitTerms:
+    """Per sample: loss (n,), r = dl/dz (n, K), and Lambda = d2l/dz2 (n, K, K) where asked for."""
+
+    loss: Tensor
+    r: Tensor
+    hess: Tensor | None = None
+
+
+class Backbone:
+    """phi, with what is known about its shape as a function of the input.
+
+    Attributes:
+        matrix: J (f, D) when phi(x) = J x + c for all x; ``None`` otherwise.
+        identity: J = I, c = 0 exactly.
+        piecewise_linear: d2 phi/dx2 = 0 wherever it exists (affine included): then the input Hessian of the loss is
+            exactly J^T W^T Lambda W J.
+    """
+
+    def __init__(self, module: nn.Module, head: Head, examples: Tensor) -> None:
+        self.module, self.head = module, head
+        self.input_shape = tuple(examples.shape[1:])
+        self.width = head.linear.in_features
+        self.inputs = examples[0].numel()
+        self.device, self.dtype = head.linear.weight.device, head.linear.weight.dtype
+        self.algebra = algebra_dtype(self.device)
+        self.matrix: Tensor | None = None
+        self.offset: Tensor | None = None
+        self.identity = False
+        flat = examples.reshape(len(examples), -1).to(self.device, self.dtype)
+        self._recognise(flat)
+        self.piecewise_linear = self.affine or self._second_derivative_vanishes(flat)
+
+    @property
+    def affine(self) -> bool:
+        return self.identity or self.matrix is not None
+
+    @property
+    def exact_dtype(self) -> torch.dtype:
+        """The dtype in which phi is evaluated: float64 algebra for affine maps, else the module's own."""
+        return self.algebra if self.affine else self.dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """phi at flattened inputs (n, D), with its autograd graph: (n, f) in the algebra's dtype."""
+        if self.identity:
+            return x.to(self.algebra)
+        if self.matrix is not None and self.offset is not None:
+            return x.to(self.algebra) @ self.matrix.T + self.offset
+        return self._forward(x).to(self.algebra)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        with eval_mode(self.module):
+            return features(self.module, self.head, x.to(self.dtype).reshape(-1, *self.input_shape))
+
+    def _recognise(self, x: Tensor) -> None:
+        """Affine maps are told by their values on lines through data points, far beyond the data on both sides."""
+        generator = torch.Generator().manual_seed(0)
+        direction = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+        with derivatives():
+            with torch.no_grad():
+                at = {t: self._forward(x + t * direction) for t in (0.0, 1.0, -1.0, 5.0)}
+            rise = at[1.0] - at[0.0]
+            scale = rise.abs().max() + at[0.0].abs().max() + torch.finfo(x.dtype).tiny
+            limit = 64 * torch.finfo(x.dtype).eps * scale
+            straight = all((at[t] - at[0.0] - t * rise).abs().max() <= limit * (1 + abs(t)) for t in (-1.0, 5.0))
+            if not straight or self.width * x.shape[1] > _MAX_LINEAR:
+                return
+            if self.width == x.shape[1] and all(torch.equal(at[t], x + t * direction) for t in at):
+                self.identity = True
+                return
+            point = x[:1].clone().requires_grad_(True)
+            out = self._forward(point)[0]
+            rows = [torch.autograd.grad(out[j], point, retain_graph=True)[0][0] for j in range(self.width)]
+            matrix = torch.stack(rows).to(self.algebra)
+            offset = out.detach().to(self.algebra) - matrix @ point.detach()[0].to(self.algebra)
+            predicted = x.to(self.algebra) @ matrix.T + offset
+            if (predicted - at[0.0].to(self.algebra)).abs().max() <= limit:
+                self.matrix, self.offset = matrix, offset
+
+    def _second_derivative_vanishes(self, x: Tensor) -> bool:
+        generator = torch.Generator().manual_seed(1)
+        with derivatives():
+            point = x.clone().requires_grad_(True)
+            out = self._forward(point)
+            u = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
+            v = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+            (first,) = torch.autograd.grad((out * u).sum(), point, create_graph=True)
+            if not first.requires_grad:
+                return True
+            (second,) = torch.autograd.grad((first * v).sum(), point, allow_unused=True)
+            return second is None or not bool(second.any())
+
+    def jacobian(self, x: Tensor) -> Tensor:
+        """J (n, f, D) at flattened inputs (a view of the one matrix for affine maps): f reverse passes, or D forward ones, which
+        are cheaper each."""
+        if self.identity:
+            return torch.eye(self.width, dtype=self.algebra, device=self.device).expand(len(x), -1, -1)
+        if self.matrix is not None:
+            return self.matrix.expand(len(x), -1, -1)
+        eye = torch.eye(min(self.width, self.inputs), dtype=self.algebra, device=self.device).expand(len(x), -1, -1)
+        return self.pushforward(x, eye) if self.inputs <= self.width else self.pullback(x, eye)
+
+    def pullback(self, x: Tensor, covectors: Tensor) -> Tensor:
+        """C J for covectors C (n, m, f): (n, m, D), by m reverse passes over the batch."""
+        if self.identity:
+            return covectors
+        if self.matrix is not None:
+            return covectors @ self.matrix
+        with derivatives():
+            point = x.detach().clone().requires_grad_(True)
+            out = self(point)
+            chunks = covectors.movedim(1, 0).split(_TANGENTS)
+            rows = [
+                torch.autograd.grad(
+                    out, point, part[0] if len(part) == 1 else part, retain_graph=True, is_grads_batched=len(part) > 1
+                )[0].reshape(len(part), *point.shape)
+                for part in chunks
+            ]
+        return torch.cat(rows).movedim(0, 1).to(self.algebra)
+
+    def pushforward(self, x: Tensor, tangents: Tensor) -> Tensor:
+        """J V for tangents V (n, D, m): (n, f, m), by m forward-mode products over the batch.
+
+        Layers without forward mode take two reverse passes per product instead.
+        """
+        if self.identity:
+            return tangents
+        if self.matrix is not None:
+            return self.matrix @ tangents
+        with derivatives():
+            point = x.detach()
+            rows = tangents.movedim(2, 0).to(self.dtype)
+
+            def push(t: Tensor) -> Tensor:
+                out: Tensor = jvp(self._forward, (point.to(self.dtype),), (t,))[1]
+                return out
+
+            try:  # the forward pass itself is shared by the products of a chunk
+                with torch.no_grad():
+                    pushed = vmap(push, chunk_size=_TANGENTS)(rows)
+            except RuntimeError as error:
+                if not _lacks_forward_mode(error):  # out of memory, a layer's own error, ...
+                    raise
+                pushed = torch.stack(self._pushed_by_reverse(point, list(rows)))
+        return pushed.detach().movedim(0, 2).to(self.algebra)
+
+    def _pushed_by_reverse(self, x: Tensor, columns: list[Tensor]) -> list[Tensor]:
+        point = x.clone().requires_grad_(True)
+        out = self(point)
+        dummy = torch.zeros_like(out, requires_grad=True)
+        (pulled,) = torch.autograd.grad(out, point, dummy, create_graph=True)
+        return [torch.autograd.grad(pulled, dummy, t.to(pulled), retain_graph=True)[0] for t in columns]
+
+
+class HeadProblem:
+    """Loss, gradient and curvature of the head, and the input gradient through the backbone.
+
+    Args:
+        module: the model in any mode; nothing in it is changed.
+        loss: ``callable(logits, y, reduction="none")``.
+        examples: a few inputs as the model takes them, to find the head and to recognise the backbone's form.
+    """
+
+    def __init__(self, module: nn.Module, loss: Loss, examples: Tensor) -> None:
+        parameter = next(module.parameters())
+        self.module, self.loss = module, loss
+        examples = examples.to(parameter.device, parameter.dtype)
+        self.head = find_head(module, examples)
+        self.backbone = Backbone(module, self.head, examples)
+        self.device, self.dtype = self.backbone.device, self.backbone.algebra
+        self.n_logits, self.has_bias = self.head.linear.out_features, self.head.linear.bias is not None
+        self.shape = (self.n_logits, self.backbone.width + int(self.has_bias))
+
+    # -- the head's parameters -------------------------------------------------------------------------------------
+
+    def read_theta(self) -> Tensor:
+        """[W | b] of the module, (K, f + 1)."""
+        linear = self.head.linear
+        columns = [linear.weight] if linear.bias is None else [linear.weight, linear.bias[:, None]]
+        return torch.cat([c.detach().to(self.dtype) for c in columns], 1)
+
+    @torch.no_grad()
+    def write_theta(self, theta: Tensor) -> None:
+        """Write [W | b] into the module (rounded to its dtype)."""
+        linear = self.head.linear
+        linear.weight.copy_(theta[:, : self.backbone.width])
+        if linear.bias is not None:
+            linear.bias.copy_(theta[:, -1])
+
+    def weight(self, theta: Tensor) -> Tensor:
+        return theta[:, : self.backbone.width]
+
+    def logits(self, theta: Tensor, phi: Tensor) -> Tensor:
+        z = phi @ self.weight(theta).T
+        return z + theta[:, -1] if self.has_bias else z
+
+    def augment(self, phi: Tensor) -> Tensor:
+        """phi with a 1 for the bias: dl/dtheta = r phi~^T."""
+        return torch.cat([phi, phi.new_ones(len(phi), 1)], 1) if self.has_bias else phi
+
+    # -- the loss on logits ----------------------------------------------------------------------------------------
+
+    def losses(self, z: Tensor, y: Tensor) -> Tensor:
+        return per_sample(self.loss, z, y)
+
+    def terms(self, z: Tensor, y: Tensor, weight: Tensor | None = None, *, curvature: bool = True) -> LogitTerms:
+        """Loss, r and Lambda at logits (n, K), times the sample weights; one code path for every loss (autodiff)."""
+        with derivatives():
+            z = z.detach()
+            point = z.clone().requires_grad_(True)
+            loss = self.losses(point, y)
+            (r,) = torch.autograd.grad(loss.sum(), point)
+            hess = None
+            if curvature:
+
+                def one(zi: Tensor, yi: Tensor) -> Tensor:
+                    return per_sample(self.loss, zi[None], yi[None]).sum()
+
+                hess = vmap(jacrev(grad(one)))(z, y).detach()
+                hess = (hess + hess.mT) / 2
+        loss = loss.detach()
+        if weight is not None:
+            loss, r = loss * weight, r * weight[:, None]
+            hess = None if hess is None else hess * weight[:, None, None]
+        return LogitTerms(loss, r, hess)
+
+    def loss_and_input_gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """l (n,) and dl/dx (n, D) at flattened inputs."""
+        if self.backbone.affine:
+            terms = self.terms(self.logits(theta, self.backbone(x)), y, curvature=False)
+            return terms.loss, self.backbone.pullback(x, (terms.r @ self.weight(theta))[:, None])[:, 0]
+        with derivatives():
+            point = x.detach().clone().requires_grad_(True)
+            loss = self.losses(self.logits(theta, self.backbone(point)), y)
+            (gradient,) = torch.autograd.grad(loss.sum(), point)
+        return loss.detach(), gradient
+
+    def input_hessian(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """d2l/dx2 (n, D, D) by D second reverse passes: for smooth backbones with small inputs."""
+        with derivatives():
+            point = x.detach().clone().requires_grad_(True)
+            loss = self.losses(self.logits(theta, self.backbone(point)), y)
+            (gradient,) = torch.autograd.grad(loss.sum(), point, create_graph=True)
+            rows = [
+                torch.autograd.grad(gradient[:, j].sum(), point, retain_graph=j + 1 < x.shape[1])[0]
+                for j in range(x.shape[1])
+            ]
+        hess = torch.stack(rows, 1).to(self.dtype)
+        return (hess + hess.mT) / 2
+
+    def differentiated(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, LogitTerms, Tensor]:
+        """phi, terms of the loss on logits, and dl/dx at flattened inputs, by one forward and one reverse pass."""
+        with derivatives():
+            point = x.detach().clone().requires_grad_(True)
+            phi = self.backbone(point)
+            terms = self.terms(self.logits(theta, phi.detach()), y)
+            (gradient,) = torch.autograd.grad(phi, point, terms.r @ self.weight(theta))
+        return phi.detach(), terms, gradient.to(self.dtype)
+
+    def curvature_root(self, theta: Tensor, x: Tensor, hess: Tensor, jacobian: Tensor | None = None) -> Tensor:
+        """R = J^T W^T L with L L^T = Lambda (negative eigenvalues cut, directions
+        without curvature left out): (n, D, m), m <= K; R R^T is the Gauss-Newton d2l/dx2. Given J (n, f, D), without passes."""
+        values, vectors = torch.linalg.eigh(hess)
+        root = vectors * values.clamp(min=0.0).sqrt()[:, None, :]
+        used = values.amax(0) > 1e-14 * values.abs().max()  # softmax: one direction less, and one pass
+        root = root[:, :, used] if bool(used.any()) else root[:, :, -1:]
+        covectors = root.mT @ self.weight(theta)
+        return (self.backbone.pullback(x, covectors) if jacobian is None else covectors @ jacobian).mT

@@ -1,0 +1,115 @@
+"""The ledger of a model: opened to write or to look, checked against the files, copied to go on elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning_muter.deletion.files import Places, pending_request
+from lightning_muter.deletion.ledger import Ledger
+from lightning_muter.errors import MismatchError, RequestError
+from lightning_muter.storage.atomic import STAGE, beside, file_sha256, fsync_folder, write_new
+
+
+@contextlib.contextmanager
+def open_ledger(places: Places) -> Iterator[Ledger]:
+    """The model's ledger; a new one goes again unless a request is entered in it."""
+    is_new, empty = not places.ledger.exists(), False
+    try:
+        with Ledger.open(places.ledger, create=True) as ledger:
+            try:
+                yield ledger
+            finally:
+                empty = is_new and len(ledger) == 0
+    finally:
+        if empty:
+            for ending in ("", "-wal", "-shm"):
+                Path(f"{places.ledger}{ending}").unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def reading(places: Places) -> Iterator[Ledger | None]:
+    """The ledger (if there is one) to look at, without lock or any writing.
+
+    Raises:
+        RequestError: a request is under way, or was interrupted and waits to be finished or undone.
+    """
+    waiting = pending_request(places)
+    with contextlib.ExitStack() as stack:
+        ledger = stack.enter_context(Ledger.open(places.ledger)) if places.ledger.exists() else None
+        if ledger is not None and (unfinished := ledger.unfinished()):
+            waiting = unfinished[0][0]["id"]
+        if waiting is not None:
+            raise RequestError(
+                f"{places.checkpoint}: request {waiting!r} is under way, or was interrupted. The next `muter unlearn`, "
+                "`refresh` or `purge` (even one without --yes) finishes or undoes it."
+            )
+        yield ledger
+
+
+@contextlib.contextmanager
+def fork(source: Places, target: Places) -> Iterator[None]:
+    """Begin `target` as a copy of `source`: checkpoint, snapshot, key and ledger, so that a request can go on there.
+
+    The caller holds both locks. When the block fails and nothing was entered, the copies go again.
+
+    Raises:
+        RequestError: there is a model under the target's name already.
+    """
+    copies = [(source.snapshot, target.snapshot), (source.key, target.key), (source.checkpoint, target.checkpoint)]
+    if any(new.exists() and file_sha256(new) != file_sha256(old) for old, new in copies) or (
+        target.ledger.exists() and _last(target) != _last(source)
+    ):
+        raise RequestError(f"{target.checkpoint}: there is a model under this name already; choose another for --out.")
+    # What exists now was left by a process that died before it had entered anything: the same copies are made again.
+    entered, before = False, _last(source)
+    try:
+        if source.ledger.exists():
+            half = beside(target.ledger, STAGE)
+            with Ledger.open(source.ledger) as ledger:
+                ledger.copy_to(half)
+            os.replace(half, target.ledger)
+        for old, new in copies:
+            half = beside(new, STAGE)
+            with open(old, "rb") as file:  # never readable for others than the old one, which matters for the key
+                write_new(half, functools.partial(shutil.copyfileobj, file), like=old)
+            os.replace(half, new)
+        fsync_folder(target.folder)
+        try:
+            yield
+        finally:
+            entered = _last(target) != before
+    finally:
+        if not entered:
+            for path in (*(new for _, new in copies), target.ledger):
+                path.unlink(missing_ok=True)
+
+
+def _last(places: Places) -> dict[str, Any] | None:
+    if not places.ledger.exists():
+        return None
+    with Ledger.open(places.ledger) as ledger:
+        return ledger.last()
+
+
+def check_agreement(places: Places, ledger: Ledger | None) -> None:
+    """Insist that checkpoint and snapshot are the files that the ledger's last receipt names.
+
+    Raises:
+        MismatchError: one of them is missing or another one; both sides are printed.
+    """
+    last = ledger.last() if ledger is not None else None
+    for name, path in (("checkpoint", places.checkpoint), ("snapshot", places.snapshot)):
+        if not path.exists():
+            raise MismatchError(f"{path}: there is no such file. `muter snapshot --ckpt_path …` makes it.")
+        if last is not None and (found := file_sha256(path)) != last[name]["sha256"]:
+            raise MismatchError(
+                f"{path}: SHA-256 {found}, but receipt {last['number']} ({last['time']}) left "
+                f"{last[name]['sha256']}. The file was changed or replaced since; restore it, or, if it was trained "
+                "further on the retained rows, take a new snapshot of it with `muter snapshot`."
+            )

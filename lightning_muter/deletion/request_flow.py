@@ -1,0 +1,234 @@
+"""What a request checks before it begins, what its receipt says, and how it is committed and shown."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from lightning_muter.deletion.checkpoints import checkpoint_fingerprint, checkpoint_writer, load_checkpoint, renewed
+from lightning_muter.deletion.files import Places, receipt_path
+from lightning_muter.deletion.ledger import Ledger
+from lightning_muter.deletion.transactions import commit_request
+from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError, MuterError, RequestError
+from lightning_muter.snapshot.old_snapshot import CHECKPOINT_KEY, Snapshot
+from lightning_muter.snapshot.wide_snapshot import WideSnapshot
+from lightning_muter.storage.atomic import Writer
+from lightning_muter.storage.fingerprint import DigestKey, versions, weight_fingerprint
+from lightning_muter.unlearning.unlearn import UnlearnResult
+
+AnySnapshot = Snapshot | WideSnapshot
+
+
+def insist_on_snapshot(places: Places) -> None:
+    if not places.checkpoint.exists() or not places.snapshot.exists():
+        missing = places.checkpoint if not places.checkpoint.exists() else places.snapshot
+        raise RequestError(
+            f"{missing}: there is no such file, so it is not known how {places.stem} was trained. Run "
+            "`muter snapshot --ckpt_path …` with the same configuration first (MUterCallback does it after fit)."
+        )
+
+
+def load_snapshot(path: Path, key: DigestKey | None = None) -> AnySnapshot:
+    """A snapshot from an untrusted file whose container is sound but whose content may be anything.
+
+    Raises:
+        CorruptFileError: it is damaged or altered.
+    """
+    try:
+        snapshot: AnySnapshot = Snapshot.load(path, key)
+        if not isinstance(snapshot.fingerprint, str) or not all(0 <= i < snapshot.n_total for i in snapshot.forgotten):
+            raise ValueError("its rows are not rows of its dataset")
+        f"{snapshot.scope} {snapshot.threat_model} {float(snapshot.stationarity)}"
+    except MuterError:
+        raise
+    except Exception as error:  # whatever an altered content leads to means the same
+        raise CorruptFileError(
+            f"{path}: not a usable snapshot ({type(error).__name__}: {error}). Restore it from a backup, or take a new "
+            "one with `muter snapshot`."
+        ) from error
+    return snapshot
+
+
+def known_key(places: Places, ledger: Ledger | None) -> DigestKey:
+    """The key of the digests.
+
+    Raises:
+        MismatchError: it is not the one that sealed the ledger's receipts.
+    """
+    key = DigestKey.load(places.key)
+    last = ledger.last() if ledger is not None else None
+    if last is not None and last["key_id"] != key.key_id:
+        raise MismatchError(
+            f"{places.key}: this is key {key.key_id}, but receipt {last['number']} was sealed with key "
+            f"{last['key_id']}. Restore the key file from a backup."
+        )
+    return key
+
+
+@contextlib.contextmanager
+def snapshot_key(places: Places, ledger: Ledger) -> Iterator[DigestKey]:
+    """The key of the digests: the one there is, else a new one, which goes again when the snapshot fails."""
+    if places.key.exists() or len(ledger):
+        yield known_key(places, ledger)  # a ledger without its key says how to go on
+        return
+    key = DigestKey.load_or_create(places.key)
+    try:
+        yield key
+    except BaseException:
+        if not len(ledger):
+            places.key.unlink(missing_ok=True)
+        raise
+
+
+def forgotten_rows(snapshot: AnySnapshot, ledger: Ledger | None) -> dict[int, str]:
+    """The rows that snapshot or ledger say are forgotten; that both agree has been checked by their hashes."""
+    known = ledger.forgotten() if ledger is not None else {}
+    return {**dict.fromkeys(map(int, snapshot.forgotten), "a request before the ledger began"), **known}
+
+
+def forgotten_again(snapshot: AnySnapshot, ledger: Ledger, gone: list[int]) -> AnySnapshot:
+    """The snapshot with the ledger's list of forgotten rows, which a later training has not seen.
+
+    Raises:
+        MismatchError: it counts positions in another dataset than the ledger does.
+    """
+    last = ledger.last()
+    assert last is not None  # rows were forgotten
+    if snapshot.n_total != (expected := last["n_retained"] + len(gone)):
+        raise MismatchError(
+            f"{ledger.path}: it counts positions in {expected} rows, of which {len(gone)} are forgotten; the snapshot "
+            f"here was taken of {snapshot.n_total} rows. Begin anew under another name (--out)."
+        )
+    snapshot.forgotten = gone
+    return snapshot
+
+
+def refuse_resurrection(path: Path, fingerprint: str, ledger: Ledger) -> None:
+    """A checkpoint from before a deletion must not become current again."""
+    for receipt in ledger.receipts():
+        if receipt["forgotten"] and receipt["checkpoint"]["fingerprint_before"] == fingerprint:
+            raise RequestError(
+                f"{path}: these are the weights from before request {receipt['id']!r}, which removed "
+                f"{len(receipt['forgotten'])} rows. Name the current checkpoint, or one trained on the retained rows."
+            )
+
+
+def repeated(places: Places, ledger: Ledger, request_id: str, asked: str) -> bool:
+    """Whether this very request was carried out before (its receipt is shown); another one under its id is refused."""
+    receipt = ledger.find(request_id)
+    if receipt is None:
+        return False
+    if ledger.asked(request_id) != asked:
+        raise ArgumentError(
+            "request_id", request_id, "an id that was not used for another request",
+            f"It is request {receipt['number']} of {receipt['time']}, which asked for something else.",
+        )  # fmt: skip
+    print(f"request {request_id!r} was carried out before, at {receipt['time']}; nothing more to do")
+    print(f"receipt: {receipt_path(places, receipt)}")
+    return True
+
+
+_TOLD_ELSEWHERE = {"method", "scope", "forgotten", "n_retained", "fingerprint_before", "fingerprint_after", "warnings"}
+
+
+def receipt_content(
+    kind: str,
+    request_id: str,
+    snapshot: AnySnapshot,
+    before: str,
+    model: L.LightningModule,
+    result: UnlearnResult | None = None,
+    users: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The receipt's content."""
+    told = result.to_dict() if result is not None else {}
+    metrics = {name: value for name, value in told.items() if name not in _TOLD_ELSEWHERE}
+    if result is None:
+        metrics = {**snapshot.figures, "stationarity": snapshot.stationarity}
+    return {
+        "id": request_id,
+        "kind": kind,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "method": str(told.get("method", kind)),
+        "scope": str(told.get("scope", snapshot.scope)),
+        "forgotten": [int(index) for index in told.get("forgotten", [])],
+        "users": list(users),
+        "n_retained": int(snapshot.n_total - len(snapshot.forgotten)),
+        "checkpoint": {
+            "fingerprint_before": before,
+            "fingerprint_after": told.get("fingerprint_after", weight_fingerprint(model.state_dict())),
+        },
+        "snapshot": {},
+        "metrics": metrics,
+        "warnings": [str(warning) for warning in told.get("warnings", snapshot.warnings)],
+        "versions": versions(),
+    }
+
+
+def commit(
+    places: Places,
+    ledger: Ledger,
+    content: dict[str, Any],
+    checkpoint: Mapping[str, Any],
+    model: L.LightningModule,
+    snapshot: AnySnapshot,
+    asked: str,
+    key: DigestKey,
+) -> dict[str, Any]:
+    """Checkpoint, snapshot and ledger in one transaction."""
+    new, left_out = renewed(checkpoint, model.state_dict())
+    if left_out:
+        content["warnings"].append(
+            f"left out of the new checkpoint, for they may remember samples: {', '.join(left_out)}"
+        )
+    expected = weight_fingerprint(new["state_dict"])
+    if snapshot.forgotten:
+        # a fit that resumes from here with the callback refuses data that still holds these rows
+        new["callbacks"] = {}  # Lightning shows a checkpoint to callbacks only where it has this entry
+        new[CHECKPOINT_KEY] = {"forgotten": list(snapshot.forgotten), "n_total": snapshot.n_total}
+    content["checkpoint"]["fingerprint_after"] = expected
+
+    def check(stages: Mapping[Path, Path]) -> None:
+        if checkpoint_fingerprint(load_checkpoint(stages[places.checkpoint])) != expected:
+            raise MismatchError(
+                f"{stages[places.checkpoint]}: what was written cannot be read back; nothing was changed."
+            )
+        load_snapshot(stages[places.snapshot], key)
+
+    writers: dict[Path, Writer] = {
+        places.checkpoint: checkpoint_writer(new),
+        places.snapshot: snapshot.writer(),
+    }
+    return commit_request(places, ledger, content, writers, asked=asked, key=key, check=check)
+
+
+def report(places: Places, receipt: Mapping[str, Any], source: Places) -> None:
+    kind, metrics = receipt["kind"], receipt["metrics"]
+    if kind == "unlearn":
+        print(f"forgotten: {len(receipt['forgotten'])} rows; {receipt['n_retained']} are retained")
+    for name in ("step_norm", "stationarity", "stationarity_before", "stationarity_after", "bound", "seconds"):
+        if metrics.get(name) is not None:
+            print(f"{name}: {metrics[name]:.4g}" if isinstance(metrics[name], float) else f"{name}: {metrics[name]}")
+    for warning in receipt["warnings"]:
+        print(f"note: {warning}")
+    print(f"checkpoint: {places.checkpoint}")
+    print(f"receipt: {receipt_path(places, receipt)}")
+    if kind == "unlearn":
+        print(f"older files may still hold what was removed: muter purge --ckpt_path {places.checkpoint}")
+
+
+def report_dry_run(places: Places, content: Mapping[str, Any]) -> None:
+    print(
+        f"dry run: nothing was written; {len(content['forgotten'])} rows would be forgotten: {content['forgotten'][:9]}"
+    )
+    print(f"would replace: {places.checkpoint}, {places.snapshot}")
+    print(f"would enter request {content['id']!r} in {places.ledger}")
+    for name, value in sorted(content["metrics"].items()):
+        print(f"{name}: {value}")
+    for warning in content["warnings"]:
+        print(f"note: {warning}")

@@ -1,0 +1,323 @@
+"""The subcommands of `muter` that need a model and its training data: snapshot, unlearn, refresh.
+
+They are methods of a Trainer, as LightningCLI wants it; each is one transaction (:mod:`lightning_muter.deletion.transactions`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LightningCLI
+
+from lightning_muter.adversarial.threat_model import ThreatModel
+from lightning_muter.curvature.response.choose import Response
+from lightning_muter.deletion.checkpoints import checkpoint_fingerprint, load_checkpoint
+from lightning_muter.deletion.files import Places
+from lightning_muter.deletion.ledger import Ledger
+from lightning_muter.deletion.ledger_access import check_agreement, fork, open_ledger, reading
+from lightning_muter.deletion.request_flow import (
+    commit,
+    forgotten_again,
+    forgotten_rows,
+    insist_on_snapshot,
+    known_key,
+    load_snapshot,
+    receipt_content,
+    refuse_resurrection,
+    repeated,
+    report,
+    report_dry_run,
+    snapshot_key,
+)
+from lightning_muter.deletion.requests import ForgetConfig, asked_digest, checked_request_id, refuse_forgotten, resolve
+from lightning_muter.deletion.training_data import load_into, threat_of, trades_beta_of, training_data
+from lightning_muter.deletion.transactions import exclusive
+from lightning_muter.scope.head_methods import Method
+from lightning_muter.scope.wide_taking import take_wide_snapshot
+from lightning_muter.snapshot.old_snapshot import Snapshot
+from lightning_muter.snapshot.take import refresh, take_snapshot
+from lightning_muter.snapshot.wide_snapshot import WIDE_BATCH, WideSnapshot
+from lightning_muter.solvers.choose import Solver
+from lightning_muter.unlearning.unlearn import unlearn
+
+
+class MuterTrainer(L.Trainer):
+    """A Trainer that also takes snapshots and honours deletion requests, from the command line."""
+
+    def snapshot(
+        self,
+        model: L.LightningModule,
+        ckpt_path: str,
+        datamodule: L.LightningDataModule | None = None,
+        threat_model: ThreatModel | None = None,
+        scope: str | list[str] = "head",
+        response: str | Response = "auto",
+        curvature: Literal["hessian", "ggn", "fisher"] | None = None,
+        loss: Callable[..., torch.Tensor] | None = None,
+        weight_decay: float | Literal["auto"] = "auto",
+        polish: int | Literal["auto"] = "auto",
+        batch_size: int = 1024,
+        out: str | None = None,
+        request_id: str | None = None,
+        wait: float = 0.0,
+    ) -> None:
+        """Store beside a checkpoint what unlearning needs to know; works for checkpoints trained by any script.
+
+        Writes <stem>.muter.ckpt (the weights made stationary), <stem>.muter.snapshot, a key and a ledger; the
+        checkpoint itself is not touched.
+
+        Args:
+            model: the module whose weights the checkpoint holds.
+            ckpt_path: the checkpoint.
+            datamodule: provides the training data, as in fit.
+            threat_model: norm, eps and box of the attack it was trained against; read off the module's
+                configure_attack() or the AdversarialTraining callback when not given.
+            scope: what unlearning changes: "head", the last linear layer, whose sums are stored; "all" or a list of
+                patterns over parameter names, for which requests read the retained data instead.
+            response: how the attack reacts to the weights: auto, none, unconstrained, l2, linf or a Response.
+            curvature: the direct part: hessian, ggn or fisher; by default hessian for the head, ggn beyond it.
+            loss: the training loss, callable(logits, y, reduction="none"); the module's criterion or cross-entropy.
+            weight_decay: the optimiser's weight decay; read off configure_optimizers() when "auto".
+            polish: steps of further minimisation until stationary (beyond the head "auto" takes none); 0 never touches
+                the weights.
+            batch_size: samples at a time.
+            out: write under this name (<name>.ckpt) instead of beside the checkpoint.
+            request_id: your own id of this request; the same id again returns the first receipt.
+            wait: seconds to wait for another process that works on the same files.
+        """
+        source, places = Places.of(ckpt_path), Places.of(out or ckpt_path)
+        path = Path(ckpt_path)
+        request_id = checked_request_id(request_id, "snapshot")
+        asked = asked_digest(
+            "snapshot", {"scope": scope, "response": str(response), "curvature": curvature or "hessian"}
+        )
+        with (
+            exclusive(places, wait=wait, say=_say),
+            open_ledger(places) as ledger,
+            snapshot_key(places, ledger) as key,
+        ):
+            if repeated(places, ledger, request_id, asked):
+                return
+            checkpoint = load_checkpoint(path)
+            before = checkpoint_fingerprint(checkpoint)
+            refuse_resurrection(path, before, ledger)
+            data = training_data(self, model, datamodule)
+            load_into(model, checkpoint, path)
+            if gone := ledger.forgotten():
+                # Trained further, on what is retained: the list of forgotten rows stays, and so do the settings.
+                old = forgotten_again(load_snapshot(places.snapshot, key), ledger, sorted(gone))
+                snapshot = refresh(model, old, data.dataset, loss=loss, collate=data.collate, batch_size=batch_size)
+            else:
+                threat_model, attack = threat_of(self, model, threat_model)
+                wide = scope != "head"
+                take: Callable[..., Snapshot | WideSnapshot] = take_wide_snapshot if wide else take_snapshot
+                snapshot = take(
+                    model,
+                    data.dataset,
+                    threat_model=threat_model,
+                    attack=attack,
+                    scope=scope,
+                    response=response,
+                    curvature=curvature or ("ggn" if wide else "hessian"),
+                    loss=loss,
+                    weight_decay=weight_decay,
+                    polish=polish,
+                    collate=data.collate,
+                    batch_size=min(batch_size, WIDE_BATCH) if wide else batch_size,
+                    device=self.strategy.root_device,
+                    key=key,
+                    **({"trades_beta": trades_beta_of(self, model)} if wide else {}),
+                )
+            content = receipt_content("snapshot", request_id, snapshot, before, model)
+            receipt = commit(places, ledger, content, checkpoint, model, snapshot, asked, key)
+            report(places, receipt, source)
+
+    def unlearn(
+        self,
+        model: L.LightningModule,
+        ckpt_path: str,
+        datamodule: L.LightningDataModule | None = None,
+        forget: ForgetConfig = ForgetConfig(),  # noqa: B008  (LightningCLI shows it as the default)
+        method: Method | None = None,
+        solver: str | Solver = "auto",
+        refine: int = 0,
+        certify: bool = True,
+        loss: Callable[..., torch.Tensor] | None = None,
+        batch_size: int = 1024,
+        dry_run: bool = False,
+        out: str | None = None,
+        request_id: str | None = None,
+        wait: float = 0.0,
+    ) -> None:
+        """Remove rows of the training data from a model: all of a request or nothing of it, with a receipt.
+
+        Args:
+            model: the module whose weights the checkpoint holds.
+            ckpt_path: the checkpoint (<name>.ckpt or <name>.muter.ckpt) that a snapshot was taken of.
+            datamodule: provides the training data, the same rows in the same order as for the snapshot.
+            forget: whom or what to forget.
+            method: how; the constraint-aware MUter by default.
+            solver: how the linear system is solved: auto, cholesky, cg, neumann, schur or a Solver.
+            refine: further steps with the retained data, each closer to retraining (beyond the head: of Newton-CG).
+            certify: measure the result on the retained data: stationarity, and a certificate for linear models. It
+                costs about one pass over the data; without it the retained data are not read (unless refined, or the
+                scope is wider than the head, where every request reads them).
+            loss: the loss that the snapshot was taken with, if it was given there.
+            batch_size: samples at a time.
+            dry_run: compute everything, write nothing, say what would change.
+            out: leave the checkpoint as it is and write the new one, with its own snapshot and ledger, under this name.
+            request_id: your own id of this request, e.g. a ticket number; the same id again returns the first receipt.
+            wait: seconds to wait for another process that works on the same files.
+        """
+        source = Places.of(ckpt_path)
+        places = Places.of(out) if out is not None else source
+        request_id = checked_request_id(request_id, "unlearn")
+        with _at_work(source, places, dry_run, wait) as ledger:
+            insist_on_snapshot(places if not dry_run else source)
+            here = source if dry_run else places
+            key = known_key(here, ledger)
+            check_agreement(here, ledger)
+            checkpoint = load_checkpoint(here.checkpoint)
+            data = training_data(self, model, datamodule)
+            rows = resolve(forget, len(data.dataset), datamodule)
+            asked = asked_digest("unlearn", {"indices": rows.indices})
+            if ledger is not None and repeated(here, ledger, request_id, asked):
+                return
+            snapshot = load_snapshot(here.snapshot, key)
+            refuse_forgotten(rows.indices, forgotten_rows(snapshot, ledger))
+            load_into(model, checkpoint, here.checkpoint)
+            model.to(self.strategy.root_device)
+            before = checkpoint_fingerprint(checkpoint)
+            result = unlearn(
+                model,
+                snapshot,
+                forget=rows.indices,
+                data=data.dataset,
+                method=method,
+                solver=solver,
+                retain=data.dataset if refine or certify else None,
+                refine=refine,
+                dry_run=dry_run,
+                loss=loss,
+                collate=data.collate,
+                batch_size=batch_size,
+            )
+            content = receipt_content("unlearn", request_id, snapshot, before, model, result, rows.digests(key))
+            if dry_run:
+                report_dry_run(here, content)
+                return
+            assert ledger is not None
+            receipt = commit(places, ledger, content, checkpoint, model, snapshot, asked, key)
+            report(places, receipt, source)
+
+    def refresh(
+        self,
+        model: L.LightningModule,
+        ckpt_path: str,
+        datamodule: L.LightningDataModule | None = None,
+        loss: Callable[..., torch.Tensor] | None = None,
+        batch_size: int = 1024,
+        request_id: str | None = None,
+        wait: float = 0.0,
+    ) -> None:
+        """Take a new snapshot of the retained data at the current weights: nothing computed at the old ones remains.
+
+        Args:
+            model: the module whose weights the checkpoint holds.
+            ckpt_path: the checkpoint.
+            datamodule: provides the training data, the same rows in the same order as before (all of them).
+            loss: the loss that the snapshot was taken with, if it was given there.
+            batch_size: samples at a time.
+            request_id: your own id of this request; the same id again returns the first receipt.
+            wait: seconds to wait for another process that works on the same files.
+        """
+        places = Places.of(ckpt_path)
+        request_id = checked_request_id(request_id, "refresh")
+        asked = asked_digest("refresh", {})
+        with _at_work(places, places, False, wait) as ledger:
+            assert ledger is not None
+            if repeated(places, ledger, request_id, asked):
+                return
+            insist_on_snapshot(places)
+            key = known_key(places, ledger)
+            check_agreement(places, ledger)
+            checkpoint = load_checkpoint(places.checkpoint)
+            data = training_data(self, model, datamodule)
+            load_into(model, checkpoint, places.checkpoint)
+            model.to(self.strategy.root_device)
+            before = checkpoint_fingerprint(checkpoint)
+            old = load_snapshot(places.snapshot, key)
+            snapshot = refresh(model, old, data.dataset, loss=loss, collate=data.collate, batch_size=batch_size)
+            content = receipt_content("refresh", request_id, snapshot, before, model)
+            receipt = commit(places, ledger, content, checkpoint, model, snapshot, asked, key)
+            report(places, receipt, places)
+
+
+class MuterCLI(LightningCLI):
+    """LightningCLI with the three subcommands above, for any LightningModule and LightningDataModule by class path."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """All subcommands; only the one asked for when the command line begins with it, which is much quicker."""
+        own = {name: {"model", "datamodule"} for name in ("snapshot", "unlearn", "refresh")}
+        every = {**LightningCLI.subcommands(), **own}
+        asked = sys.argv[1] if len(sys.argv) > 1 else ""
+        return {asked: every[asked]} if asked in every else every
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning takes the model's arguments from the checkpoint here. Requests load it themselves; and without the
+        # model's class in it (trained by a script, not by a LightningCLI) the arguments alone cannot be parsed.
+        subcommand = self.config.get("subcommand")
+        if subcommand in ("snapshot", "unlearn", "refresh"):
+            return
+        path = self.config[subcommand].get("ckpt_path") if subcommand else None
+        if path and Path(path).is_file() and "_class_path" not in load_checkpoint(path).get("hyper_parameters", {}):
+            return
+        super()._parse_ckpt_path()
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a subcommand with these arguments; returns the exit code, or raises what the command raised."""
+    # Between Lightning and jsonargparse; nothing that users of either could act on.
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    saved_argv, saved_path = sys.argv, list(sys.path)
+    sys.argv = ["muter", *arguments]
+    # An installed command does not look for modules in the current folder, where users have theirs; `python -m` does.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        # A fixed seed unless the configuration has one: the same request gives the same result.
+        # A name of our own for the saved configuration: without a logger it lands in the current folder, where
+        # users have their config.yaml.
+        saved = {"config_filename": "muter-config.yaml", "overwrite": True}
+        MuterCLI(trainer_class=MuterTrainer, save_config_kwargs=saved, seed_everything_default=0)
+    finally:
+        sys.argv, sys.path = saved_argv, saved_path
+    return 0
+
+
+@contextlib.contextmanager
+def _at_work(source: Places, places: Places, dry_run: bool, wait: float) -> Iterator[Ledger | None]:
+    """The ledger to write to, under lock; for a dry run the source's ledger (if any), to read."""
+    if dry_run:
+        with reading(source) as seen:
+            yield seen
+        return
+    insist_on_snapshot(source)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(exclusive(source, wait=wait, say=_say))
+        if places != source:
+            stack.enter_context(exclusive(places, wait=wait, say=_say))
+            stack.enter_context(fork(source, places))
+        yield stack.enter_context(open_ledger(places))
+
+
+def _say(line: str) -> None:
+    print(f"recovery: {line}")

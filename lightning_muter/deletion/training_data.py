@@ -1,0 +1,84 @@
+"""A model and its training data as Lightning would set them up before fit, with a checkpoint's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from torch.utils.data import DataLoader
+
+from lightning_muter.adversarial.threat_model import ThreatModel
+from lightning_muter.errors import MismatchError, UnsuitableError
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The training dataset (positions in it are what requests name) and how its loader makes batches of it."""
+
+    dataset: Any
+    collate: Callable[[list[Any]], Any]
+
+
+def training_data(
+    trainer: L.Trainer, model: L.LightningModule, datamodule: L.LightningDataModule | None
+) -> TrainingData:
+    """The training data, after the hooks that Lightning would have called before fit.
+
+    Raises:
+        UnsuitableError: not a single DataLoader over a dataset that can be read by position.
+    """
+    holder: Any = datamodule if datamodule is not None else model
+    model.trainer = trainer
+    if datamodule is not None:
+        datamodule.trainer = trainer
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+    model.prepare_data()
+    model.setup("fit")
+    model.configure_model()
+    loader = holder.train_dataloader()
+    dataset = getattr(loader, "dataset", None)
+    if not isinstance(loader, DataLoader) or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise UnsuitableError(
+            f"train_dataloader() returned {type(loader).__name__} over {type(dataset).__name__}; requests name "
+            "positions in the dataset of a single DataLoader with `__len__` and `__getitem__`. Pass such a datamodule."
+        )
+    return TrainingData(dataset, loader.collate_fn)
+
+
+def load_into(model: L.LightningModule, checkpoint: dict[str, Any], path: Path) -> None:
+    model.on_load_checkpoint(checkpoint)
+    try:
+        model.load_state_dict(checkpoint["state_dict"], strict=True)
+    except RuntimeError as error:
+        raise MismatchError(
+            f"{path}: its weights do not fit {type(model).__name__} as it was built here "
+            f"({' '.join(str(error).split())[:400]}). Give the model the arguments that it was trained with, "
+            "e.g. --model.init_args.width 64."
+        ) from error
+    model.eval()
+
+
+def threat_of(
+    trainer: L.Trainer, model: L.LightningModule, threat_model: ThreatModel | None
+) -> tuple[ThreatModel | None, Any]:
+    """Threat model and attack: as given, else off an AdversarialTraining callback (the module's own comes after)."""
+    if threat_model is not None:
+        return threat_model, None
+    for callback in getattr(trainer, "callbacks", []):
+        attack = getattr(callback, "attack", None)
+        if getattr(callback, "threat_model", None) is not None or attack is not None:
+            return callback.threat_model, attack
+    return None, None
+
+
+def trades_beta_of(trainer: L.Trainer, model: L.LightningModule) -> float | None:
+    """The beta of TRADES, off an AdversarialTraining callback or the module's mixin; None where it is not used."""
+    for callback in getattr(trainer, "callbacks", []):
+        if getattr(callback, "trades_beta", None) is not None:
+            return float(callback.trades_beta)
+    beta = getattr(model, "trades_beta", None)
+    return None if beta is None else float(beta)

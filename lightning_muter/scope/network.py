@@ -1,0 +1,379 @@
+"""Unlearning any subset of the parameters, a whole network included, with the retained data at hand.
+
+Nothing of the size p x p is stored: Newton steps on the retained objective F_R, from the weights at hand,
+
+    (H_R + mu |R| I) d = -grad F_R(w),      H_R = sum_R D2 phi_i + |R| Lambda_d  by products (`curvature.matrix_free`)
+
+with the maximisers moving along by their response. Levenberg and Marquardt decide (`levenberg`): a step is accepted where the
+robust objective, its inner problems solved anew, falls; mu grows where it does not and shrinks where the model predicts well.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings as warning_module
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from lightning_muter.adversarial.threat_model import ThreatModel
+from lightning_muter.curvature.inner.maximiser import InnerSolver, Smoothing
+from lightning_muter.curvature.objective.network import WideCurvature, WideObjective
+from lightning_muter.curvature.problem.network import WideProblem
+from lightning_muter.curvature.response.choose import Response, as_response
+from lightning_muter.errors import ArgumentError, MismatchError
+from lightning_muter.minimise.levenberg_marquardt import Found, LevenbergMarquardt
+from lightning_muter.model.dataset import SampleSource
+from lightning_muter.model.distributed import Shards, refuse_sharded_parameters
+from lightning_muter.model.losses import Loss, resolve_loss
+from lightning_muter.snapshot.old_snapshot import loss_name
+from lightning_muter.snapshot.take import check_digests
+from lightning_muter.snapshot.trained import Decay, decay_by_name, trained_threat
+from lightning_muter.snapshot.wide_snapshot import WIDE_BATCH, WideSnapshot
+from lightning_muter.solvers.choose import CG, Solver
+from lightning_muter.solvers.truncated import TruncatedCG
+from lightning_muter.storage.fingerprint import weight_fingerprint
+from lightning_muter.unlearning.unlearn import UnlearnResult, checked_positions
+
+#: mu at the start, per sample.
+DAMPING = 1e-2
+#: Inner maxima of ReLU networks sit on kinks: followed by a few steps per evaluation, they settle as the search goes on.
+_KINKED = InnerSolver(tolerance=1e-3, max_iter=8, tracking=4, finish=1)
+
+
+@torch.inference_mode(False)
+def unlearn_wide(
+    model: nn.Module,
+    forget: Iterable[int],
+    data: Dataset[Any],
+    *,
+    scope: str | Sequence[str] = "all",
+    threat_model: ThreatModel | None = None,
+    attack: Any = None,
+    trades_beta: float | None = None,
+    response: str | Response = "auto",
+    curvature: WideCurvature = "ggn",
+    loss: Loss | None = None,
+    weight_decay: Decay = "auto",
+    optimizers: Iterable[Any] | None = None,
+    forgotten: Iterable[int] = (),
+    steps: int = 5,
+    damping: float = DAMPING,
+    cg: TruncatedCG | None = None,
+    tolerance: float = 1e-6,
+    seconds: float | None = None,
+    smoothing: Smoothing | None = None,
+    inner: InnerSolver | None = None,
+    sample_weight: Tensor | None = None,
+    collate: Callable[[list[Any]], Any] | None = None,
+    batch_size: int = WIDE_BATCH,
+    num_workers: int = 0,
+    shards: Shards | None = None,
+    dry_run: bool = False,
+    progress: bool = True,
+) -> UnlearnResult:
+    """Remove samples from all parameters in ``scope``; on success the model holds the new weights, else the old ones.
+
+    Args:
+        forget: positions in ``data``, the full training dataset; ``forgotten``: positions removed before, left out too.
+        scope: "all" trainable parameters, or patterns over their names (``["layer4.*", "head.*"]``).
+        trades_beta: the model was trained by TRADES with this beta.
+        curvature: "ggn" (positive semidefinite with the response, the default) or "hessian" (exact).
+        weight_decay: as in :func:`lightning_muter.take_snapshot`; 0 is allowed, damping then carries the solve.
+        steps: accepted steps at most.          damping: mu at the start, per sample.
+        tolerance: on the stationarity |grad F_R| / sqrt(|R| sum |grad phi_i|^2) (the sum estimated once).
+        seconds: no new step is begun after this time.
+        shards: this process's share; None asks torch.distributed. Every process gets the same weights.
+
+    Returns:
+        ``solver`` holds the last accepted solve's status and ``steps``, one entry per trial; ``refine`` the
+        stationarity after each accepted step.
+
+    Raises:
+        ArgumentError, RequestError: bad positions or options; UnsuitableError: FSDP, decoupled weight decay;
+        SolveError: no trial lowered the objective. The model is as it was.
+    """
+    began = time.perf_counter()
+    before = [int(i) for i in forgotten]
+    n_total = len(data)  # type: ignore[arg-type]
+    stand_in: Any = SimpleNamespace(n_total=n_total, forgotten=before, n_retained=n_total - len(set(before)))
+    positions = checked_positions(forget, stand_in)
+    gone = {*positions, *before}
+    objective = wide_objective(
+        model,
+        data,
+        [i for i in range(n_total) if i not in gone],
+        scope=scope,
+        threat=trained_threat(model, threat_model, attack),
+        trades_beta=trades_beta,
+        response=response,
+        curvature=curvature,
+        loss=loss,
+        decay=lambda problem: wide_decay(problem, model, weight_decay, optimizers),
+        smoothing=smoothing,
+        inner=inner,
+        sample_weight=sample_weight,
+        collate=collate,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        shards=shards,
+    )
+    deadline = None if seconds is None else began + seconds
+    result, new = _carry_out(objective, scope, positions, steps, damping, cg, tolerance, deadline, progress)
+    _commit(objective.problem, new, result, dry_run, lambda: None)
+    result.seconds = time.perf_counter() - began
+    return result
+
+
+@torch.inference_mode(False)
+def unlearn_stored(
+    model: nn.Module,
+    snapshot: WideSnapshot,
+    forget: Iterable[int],
+    data: Dataset[Any],
+    *,
+    retain: Dataset[Any] | None = None,
+    refine: int = 0,
+    method: object = None,
+    solver: str | Solver | TruncatedCG = "auto",
+    dry_run: bool = False,
+    loss: Loss | None = None,
+    collate: Callable[[list[Any]], Any] | None = None,
+    batch_size: int = WIDE_BATCH,
+    shards: Shards | None = None,
+    progress: bool = True,
+) -> UnlearnResult:
+    """What :func:`lightning_muter.unlearn` does for a `WideSnapshot`: one accepted Newton-CG step and ``refine`` more.
+
+    Args:
+        data, retain: the full training dataset; retained rows are read from ``retain`` where it is given.
+        solver: "auto", "cg", a `CG` or a `TruncatedCG`: systems are known by their products alone.
+
+    Raises:
+        ArgumentError: a method or solver that needs stored sums. The others as in :func:`unlearn_wide`.
+        MismatchError: weights, data, scope or loss are not the snapshot's.
+    """
+    began = time.perf_counter()
+    positions = checked_positions(forget, snapshot)
+    if not (isinstance(refine, int) and not isinstance(refine, bool) and refine >= 0):
+        raise ArgumentError("refine", refine, "a whole number, 0 or larger")
+    if method is not None:
+        raise ArgumentError(
+            "method", method, "None beyond the head", "Methods solve with stored sums; take a snapshot of scope='head'."
+        )
+    read = retain if retain is not None else data
+    snapshot.check_length(data, "data")
+    snapshot.check_length(read, "retain")
+    snapshot.check_model(model)
+    snapshot.check_parameters(model)
+    found = resolve_loss(loss, model)
+    if loss_name(found) != snapshot.loss_name:
+        raise MismatchError(
+            f"loss: got {loss_name(found)}, the snapshot was taken with {snapshot.loss_name}. Pass that loss, or take a "
+            "new snapshot."
+        )
+    gone = set(positions)
+    kept = [i for i in snapshot.retained_positions if i not in gone]
+    check_digests(snapshot, data, positions, "data", collate)
+    check_digests(snapshot, read, kept, "data" if retain is None else "retain", collate)
+    objective = stored_objective(
+        model, snapshot, read, kept, loss=found, collate=collate, batch_size=batch_size, shards=shards
+    )
+    result, new = _carry_out(
+        objective, snapshot.scope, positions, 1 + refine, DAMPING, _as_cg(solver), 1e-6, None, progress
+    )
+    after = replace(snapshot, forgotten=[*snapshot.forgotten, *positions], digests=snapshot.digests.clone())
+    after.digests[torch.tensor(positions)] = 0
+    assert result.stationarity_after is not None
+    after.stationarity = result.stationarity_after
+
+    def adopt() -> None:
+        after.fingerprint = result.fingerprint_after
+        snapshot.adopt(after)
+
+    _commit(objective.problem, new, result, dry_run, adopt)
+    result.seconds = time.perf_counter() - began
+    return result
+
+
+def wide_objective(
+    model: nn.Module,
+    data: Dataset[Any],
+    positions: Sequence[int],
+    *,
+    scope: str | Sequence[str],
+    threat: ThreatModel,
+    trades_beta: float | None,
+    response: str | Response,
+    curvature: WideCurvature,
+    loss: Loss | None,
+    decay: Callable[[WideProblem], Tensor],
+    smoothing: Smoothing | None,
+    inner: InnerSolver | None,
+    sample_weight: Tensor | None,
+    collate: Callable[[list[Any]], Any] | None,
+    batch_size: int,
+    num_workers: int = 0,
+    shards: Shards | None = None,
+) -> WideObjective:
+    """The robust objective of the parameters in ``scope`` over ``positions`` of ``data``, anchored at the weights at hand."""
+    refuse_sharded_parameters(model)
+    shards = shards or Shards.current()
+    source = SampleSource(
+        data,
+        collate=collate,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        device=next(model.parameters()).device,
+        weight=sample_weight,
+        threat=threat,
+        readable=positions,
+    )
+    problem = WideProblem(model, resolve_loss(loss, model), scope, source.examples(), trades_beta)
+    return WideObjective(
+        problem,
+        threat,
+        source,
+        decay(problem),
+        as_response(response, threat),
+        shards.share(positions),
+        len(positions),
+        curvature,
+        inner or (_KINKED if problem.backbone.piecewise_linear else InnerSolver(max_iter=50)),
+        smoothing or Smoothing(),
+        anchor=problem.read() if threat.norm == "linf" and threat.eps > 0 else None,
+        reduce=shards.sum_,
+        leads=shards.rank == 0,
+    )
+
+
+def stored_objective(
+    model: nn.Module, snapshot: WideSnapshot, data: Dataset[Any], positions: Sequence[int], **options: Any
+) -> WideObjective:
+    """The objective that a `WideSnapshot` describes, over some positions."""
+    return wide_objective(
+        model,
+        data,
+        positions,
+        scope=snapshot.patterns,
+        threat=snapshot.threat_model,
+        trades_beta=snapshot.trades_beta,
+        response=snapshot.response,
+        curvature=snapshot.curvature,
+        decay=lambda problem: wide_decay(problem, model, snapshot.decay, None),
+        smoothing=snapshot.smoothing,
+        inner=snapshot.inner,
+        sample_weight=snapshot.sample_weight,
+        **options,
+    )
+
+
+def _carry_out(
+    objective: WideObjective,
+    scope: str | Sequence[str],
+    positions: list[int],
+    steps: int,
+    damping: float,
+    cg: TruncatedCG | None,
+    tolerance: float,
+    deadline: float | None,
+    progress: bool,
+) -> tuple[UnlearnResult, Tensor]:
+    """The search on the retained objective, and the weights it proposes; nothing is changed yet."""
+    if not (isinstance(steps, int) and steps >= 1) or not damping >= 0:
+        raise ArgumentError("steps, damping", (steps, damping), "steps >= 1 and damping >= 0")
+    problem = objective.problem
+    w = problem.read()
+    title = "unlearn" if progress and objective.leads else None
+    found = LevenbergMarquardt(objective, cg or TruncatedCG(), damping, deadline, title).run(w, steps, tolerance)
+    result = UnlearnResult(
+        method="newton-cg",
+        response=objective.response.name,
+        scope=scope if isinstance(scope, str) else ", ".join(scope),
+        forgotten=positions,
+        n_retained=objective.count,
+        step_norm=float((found.w - w).norm()),
+        solver=found.solver | {"steps": found.trials, "counts": {k: v for k, v in objective.counts.items() if v}},
+        stationarity_before=found.first.stationarity,
+        stationarity_after=found.last.stationarity,
+        fingerprint_before=weight_fingerprint(problem.module.state_dict()),
+        refine=found.history,
+    )
+    result.warnings += _notes(problem, found)
+    return result, found.w
+
+
+def _as_cg(solver: str | Solver | TruncatedCG) -> TruncatedCG:
+    if isinstance(solver, TruncatedCG):
+        return solver
+    if isinstance(solver, CG):
+        return TruncatedCG(max_iter=solver.max_iter, tolerance=solver.tolerance)
+    if solver in ("auto", "cg"):
+        return TruncatedCG()
+    raise ArgumentError(
+        "solver", solver, "'auto', 'cg', CG or TruncatedCG beyond the head", "The others need the matrix itself."
+    )
+
+
+def wide_decay(problem: WideProblem, model: nn.Module, weight_decay: Decay, optimizers: Iterable[Any] | None) -> Tensor:
+    """lambda per entry of w, (p,)."""
+    values = decay_by_name(problem.names, model, weight_decay, optimizers)
+    found = torch.tensor([values[n] for n in problem.names], dtype=problem.dtype, device=problem.device)
+    return torch.repeat_interleave(found, torch.tensor(problem.sizes, device=problem.device))
+
+
+def _notes(problem: WideProblem, found: Found) -> list[str]:
+    notes = []
+    left = left_outside(problem.module, problem.names)
+    if left is not None:
+        notes.append(left)
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats for m in problem.module.modules()):
+        notes.append(
+            "Running statistics of batch normalisation are constants here: they keep an average over the forgotten "
+            "samples. Recompute them on retained data, or use normalisation without running statistics."
+        )
+    if found.solver["status"] not in ("converged", "flat"):
+        notes.append(
+            f"The last system ended with status {found.solver['status']!r} (relative residual "
+            f"{found.solver['residual']:.1e}); its step lowered the retained objective and was accepted."
+        )
+    return notes
+
+
+def left_outside(model: nn.Module, names: Iterable[str]) -> str | None:
+    """What a scope leaves behind; None when it covers every trainable parameter."""
+    inside = set(names)
+    left = [n for n, p in model.named_parameters() if p.requires_grad and n not in inside]
+    if not left:
+        return None
+    shown = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
+    return (
+        f"The scope leaves {len(left)} trainable parameters as they are ({shown}): they keep what they learnt from "
+        "forgotten samples. scope='all' covers them."
+    )
+
+
+def _commit(problem: WideProblem, new: Tensor, result: UnlearnResult, dry_run: bool, adopt: Callable[[], None]) -> None:
+    """Write the weights and take the fingerprint; on any failure (or a dry run) the weights go back."""
+    result.dry_run = dry_run
+    for note in result.warnings:  # before anything is changed: a warning may be an error
+        warning_module.warn(note, stacklevel=3)
+    named = dict(problem.module.named_parameters())
+    before = {n: named[n].detach().clone() for n in problem.names}
+    done = False
+    try:
+        problem.write(new)
+        result.fingerprint_after = weight_fingerprint(problem.module.state_dict())
+        if not dry_run:
+            adopt()
+            done = True
+    finally:
+        if not done:
+            with torch.no_grad():
+                for name, value in before.items():
+                    named[name].copy_(value)

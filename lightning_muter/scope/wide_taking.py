@@ -1,0 +1,172 @@
+"""How a `WideSnapshot` is taken: digests, the objective, and how stationary the weights are in it."""
+
+from __future__ import annotations
+
+import time
+import warnings as warning_module
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from lightning_muter.adversarial.threat_model import ThreatModel
+from lightning_muter.curvature.inner.maximiser import InnerSolver, Smoothing
+from lightning_muter.curvature.objective.network import WideCurvature
+from lightning_muter.curvature.response.choose import Response
+from lightning_muter.errors import ArgumentError, UnsuitableError
+from lightning_muter.minimise.levenberg_marquardt import LevenbergMarquardt
+from lightning_muter.model.losses import Loss, resolve_loss
+from lightning_muter.scope.network import DAMPING, left_outside, stored_objective, wide_decay, wide_objective
+from lightning_muter.snapshot.old_snapshot import loss_name, sample_digests
+from lightning_muter.snapshot.take import check_digests
+from lightning_muter.snapshot.trained import Decay, trained_threat
+from lightning_muter.snapshot.wide_snapshot import WIDE_BATCH, WideSnapshot
+from lightning_muter.solvers.truncated import TruncatedCG
+from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
+
+#: Stationarity above which a snapshot says that the weights are not a minimum.
+_STATIONARY = 1e-2
+
+
+@torch.inference_mode(False)
+def take_wide_snapshot(
+    model: nn.Module,
+    dataset: Dataset[Any],
+    *,
+    scope: str | Sequence[str] = "all",
+    threat_model: ThreatModel | None = None,
+    attack: Any = None,
+    trades_beta: float | None = None,
+    response: str | Response = "auto",
+    curvature: WideCurvature = "ggn",
+    loss: Loss | None = None,
+    weight_decay: Decay = "auto",
+    optimizers: Iterable[Any] | None = None,
+    polish: str | int = "auto",
+    smoothing: Smoothing | None = None,
+    inner: InnerSolver | None = None,
+    sample_weight: Tensor | None = None,
+    collate: Callable[[list[Any]], Any] | None = None,
+    batch_size: int = WIDE_BATCH,
+    num_workers: int = 0,
+    device: torch.device | str | None = None,
+    key: DigestKey | None = None,
+    progress: bool = True,
+) -> WideSnapshot:
+    """What a later request on the parameters in ``scope`` needs to know; one pass over ``dataset``, nothing of size p x p.
+
+    Args:
+        scope: "all" trainable parameters, or patterns over their names.
+        trades_beta: the model was trained by TRADES with this beta.
+        curvature: "ggn" or "hessian".
+        polish: accepted Newton-CG steps towards a stationary point before; "auto" and 0 leave the weights as they are.
+        The others as in :func:`lightning_muter.take_snapshot`.
+
+    Raises:
+        UnsuitableError: FSDP, decoupled weight decay, or an objective that is not finite.
+    """
+    began = time.perf_counter()
+    if polish != "auto" and not (isinstance(polish, int) and polish >= 0):
+        raise ArgumentError("polish", polish, "'auto', 0 or a number of steps")
+    if device is not None:
+        model.to(device)
+    objective = wide_objective(
+        model,
+        dataset,
+        range(len(dataset)),  # type: ignore[arg-type]
+        scope=scope,
+        threat=trained_threat(model, threat_model, attack),
+        trades_beta=trades_beta,
+        response=response,
+        curvature=curvature,
+        loss=loss,
+        decay=lambda problem: wide_decay(problem, model, weight_decay, optimizers),
+        smoothing=smoothing,
+        inner=inner,
+        sample_weight=sample_weight,
+        collate=collate,
+        batch_size=batch_size,
+        num_workers=num_workers,
+    )
+    problem, source = objective.problem, objective.source
+    w = problem.read()
+    first = now = objective.evaluate(w)
+    if polish not in ("auto", 0):
+        title = "polish" if progress and objective.leads else None
+        found = LevenbergMarquardt(objective, TruncatedCG(), DAMPING, title=title).run(w, int(polish), 1e-6)
+        w, now = found.w, found.last
+    if not bool(torch.isfinite(now.gradient).all()):
+        raise UnsuitableError("The objective is not finite at the model's weights. Check the weights and the loss.")
+    notes = []
+    outside = left_outside(model, problem.names)
+    if outside is not None:
+        notes.append(outside)
+    if now.stationarity > _STATIONARY:
+        notes.append(
+            f"The weights are not stationary: |grad F| / sqrt(n sum |grad phi_i|^2) = {now.stationarity:.1e}. A request also "
+            "goes on minimising; train longer, or pass polish=<steps>, to see the removal alone."
+        )
+    for note in notes:  # before anything is changed: a warning may be an error
+        warning_module.warn(note, stacklevel=3)
+    key = key or DigestKey.generate()
+    digests = sample_digests(key, source, range(source.n))
+    problem.write(w)
+    decay = wide_decay(problem, model, weight_decay, optimizers).split(problem.sizes)
+    return WideSnapshot(
+        patterns=[scope] if isinstance(scope, str) else list(scope),
+        parameters=list(problem.names),
+        decay={name: float(part[0]) for name, part in zip(problem.names, decay, strict=True)},
+        n_total=source.n,
+        forgotten=[],
+        threat_model=objective.threat,
+        response=objective.response,
+        curvature=curvature,
+        loss_name=loss_name(resolve_loss(loss, model)),
+        input_shape=source.input_shape,
+        inner=objective.inner,
+        smoothing=objective.smoothing,
+        digests=digests,
+        key_id=key.key_id,
+        fingerprint=weight_fingerprint(model.state_dict()),
+        stationarity=now.stationarity,
+        trades_beta=trades_beta,
+        sample_weight=source.weight,
+        warnings=notes,
+        figures={
+            "seconds": time.perf_counter() - began,
+            "passes": objective.passes,
+            "objective": now.value,
+            "stationarity_before": first.stationarity,
+            "converged": now.converged,
+        },
+        key=key,
+    )
+
+
+@torch.inference_mode(False)
+def refresh_wide(
+    model: nn.Module,
+    snapshot: WideSnapshot,
+    data: Dataset[Any],
+    *,
+    loss: Loss | None = None,
+    collate: Callable[[list[Any]], Any] | None = None,
+    batch_size: int = WIDE_BATCH,
+) -> WideSnapshot:
+    """The same objective at the current weights, measured on the retained samples; the old snapshot is left as it is."""
+    snapshot.check_length(data, "data")
+    snapshot.check_parameters(model)
+    kept = snapshot.retained_positions
+    check_digests(snapshot, data, kept, "data", collate)
+    objective = stored_objective(model, snapshot, data, kept, loss=loss, collate=collate, batch_size=batch_size)
+    now = objective.evaluate(objective.problem.read())
+    return replace(
+        snapshot,
+        forgotten=list(snapshot.forgotten),
+        fingerprint=weight_fingerprint(model.state_dict()),
+        stationarity=now.stationarity,
+        figures={"objective": now.value, "converged": now.converged},
+    )

@@ -1,0 +1,395 @@
+"""How a snapshot is taken: of any trained model, at the end of a fit (the callback calls this), or anew (`refresh`)."""
+
+from __future__ import annotations
+
+import time
+import warnings as warning_module
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from lightning_muter.adversarial.from_torchattacks import attack_note
+from lightning_muter.adversarial.threat_model import ThreatModel
+from lightning_muter.curvature.hessian.direct import Curvature
+from lightning_muter.curvature.hessian.sums import Sums
+from lightning_muter.curvature.inner.maximiser import InnerSolver, Smoothing
+from lightning_muter.curvature.objective.base import Evaluation
+from lightning_muter.curvature.objective.head import RobustObjective
+from lightning_muter.curvature.objective.sharded import ShardedObjective
+from lightning_muter.curvature.problem.head import HeadProblem
+from lightning_muter.curvature.response.choose import Response, as_response
+from lightning_muter.errors import ArgumentError, MismatchError, UnsuitableError
+from lightning_muter.minimise import polish as descent
+from lightning_muter.model.dataset import SampleSource
+from lightning_muter.model.losses import Loss, accuracy, resolve_loss
+from lightning_muter.snapshot.old_snapshot import Snapshot, loss_name, sample_digests
+from lightning_muter.snapshot.resume import Resumable
+from lightning_muter.snapshot.snapshot import Stored
+from lightning_muter.snapshot.trained import Decay, head_decay, trained_threat
+from lightning_muter.snapshot.wide_snapshot import WIDE_BATCH, WideSnapshot
+from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
+
+#: Stationarity that polish aims at, by the dtype of the backbone.
+AIM = {torch.float64: 1e-6, torch.float32: 1e-4}
+
+
+@torch.inference_mode(False)
+def take_snapshot(
+    model: nn.Module,
+    dataset: Dataset[Any],
+    *,
+    threat_model: ThreatModel | None = None,
+    attack: Any = None,
+    scope: str = "head",
+    response: str | Response = "auto",
+    curvature: Curvature = "hessian",
+    loss: Loss | None = None,
+    weight_decay: Decay = "auto",
+    optimizers: Iterable[Any] | None = None,
+    polish: str | int = "auto",
+    tolerance: float | None = None,
+    smoothing: Smoothing | None = None,
+    inner: InnerSolver | None = None,
+    sample_weight: Tensor | None = None,
+    collate: Callable[[list[Any]], Any] | None = None,
+    batch_size: int = 1024,
+    num_workers: int = 0,
+    device: torch.device | str | None = None,
+    key: DigestKey | None = None,
+    like: Snapshot | None = None,
+    resume: Resumable | None = None,
+    progress: bool = True,
+) -> Snapshot:
+    """Statistics of a trained model's head, from which samples of ``dataset`` can be unlearned later.
+
+    Args:
+        model: any module whose last ``nn.Linear`` gives the logits; its head is polished in place unless ``polish=0``.
+        dataset: the full training dataset (map-style); positions to forget are counted in it.
+        threat_model: norm, eps, box; read off ``attack`` or the module's adversarial training when not given.
+            ``ThreatModel("l2", 0.0)`` for standard training.
+        response: "auto", "none", "unconstrained", "l2", "linf" or a Response.
+        loss: ``callable(logits, y, reduction="none")``; the module's ``criterion``, else cross-entropy.
+        weight_decay: lambda (one number, or by parameter name); "auto" reads it off ``optimizers`` or
+            ``configure_optimizers()``.
+        polish: "auto" minimises until stationary (1e-6 in float64, 1e-4 in float32), a number limits the passes over the
+            data, 0 leaves the weights as they are.
+        smoothing: of L-infinity switches, by default :meth:`Smoothing.of` the model; given with an anchor it is taken as it is
+            (to compare models on one objective).
+        sample_weight: w_i (n,) of an objective sum_i w_i phi_i.
+        key: of the samples' digests; a new one when not given.
+        like: another snapshot of the same weights and data: its maximisers' starting points and smoothing are used.
+
+        resume: keep partial sums in a file, and go on from it after an interruption (polishing is done again).
+
+    Returns:
+        The snapshot; ``snapshot.fingerprint`` is the polished model's.
+
+    Raises:
+        UnsuitableError: model, data, loss or weight decay cannot be handled; MismatchError: ``like`` is of other weights.
+    """
+    began = time.perf_counter()
+    if scope != "head":
+        raise ArgumentError(
+            "scope", scope, "'head' for stored sums", "Other scopes: lightning_muter.take_wide_snapshot."
+        )
+    if polish != "auto" and not (isinstance(polish, int) and polish >= 0):
+        raise ArgumentError("polish", polish, "'auto', 0 or a number of passes")
+    if device is not None:
+        model.to(device)
+    loss = resolve_loss(loss, model)
+    threat = trained_threat(model, threat_model, attack)
+    parameter = next(model.parameters())
+    source = SampleSource(
+        dataset,
+        collate=collate,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        device=parameter.device,
+        weight=sample_weight,
+        threat=threat,
+    )
+    problem = HeadProblem(model, loss, source.examples())
+    decay = head_decay(problem, model, weight_decay, optimizers)
+    chosen = as_response(response, threat).resolved(problem.backbone, source.n)
+    inner = inner or (like.inner if like is not None else InnerSolver())
+    objective = ShardedObjective(problem, threat, source, decay, inner, smoothing or Smoothing.of(problem))
+    theta = problem.read_theta()
+    anchored = smoothing is not None and smoothing.anchor is not None
+    if like is not None:
+        like.check_model(model)
+        anchored = True
+        objective.set_smoothing(like.smoothing)
+        if like.starts is not None:
+            objective.restore(like.starts)
+    elif not anchored:
+        objective.anchor(theta)
+    aim = tolerance if tolerance is not None else AIM.get(parameter.dtype, 1e-3)
+    metric = (
+        chosen if chosen.name in ("l2", "linf") else as_response("auto", threat).resolved(problem.backbone, source.n)
+    )
+    figures: dict[str, Any] = {}
+    done: descent.Polish | None = None
+    before_theta = theta
+    with bar(objective, "polish", progress and polish != 0) as on_step:
+        if polish != 0:
+            limit = 150 if polish == "auto" else int(polish)
+            done = descent.polish(
+                objective, theta, metric, tolerance=aim, max_passes=limit, anchored=anchored, on_step=on_step
+            )
+            theta = done.theta
+    if objective.delta is None and not objective.reproducible:
+        objective.accept(objective.evaluate(theta, explore=True))
+    starts = objective.stored_starts()
+    with bar(objective, "snapshot", progress):
+        if resume is not None:
+            sums, final = resume.sums(objective, theta, chosen, curvature)
+        else:
+            sums, final = objective.sums(theta, response=chosen, curvature=curvature)
+    reached = objective.evaluation(theta, sums, final)
+    notes = _notes(problem, model, theta, reached, aim, polish, decay, sums, attack)
+    if done is not None:
+        figures |= _polish_figures(objective, problem, loss, before_theta, theta, done)
+    figures |= {
+        "stationarity": reached.stationarity,
+        "objective": reached.value,
+        "passes": objective.passes,
+        "seconds": time.perf_counter() - began,
+        "counts": {k: int(v) for k, v in sums.counts.items() if v},
+    }
+    if not bool(torch.isfinite(theta).all()) or not bool(torch.isfinite(reached.gradient).all()):
+        raise UnsuitableError("The objective is not finite at the model's weights. Check the weights and the loss.")
+    key = key or (like.key if like is not None else None) or DigestKey.generate()
+    digests = like.digests if like is not None else sample_digests(key, source, range(source.n))
+    assert sums.hessian is not None
+    for note in notes:  # before anything is changed: a warning may be an error
+        warning_module.warn(note, stacklevel=3)
+    if done is not None:
+        problem.write_theta(theta)
+    return Snapshot(
+        theta_ref=theta.cpu(),
+        theta_base=theta.cpu(),
+        gradient=sums.gradient.cpu(),
+        hessian=replace(sums.hessian, blocks=sums.hessian.blocks.cpu()),
+        decay=decay.cpu(),
+        n_total=source.n,
+        forgotten=[],
+        threat_model=threat,
+        response=chosen,
+        curvature=curvature,
+        loss_name=loss_name(loss),
+        head_name=problem.head.name,
+        input_shape=source.input_shape,
+        smoothing=replace(
+            objective.smoothing,
+            anchor=None if objective.smoothing.anchor is None else objective.smoothing.anchor.cpu(),
+        ),
+        inner=inner,
+        digests=digests,
+        key_id=key.key_id,
+        fingerprint=weight_fingerprint(model.state_dict()),
+        stationarity=reached.stationarity,
+        starts=starts,
+        sample_weight=source.weight,
+        warnings=notes,
+        figures=figures,
+        key=key,
+    )
+
+
+def refresh(
+    model: nn.Module,
+    snapshot: Snapshot | WideSnapshot,
+    data: Dataset[Any],
+    *,
+    polish: str | int = "auto",
+    progress: bool = True,
+    loss: Loss | None = None,
+    collate: Callable[[list[Any]], Any] | None = None,
+    batch_size: int = 1024,
+) -> Snapshot | WideSnapshot:
+    """A new snapshot of the retained samples at the current weights: nothing computed at the old ones remains.
+
+    Args:
+        model: with the weights the snapshot belongs to, or trained further on ``snapshot.retained(data)``.
+        data: the full training dataset; positions keep their meaning, forgotten rows are not read.
+
+    Returns:
+        The new snapshot; the old one is left as it is.
+    """
+    if isinstance(snapshot, WideSnapshot):
+        from lightning_muter.scope.wide_taking import refresh_wide
+
+        return refresh_wide(model, snapshot, data, loss=loss, collate=collate, batch_size=min(batch_size, WIDE_BATCH))
+    snapshot.check_length(data, "data")
+    kept = snapshot.retained_positions
+    check_digests(snapshot, data, kept, "data", collate=collate)
+    weight = None if snapshot.sample_weight is None else snapshot.sample_weight[kept]
+    part = take_snapshot(
+        model,
+        snapshot.retained(data),
+        threat_model=snapshot.threat_model,
+        response=snapshot.response,
+        curvature=snapshot.curvature,
+        loss=loss,
+        weight_decay=_by_name(snapshot, model),
+        polish=polish,
+        inner=snapshot.inner,
+        smoothing=replace(snapshot.smoothing, anchor=None),
+        sample_weight=weight,
+        collate=collate,
+        batch_size=batch_size,
+        key=snapshot.key,
+        progress=progress,
+    )
+    # back to positions in the full dataset
+    part.n_total, part.forgotten = snapshot.n_total, list(snapshot.forgotten)
+    part.digests = _spread(part.digests, kept, snapshot.n_total)
+    part.starts = None if part.starts is None else _spread(part.starts, kept, snapshot.n_total)
+    part.sample_weight = snapshot.sample_weight
+    return part
+
+
+def _spread(rows: Tensor, positions: Sequence[int], n: int) -> Tensor:
+    out = rows.new_zeros(n, *rows.shape[1:])
+    out[torch.tensor(list(positions))] = rows
+    return out
+
+
+def _by_name(snapshot: Snapshot, model: nn.Module) -> dict[str, float]:
+    """The decay of a snapshot by parameter name (one number per parameter, as optimisers have it)."""
+    head = dict(model.named_modules())[snapshot.head_name]
+    assert isinstance(head, nn.Linear)
+    prefix = f"{snapshot.head_name}." if snapshot.head_name else ""
+    found = {f"{prefix}weight": float(snapshot.decay[0, 0])}
+    if head.bias is not None:
+        found[f"{prefix}bias"] = float(snapshot.decay[0, -1])
+    return found
+
+
+def check_digests(
+    snapshot: Stored,
+    data: Dataset[Any],
+    positions: Sequence[int],
+    argument: str,
+    collate: Callable[[list[Any]], Any] | None = None,
+) -> None:
+    """Raise unless these samples are, byte for byte, the ones the snapshot was taken of.
+
+    Raises:
+        MismatchError: other content, or the key is not at hand.
+    """
+    if snapshot.key is None:
+        raise MismatchError(
+            f"{argument}: the samples cannot be compared with those that were trained on, for the key "
+            f"{snapshot.key_id} of their digests is not at hand. Keep the .key file beside the snapshot, or load with "
+            "Snapshot.load(path, key=DigestKey.load(...))."
+        )
+    source = SampleSource(data, collate=collate, threat=None, readable=positions)
+    found = sample_digests(snapshot.key, source, positions)
+    wrong = (found != snapshot.digests[torch.tensor(list(positions), dtype=torch.int64)]).any(1).nonzero()[:, 0]
+    if len(wrong):
+        first = [positions[int(i)] for i in wrong[:5]]
+        raise MismatchError(
+            f"{argument}: {len(wrong)} of {len(positions)} samples are not what was trained on, e.g. positions {first}. "
+            "Pass the same dataset in the same order, without random augmentation."
+        )
+
+
+def _notes(
+    problem: HeadProblem,
+    model: nn.Module,
+    theta: Tensor,
+    reached: Evaluation,
+    aim: float,
+    polish: str | int,
+    decay: Tensor,
+    sums: Sums,
+    attack: Any,
+) -> list[str]:
+    notes = []
+    outside = outside_head(model, problem)
+    if outside:
+        notes.append(outside)
+    if reached.stationarity > 100 * aim:
+        how = "polish=0 left the weights as they were" if polish == 0 else "polish stopped early"
+        notes.append(
+            f"The head is not stationary: |grad F| / sum |grad phi_i| = {reached.stationarity:.1e} ({how}; the aim is "
+            f"{aim:g}). The step towards the retrained optimum also corrects this, and distances to retraining measure it. "
+            "Train longer, use polish='auto', or refine with retained data."
+        )
+    n = sums.counts["samples"]
+    converged = sums.counts["maximisers converged"]
+    if n and converged < 0.9 * n:
+        notes.append(
+            f"The inner maximiser converged for {converged} of {n} samples only (kinks of the backbone, or a ball too "
+            "large for a unique maximum): statistics are less exact there."
+        )
+    note = attack_note(attack) if attack is not None else None
+    if note is not None:
+        notes.append(note)
+    return notes
+
+
+def outside_head(model: nn.Module, problem: HeadProblem) -> str | None:
+    """What head scope leaves behind, said loudly; None when every trained parameter is in the head."""
+    inside = {id(p) for p in problem.head.linear.parameters()}
+    left = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
+    if not left:
+        return None
+    shown = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
+    return (
+        f"Head scope leaves {len(left)} trainable parameters as they are ({shown}): if they were trained on the same data "
+        "they keep what they learnt from forgotten samples. Freeze the backbone (requires_grad=False) and train it on data "
+        "that is never forgotten."
+    )
+
+
+def _polish_figures(
+    objective: RobustObjective, problem: HeadProblem, loss: Loss, before: Tensor, after: Tensor, done: descent.Polish
+) -> dict[str, Any]:
+    def clean(theta: Tensor) -> float | None:
+        right: list[Tensor] = []
+        count = 0
+        for batch in objective.source.batches():
+            x = batch.x.to(problem.backbone.exact_dtype)
+            with torch.no_grad():
+                share = accuracy(loss, problem.logits(theta, problem.backbone(x)), batch.y)
+            if share is None:
+                return None
+            right.append(share * len(x))
+            count += len(x)
+        return float(sum(right, torch.zeros(())) / count)
+
+    return {
+        "polish": {
+            "status": done.status,
+            "passes": done.passes,
+            "stationarity_before": done.before,
+            "stationarity_after": done.evaluation.stationarity,
+            "step_norm": float((after - before).norm()),
+            "accuracy_before": clean(before),
+            "accuracy_after": clean(after),
+        }
+    }
+
+
+@contextmanager
+def bar(objective: ShardedObjective, what: str, show: bool) -> Any:
+    """A progress bar over passes; yields what to call after each accepted step."""
+    line = tqdm(total=None, desc=what, unit="samples", disable=not (show and objective.shards.rank == 0), leave=False)
+    objective.tick = line.update
+
+    def on_step(step: int, now: Evaluation) -> None:
+        line.set_postfix_str(f"step {step}, stationarity {now.stationarity:.1e}")
+
+    try:
+        yield on_step
+    finally:
+        objective.tick = None
+        line.close()

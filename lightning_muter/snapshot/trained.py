@@ -1,0 +1,111 @@
+"""What a trained model tells of its objective: the threat model and the weight decay it was trained with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_muter.adversarial.threat_model import ThreatModel
+from lightning_muter.curvature.problem.head import HeadProblem
+from lightning_muter.errors import ArgumentError, UnsuitableError
+from lightning_muter.preflight.optimizers import no_decay_text, read_weight_decay
+
+Decay = float | Mapping[str, float] | str
+
+
+def trained_threat(model: nn.Module, threat_model: ThreatModel | None, attack: Any) -> ThreatModel:
+    """The threat model: given, of the attack, or of the model's own adversarial training.
+
+    Raises:
+        ArgumentError: none of them is known.
+    """
+    if threat_model is not None:
+        return threat_model
+    if attack is not None:
+        return ThreatModel.from_attack(attack)
+    from lightning_muter.adversarial.training import adversary_of
+
+    adversary = adversary_of(model) if isinstance(model, nn.Module) else None
+    if adversary is not None:
+        return adversary.threat
+    raise ArgumentError(
+        "threat_model",
+        None,
+        "a ThreatModel(norm, eps, box), or attack=...",
+        "Say what the model was trained against; ThreatModel('l2', 0.0) for standard training.",
+    )
+
+
+def decay_by_name(
+    names: Sequence[str], model: nn.Module, weight_decay: Decay, optimizers: Iterable[Any] | None
+) -> dict[str, float]:
+    """lambda of these parameters: given as one number or by name, or read off the optimisers ("auto").
+
+    Raises:
+        ArgumentError: of another kind, negative or not finite; UnsuitableError: decoupled, or of an unknown optimiser.
+    """
+    if isinstance(weight_decay, Mapping):
+        values = {name: float(value) for name, value in weight_decay.items()}
+    elif weight_decay == "auto":
+        values = read_weight_decay(_optimizers(model, optimizers), model.named_parameters())
+    elif isinstance(weight_decay, (int, float)) and not isinstance(weight_decay, bool):
+        values = dict.fromkeys(names, float(weight_decay))
+    else:
+        raise ArgumentError("weight_decay", weight_decay, "'auto', a number, or a dict of parameter names to numbers")
+    found = {name: values.get(name, 0.0) for name in names}
+    if not all(math.isfinite(value) and value >= 0 for value in found.values()):
+        raise ArgumentError("weight_decay", weight_decay, "finite numbers, 0 or larger")
+    return found
+
+
+def head_decay(problem: HeadProblem, model: nn.Module, weight_decay: Decay, optimizers: Iterable[Any] | None) -> Tensor:
+    """lambda per entry of theta, (K, q).
+
+    Raises:
+        UnsuitableError: 0 for the head's weights, decoupled, or of an unknown kind.
+    """
+    prefix = f"{problem.head.name}." if problem.head.name else ""
+    names = [f"{prefix}weight"] + ([f"{prefix}bias"] if problem.has_bias else [])
+    values = decay_by_name(names, model, weight_decay, optimizers)
+    decay = torch.zeros(problem.shape, dtype=problem.dtype, device=problem.device)
+    decay[:, : problem.backbone.width] = values[names[0]]
+    if problem.has_bias:
+        decay[:, -1] = values[names[1]]
+    if float(decay[0, 0]) == 0.0:
+        raise UnsuitableError(no_decay_text([names[0]]))
+    return decay
+
+
+def _optimizers(model: nn.Module, optimizers: Iterable[Any] | None) -> list[Any]:
+    if optimizers is not None:
+        return list(optimizers)
+    configure: Any = getattr(model, "configure_optimizers", None)
+    if configure is None:
+        raise ArgumentError(
+            "weight_decay",
+            "auto",
+            "a number for a module without configure_optimizers",
+            "Pass the weight_decay that the optimiser used, e.g. weight_decay=5e-4.",
+        )
+    return _flat_optimizers(configure())
+
+
+def _flat_optimizers(found: Any) -> list[Any]:
+    """The optimisers in any of the forms that ``configure_optimizers`` may return."""
+    if isinstance(found, torch.optim.Optimizer):
+        return [found]
+    if isinstance(found, Mapping):
+        return _flat_optimizers(found["optimizer"])
+    if isinstance(found, (tuple, list)):
+        out = []
+        for item in found:
+            if isinstance(item, (torch.optim.Optimizer, Mapping)) or (
+                isinstance(item, (tuple, list)) and any(isinstance(i, torch.optim.Optimizer) for i in item)
+            ):
+                out += _flat_optimizers(item) if not (isinstance(item, Mapping) and "optimizer" not in item) else []
+        return out
+    return []

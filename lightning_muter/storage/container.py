@@ -1,0 +1,266 @@
+"""Container files: named tensors and JSON under a content hash that is checked before anything is parsed.
+
+Layout (all integers little-endian):
+
+    offset  size  content
+    0       8     magic `b"\\x93MUTER\\r\\n"`
+    8       4     format version (1)
+    12      4     zero
+    16      8     payload length in bytes; the file ends there
+    24      32    SHA-256 of the payload
+    56      8     zero (so that tensors are aligned)
+    64      ...   payload: a safetensors file, whose metadata `lightning_muter` is the JSON text
+                    `{"kind": ..., "meta": {...}}` (one entry, for the order of several is not fixed)
+
+Reading executes nothing from the file: no pickle, no class names. The hash finds damage, not malice (whoever writes
+the file can hash it anew), so the parser trusts nothing either: sizes, depth, names and offsets are checked before
+memory is taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lightning_muter.errors import ArgumentError, CorruptFileError
+from lightning_muter.storage.atomic import Writer, atomic_write
+
+MAGIC = b"\x93MUTER\r\n"
+FORMAT = 1
+_HEAD = struct.Struct("<8sIIQ32sQ")
+_MAX_JSON = 64 << 20  # bytes of header (tensor table and meta together); a snapshot's is a few kilobytes
+_MAX_DEPTH = 64
+_DTYPES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+_STRING, _BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*"?', re.DOTALL), re.compile(rb"[\[\]{}]")
+_METADATA = "lightning_muter"
+_ADVICE = "Restore the file from a backup, or take a new snapshot of the model with `muter snapshot`."
+
+
+def container_bytes(kind: str, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
+    """A container as bytes; the same content gives the same bytes."""
+    if not kind or not isinstance(kind, str):
+        raise ArgumentError("kind", kind, "a non-empty text")
+    try:
+        text = json.dumps({"kind": kind, "meta": dict(meta)}, sort_keys=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ArgumentError("meta", type(meta).__name__, f"JSON values with text keys ({error})") from error
+    if not _text_keys(meta) or _depth(text.encode()) > _MAX_DEPTH:
+        raise ArgumentError("meta", type(meta).__name__, f"text keys, nested at most {_MAX_DEPTH} deep")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.is_sparse or tensor.is_meta or tensor.is_quantized:
+            raise ArgumentError(f"tensors[{name!r}]", tensor, "a dense tensor")
+    plain = {
+        name: tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    try:
+        payload = safetensors.torch.save(plain, metadata={_METADATA: text})
+    except Exception as error:
+        raise ArgumentError("tensors", sorted(tensors), f"tensors that safetensors can hold ({error})") from error
+    try:
+        _check_payload(payload)
+    except CorruptFileError as error:
+        raise ArgumentError("tensors", sorted(tensors), f"what can be read back ({error})") from error
+    return _HEAD.pack(MAGIC, FORMAT, 0, len(payload), hashlib.sha256(payload).digest(), 0) + payload
+
+
+def container_writer(kind: str, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Writer:
+    """The same as a writer for :func:`lightning_muter.storage.atomic.commit_files`."""
+    content = container_bytes(kind, meta, tensors)
+    return lambda file: file.write(content)
+
+
+def write_container(
+    path: str | os.PathLike[str], kind: str, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> str:
+    """Write a container atomically.
+
+    Args:
+        path: the file; an old one is replaced entirely or, on any failure, left as it was.
+        kind: what the container is, e.g. `"snapshot"`; reading asks for the same.
+        meta: JSON values (text, numbers, bool, None, lists, dicts with text keys).
+        tensors: dense tensors by name; stored from the CPU, contiguous.
+
+    Returns:
+        The SHA-256 of the payload, as 64 hexadecimal digits.
+    """
+    content = container_bytes(kind, meta, tensors)
+    atomic_write(path, lambda file: file.write(content))
+    return content[24:56].hex()
+
+
+def read_container(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read a container of this kind: `(meta, tensors)`, tensors on the CPU with memory of their own.
+
+    Raises:
+        ArgumentError: there is no such file.
+        CorruptFileError: it is damaged, of another kind or of an unknown format version; nothing in it was used.
+    """
+    return parse_container(_read(Path(path)), kind, str(path))
+
+
+def container_sha256(path: str | os.PathLike[str]) -> str:
+    """The content hash of a container, checked, without parsing its content."""
+    content = _read(Path(path))
+    try:
+        _payload(content)
+    except CorruptFileError as error:
+        raise CorruptFileError(f"{path}: {error}. {_ADVICE}") from None
+    return content[24:56].hex()
+
+
+def parse_container(content: bytes, kind: str, origin: str = "container") -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """As :func:`read_container`, from bytes; `origin` names them in messages."""
+    try:
+        payload = _payload(content)
+        found, meta = _check_payload(payload)
+        if found != kind:
+            raise CorruptFileError(f"it holds a {found[:80]!r}, not a {kind!r}")
+        return meta, safetensors.torch.load(payload)
+    except CorruptFileError as error:
+        raise CorruptFileError(f"{origin}: {error}. {_ADVICE}") from None
+    except Exception as error:  # a third party's parser on untrusted bytes: whatever it raises means the same
+        raise CorruptFileError(
+            f"{origin}: its tensors cannot be read ({type(error).__name__}: {error}). {_ADVICE}"
+        ) from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with open(path, "rb", opener=_open_plain) as file:
+            return _read_plain(file, path)
+    except FileNotFoundError:
+        raise ArgumentError("path", str(path), "an existing file") from None
+
+
+def _open_plain(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a named pipe must not make us wait
+
+
+def _read_plain(file: BinaryIO, path: Path) -> bytes:
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        raise CorruptFileError(f"{path}: not a plain file. {_ADVICE}")
+    # The head first: a file of another kind, however large, is not read into memory.
+    head = file.read(_HEAD.size)
+    if head[: len(MAGIC)] != MAGIC:
+        raise CorruptFileError(f"{path}: not a file of lightning_muter (its first bytes differ). {_ADVICE}")
+    return head + file.read()
+
+
+def _payload(content: bytes) -> bytes:
+    """The payload, once version, length and hash are right."""
+    if len(content) < _HEAD.size:
+        raise CorruptFileError(f"cut short ({len(content)} bytes)")
+    magic, version, zero, length, digest, zeros = _HEAD.unpack_from(content)
+    if magic != MAGIC:
+        raise CorruptFileError("not a file of lightning_muter (its first bytes differ)")
+    if version > FORMAT:
+        raise CorruptFileError(
+            f"format version {version}, this release reads up to {FORMAT}: a newer release wrote it, or it is damaged"
+        )
+    if version != FORMAT or zero or zeros:
+        raise CorruptFileError(f"damaged head (format version {version})")
+    payload = content[_HEAD.size :]
+    if length != len(payload):
+        raise CorruptFileError(f"{len(payload)} bytes of content where {length} were written: cut short or appended to")
+    if hashlib.sha256(payload).digest() != digest:
+        raise CorruptFileError("the content does not match its hash: damaged or altered")
+    return payload
+
+
+def _check_payload(payload: bytes) -> tuple[str, dict[str, Any]]:
+    """Check the safetensors table against the payload's size before any tensor is made; returns kind and meta."""
+    if len(payload) < 8:
+        raise CorruptFileError("no tensor table")
+    (size,) = struct.unpack_from("<Q", payload)
+    if size > min(_MAX_JSON, len(payload) - 8):
+        raise CorruptFileError(f"a tensor table of {size} bytes")
+    table = parse_json(payload[8 : 8 + size])
+    extra = table.pop("__metadata__", None)
+    if not isinstance(extra, dict) or set(extra) != {_METADATA} or not isinstance(extra[_METADATA], str):
+        raise CorruptFileError("no metadata of lightning_muter")
+    inner = parse_json(extra[_METADATA].encode())
+    if set(inner) != {"kind", "meta"} or not isinstance(inner["kind"], str) or not isinstance(inner["meta"], dict):
+        raise CorruptFileError("no kind and meta")
+    spans = sorted(_span(name, entry) for name, entry in table.items())
+    end = 0
+    for start, stop in spans:
+        if start != end:
+            raise CorruptFileError("tensors overlap or leave gaps")
+        end = stop
+    if end != len(payload) - 8 - size:
+        raise CorruptFileError("the tensors do not fill the file")
+    return inner["kind"], inner["meta"]
+
+
+def _span(name: str, entry: object) -> tuple[int, int]:
+    """Where one tensor's bytes lie, once its entry is consistent in itself."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"} or entry["dtype"] not in _DTYPES:
+        raise CorruptFileError(f"tensor {name[:80]!r} has an entry that cannot be read")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    plain = all(isinstance(v, list) and all(type(i) is int and 0 <= i < 1 << 48 for i in v) for v in (shape, offsets))
+    if not plain or len(offsets) != 2 or len(shape) > 32:
+        raise CorruptFileError(f"tensor {name[:80]!r} has no proper shape and offsets")
+    if offsets[1] - offsets[0] != math.prod(shape) * _DTYPES[entry["dtype"]]:
+        raise CorruptFileError(f"tensor {name[:80]!r} does not fit its bytes")
+    return offsets[0], offsets[1]
+
+
+def parse_json(text: bytes) -> dict[str, Any]:
+    """A JSON object from untrusted bytes: bounded size and depth, UTF-8, no key twice.
+
+    >>> parse_json(b'{"a": 1, "a": 2}')
+    Traceback (most recent call last):
+        ...
+    lightning_muter.errors.CorruptFileError: JSON names 'a' twice
+    """
+    if len(text) > _MAX_JSON:
+        raise CorruptFileError(f"JSON of {len(text)} bytes, more than {_MAX_JSON}")
+    if _depth(text) > _MAX_DEPTH:
+        raise CorruptFileError(f"JSON nested more than {_MAX_DEPTH} deep")
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"not JSON ({str(error)[:120]})") from None
+    if not isinstance(value, dict):
+        raise CorruptFileError("not a JSON object")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise CorruptFileError(f"JSON names {key[:80]!r} twice")
+        result[key] = value
+    return result
+
+
+def _depth(text: bytes) -> int:
+    """How deep objects and lists are nested, without recursion."""
+    depth = deepest = 0
+    for bracket in _BRACKET.finditer(_STRING.sub(b"", text)):
+        depth += 1 if bracket[0] in b"[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _text_keys(value: object) -> bool:
+    """Whether every object in a JSON value has text keys (`json` would turn others into text silently)."""
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _text_keys(item) for key, item in value.items())
+    return not isinstance(value, (list, tuple)) or all(_text_keys(item) for item in value)
