@@ -20,7 +20,7 @@ except ImportError:
 
 #: LightningModule and LightningDataModule under both names.
 MODULES: tuple[type[pl.LightningModule], ...] = (pl.LightningModule, other.LightningModule)
-DATAMODULES: tuple[type[pl.LightningModule], ...] = (pl.LightningDataModule, other.LightningDataModule)
+DATAMODULES: tuple[type[pl.LightningDataModule], ...] = (pl.LightningDataModule, other.LightningDataModule)
 
 if TYPE_CHECKING or other is pl:
     Callback = pl.Callback
