@@ -17,6 +17,7 @@ from lightning_muter.adversarial.training import adversary_of
 from lightning_muter.curvature.hessian.direct import Curvature
 from lightning_muter.curvature.response.choose import Response
 from lightning_muter.errors import ArgumentError, RequestError, UnsuitableError
+from lightning_muter.lightning_names import Callback
 from lightning_muter.model.losses import Loss
 from lightning_muter.preflight.checks import DEFAULT_CAP, inspect_fit
 from lightning_muter.preflight.findings import enforce
@@ -30,7 +31,7 @@ from lightning_muter.storage.fingerprint import DigestKey
 from lightning_muter.unlearning.unlearn import UnlearnResult, unlearn
 
 
-class MUterCallback(pl.Callback):
+class MUterCallback(Callback):
     """Keeps what is needed to unlearn training samples later.
 
     At fit start everything unsuitable is said in one list. At the end of the fit the head is polished until stationary

@@ -6,15 +6,12 @@ They are methods of a Trainer, as LightningCLI wants it; each is one transaction
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.cli import LightningCLI
 
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.curvature.response.choose import Response
@@ -257,49 +254,6 @@ class MuterTrainer(L.Trainer):
             content = receipt_content("refresh", request_id, snapshot, before, model)
             receipt = commit(places, ledger, content, checkpoint, model, snapshot, asked, key)
             report(places, receipt, places)
-
-
-class MuterCLI(LightningCLI):
-    """LightningCLI with the three subcommands above, for any LightningModule and LightningDataModule by class path."""
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """All subcommands; only the one asked for when the command line begins with it, which is much quicker."""
-        own = {name: {"model", "datamodule"} for name in ("snapshot", "unlearn", "refresh")}
-        every = {**LightningCLI.subcommands(), **own}
-        asked = sys.argv[1] if len(sys.argv) > 1 else ""
-        return {asked: every[asked]} if asked in every else every
-
-    def _parse_ckpt_path(self) -> None:
-        # Lightning takes the model's arguments from the checkpoint here. Requests load it themselves; and without the
-        # model's class in it (trained by a script, not by a LightningCLI) the arguments alone cannot be parsed.
-        subcommand = self.config.get("subcommand")
-        if subcommand in ("snapshot", "unlearn", "refresh"):
-            return
-        path = self.config[subcommand].get("ckpt_path") if subcommand else None
-        if path and Path(path).is_file() and "_class_path" not in load_checkpoint(path).get("hyper_parameters", {}):
-            return
-        super()._parse_ckpt_path()
-
-
-def run(arguments: Sequence[str]) -> int:
-    """Run a subcommand with these arguments; returns the exit code, or raises what the command raised."""
-    # Between Lightning and jsonargparse; nothing that users of either could act on.
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    saved_argv, saved_path = sys.argv, list(sys.path)
-    sys.argv = ["muter", *arguments]
-    # An installed command does not look for modules in the current folder, where users have theirs; `python -m` does.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        # A fixed seed unless the configuration has one: the same request gives the same result.
-        # A name of our own for the saved configuration: without a logger it lands in the current folder, where
-        # users have their config.yaml.
-        saved = {"config_filename": "muter-config.yaml", "overwrite": True}
-        MuterCLI(trainer_class=MuterTrainer, save_config_kwargs=saved, seed_everything_default=0)
-    finally:
-        sys.argv, sys.path = saved_argv, saved_path
-    return 0
 
 
 @contextlib.contextmanager
