@@ -28,6 +28,7 @@ pytestmark = pytest.mark.filterwarnings(
 FORMAT_1 = Path(__file__).parent / "data" / "format_1"
 #: Arguments that are checked when the object is made, by name; all others are drawn from their type.
 ALLOWED = {
+    "norm": st.sampled_from(["l2", "linf"]),
     "eps": st.floats(0, 9),
     "box": st.none() | st.just((-2.5, 1.0)),
     "damping": st.floats(0.01, 0.99),
