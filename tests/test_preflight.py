@@ -30,7 +30,8 @@ from lightning_muter.preflight.checks import (
 )
 from lightning_muter.preflight.data import example_batch, inspect_loaders
 from lightning_muter.preflight.findings import Finding, enforce, skip_reason
-from lightning_muter.preflight.optimizers import inspect_optimizers, read_weight_decay
+from lightning_muter.model.weight_decay import read_weight_decay
+from lightning_muter.preflight.optimizers import inspect_optimizers
 
 PGD = functools.partial(torchattacks.PGD, eps=0.1, steps=2)
 
