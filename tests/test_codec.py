@@ -55,8 +55,13 @@ def made(kind: Any) -> st.SearchStrategy[Any]:
 def same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, Extensible) or dataclasses.is_dataclass(a):
-        return type(a) is type(b) and all(same(value, vars(b)[name]) for name, value in vars(a).items())
+    if isinstance(a, Extensible):
+        return type(a) is type(b) and same(a.settings(), b.settings())
+    if dataclasses.is_dataclass(a):
+        fields = dataclasses.fields(a)
+        return type(a) is type(b) and all(same(getattr(a, f.name), getattr(b, f.name)) for f in fields)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(value, b[name]) for name, value in a.items())
     return type(a) is type(b) and a == b
 
 

@@ -29,6 +29,7 @@ from lightning_muter.storage.fingerprint import DigestKey
 SCHEMA = 1
 _BUSY_SECONDS = 10.0
 _APPLICATION = 0x4D757465  # "Mute", in the file's header
+_IDENTITY = ("user_version", "application_id")
 _TABLES = (
     """CREATE TABLE requests (
     number INTEGER PRIMARY KEY,
@@ -106,6 +107,32 @@ class Ledger:
             yield cls(path, connection)
         finally:
             connection.close()
+
+    @staticmethod
+    def unborn(path: Path) -> bool:
+        """Whether the file was begun but nothing was ever entered: its process died before its tables were in it."""
+        if not path.exists():
+            return False
+        with contextlib.closing(_connect(path)) as connection:
+            try:
+                numbers = [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in _IDENTITY]
+                return not any(numbers) and not connection.execute("SELECT 1 FROM sqlite_master").fetchall()
+            except sqlite3.Error:
+                return False  # damaged, or somebody else's: opening says so
+
+    @classmethod
+    def discard_unborn(cls, path: Path) -> bool:
+        """Remove such a file; the caller holds the model's lock. Returns whether there was one."""
+        if not cls.unborn(path):
+            return False
+        cls.remove(path)
+        return True
+
+    @staticmethod
+    def remove(path: Path) -> None:
+        """Remove a ledger in which nothing is entered; its logs first, which a new file of its name would take for its own."""
+        for ending in ("-wal", "-shm", "-journal", ""):
+            Path(f"{path}{ending}").unlink(missing_ok=True)
 
     def __len__(self) -> int:
         return self._one("SELECT count(*) FROM requests")[0]

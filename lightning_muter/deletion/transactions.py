@@ -80,6 +80,8 @@ def recover(places: Places) -> list[str]:
     if places.receipts.is_dir():
         recover_folder(places.receipts)  # receipt files are written anew from the ledger anyway
     pending = pending_request(places)
+    if Ledger.discard_unborn(places.ledger):
+        said.append("a process died while it began the ledger: removed, nothing had been entered")
     if places.ledger.exists():
         with Ledger.open(places.ledger) as ledger:
             for receipt, switches in ledger.unfinished():
@@ -233,12 +235,15 @@ def _remove_pending(places: Places) -> None:
     fsync_folder(places.folder)
 
 
-def _stage_name(target: str) -> re.Pattern[str]:
-    return re.compile(rf"\.{re.escape(target[-150:])}\.[0-9a-f]{{16}}{re.escape(files.STAGE)}")
+def _stage_name(target: str, *endings: str) -> re.Pattern[str]:
+    ending = "|".join(map(re.escape, endings or (files.STAGE,)))
+    return re.compile(rf"\.{re.escape(target[-150:])}\.[0-9a-f]{{16}}({ending})")
 
 
 def _stages(places: Places) -> list[Path]:
-    patterns = [_stage_name(path.name) for path in (places.checkpoint, places.snapshot, places.ledger, places.key)]
+    """What a dead process left beside this model's files; a killed write of a key leaves its secret."""
+    own = (places.checkpoint, places.snapshot, places.ledger, places.key)
+    patterns = [_stage_name(path.name, files.STAGE, files.TEMP) for path in own]
     with os.scandir(places.folder) as entries:
         return [Path(entry.path) for entry in entries if any(pattern.fullmatch(entry.name) for pattern in patterns)]
 
