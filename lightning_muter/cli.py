@@ -111,7 +111,7 @@ _LESS_MEMORY = (
 
 
 def _run_lightning(arguments: list[str]) -> int:
-    from lightning_muter.deletion.trainer import run
+    from lightning_muter.deletion.command_line import run
 
     return run(arguments)
 

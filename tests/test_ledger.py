@@ -134,10 +134,9 @@ def test_files_that_are_no_ledger(path, tmp_path):
     with pytest.raises(CorruptFileError, match="not a readable ledger"), Ledger.open(tmp_path / "text"):
         pass
     (tmp_path / "half").write_bytes(b"")
-    assert ledger_module.discard_half_made(tmp_path / "half")
-    assert not ledger_module.discard_half_made(tmp_path / "half")
-    assert not ledger_module.discard_half_made(path)
-    assert not ledger_module.discard_half_made(tmp_path / "text")
+    assert Ledger.discard_unborn(tmp_path / "half")
+    assert not (tmp_path / "half").exists()
+    assert not Ledger.discard_unborn(tmp_path / "text")
     sql(tmp_path / "other", "CREATE TABLE t (a)")
     with pytest.raises(CorruptFileError, match="not a ledger"), Ledger.open(tmp_path / "other", create=True):
         pass

@@ -32,6 +32,7 @@ from lightning_muter.storage.signing import PublicKey
 SCHEMA = 1
 _BUSY_SECONDS = 10.0
 _APPLICATION = 0x4D757465  # "Mute", in the file's header
+_IDENTITY = ("user_version", "application_id")
 _TABLES = (
     """CREATE TABLE requests (
     number INTEGER PRIMARY KEY,
@@ -119,6 +120,32 @@ class Ledger:
         self._connection = _opened(self.path, readonly=False)
         fsync_file(self.path)
         fsync_folder(self.path.parent)
+
+    @staticmethod
+    def unborn(path: Path) -> bool:
+        """Whether the file was begun but nothing was ever entered: its process died before its tables were in it."""
+        if not path.exists():
+            return False
+        with contextlib.closing(_connect(path, readonly=True)) as connection:
+            try:
+                numbers = [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in _IDENTITY]
+                return not any(numbers) and not connection.execute("SELECT 1 FROM sqlite_master").fetchall()
+            except sqlite3.Error:
+                return False  # damaged, or somebody else's: opening says so
+
+    @classmethod
+    def discard_unborn(cls, path: Path) -> bool:
+        """Remove such a file; the caller holds the model's lock. Returns whether there was one."""
+        if not cls.unborn(path):
+            return False
+        cls.remove(path)
+        return True
+
+    @staticmethod
+    def remove(path: Path) -> None:
+        """Remove a ledger in which nothing is entered; its logs first, which a new file of its name would take for its own."""
+        for ending in ("-wal", "-shm", "-journal", ""):
+            Path(f"{path}{ending}").unlink(missing_ok=True)
 
     def __len__(self) -> int:
         return self._one("SELECT coalesce(max(number), 0) FROM requests")[0]
@@ -306,23 +333,6 @@ def _make(path: Path) -> None:
         half.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
-
-
-def discard_half_made(path: Path) -> bool:
-    """Remove a ledger that an earlier release died while making: no tables in it yet. Returns whether there was one."""
-    if not path.exists():
-        return False
-    try:
-        with contextlib.closing(sqlite3.connect(path)) as connection:
-            (version,) = connection.execute("PRAGMA user_version").fetchone()
-            if version or connection.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,):
-                return False
-    except sqlite3.Error:  # damaged, which is for others to say
-        return False
-    for ending in ("-wal", "-shm", "-journal", ""):
-        Path(f"{path}{ending}").unlink(missing_ok=True)
-    fsync_folder(path.parent)
-    return True
 
 
 def _connect(path: Path, readonly: bool) -> sqlite3.Connection:

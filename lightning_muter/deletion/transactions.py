@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_muter.deletion.files import Places, pending_request, write_receipts
-from lightning_muter.deletion.ledger import Ledger, Switch, discard_half_made
+from lightning_muter.deletion.ledger import Ledger, Switch
 from lightning_muter.deletion.witness import tell_witness
 from lightning_muter.errors import ArgumentError, CorruptFileError, MuterError, RequestError
 from lightning_muter.storage import atomic as files
@@ -78,9 +78,9 @@ def exclusive(places: Places, *, wait: float = 0.0, say: Say = print) -> Iterato
 def recover(places: Places) -> list[str]:
     """Finish or undo what a dead process left; the caller holds the lock. Returns one line per action."""
     said = recover_folder(places.folder)
-    if discard_half_made(places.ledger):
-        said.append(f"{places.ledger.name} was never finished and held nothing: removed")
     pending = pending_request(places)
+    if Ledger.discard_unborn(places.ledger):
+        said.append("a process died while it began the ledger: removed, nothing had been entered")
     if places.ledger.exists():
         with Ledger.open(places.ledger) as ledger:
             if unfinished := ledger.unfinished():
@@ -241,13 +241,15 @@ def _remove_pending(places: Places) -> None:
     fsync_folder(places.folder)
 
 
-def _stage_name(target: str) -> re.Pattern[str]:
-    return re.compile(rf"\.{re.escape(target[-150:])}\.[0-9a-f]{{16}}{re.escape(files.STAGE)}")
+def _stage_name(target: str, *endings: str) -> re.Pattern[str]:
+    ending = "|".join(map(re.escape, endings or (files.STAGE,)))
+    return re.compile(rf"\.{re.escape(target[-150:])}\.[0-9a-f]{{16}}({ending})")
 
 
 def _stages(places: Places) -> list[Path]:
-    owned = (places.checkpoint, places.snapshot, places.ledger, places.key, places.receipts)
-    patterns = [_stage_name(path.name) for path in owned]
+    """What a dead process left beside this model's files; a killed write of a key leaves its secret."""
+    own = (places.checkpoint, places.snapshot, places.ledger, places.key, places.receipts)
+    patterns = [_stage_name(path.name, files.STAGE, files.TEMP) for path in own]
     with os.scandir(places.folder) as entries:
         return [Path(entry.path) for entry in entries if any(pattern.fullmatch(entry.name) for pattern in patterns)]
 
