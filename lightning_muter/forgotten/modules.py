@@ -85,7 +85,7 @@ def refuse_forgotten_rows(
     """Raise `RequestError` where a dataset that is to be trained on holds forgotten rows, or where it cannot be told."""
     if found := record.located(dataset, collate, argument):
         raise RequestError(
-            f"{argument}: {len(found)} of its {len(dataset)} rows were forgotten, e.g. positions {found[:5]}. "  # type: ignore[arg-type]
+            f"{argument}: {len(found)} forgotten rows are among its {len(dataset)}, e.g. at {found[:5]}. "  # type: ignore[arg-type]
             "Train on what is retained: MUterCallback.retained(dataset), or "
             "Snapshot.load('<name>.muter.snapshot').retained(dataset)."
         )

@@ -68,6 +68,9 @@ class Barred:
     def __len__(self) -> int:
         return len(self.copies)
 
+    def __repr__(self) -> str:
+        return f"Barred({len(self)})"
+
     @classmethod
     def of(cls, counts: Mapping[bytes, int]) -> Barred:
         if not counts:
@@ -167,7 +170,7 @@ class Forgotten:
         return content and (self.n_total != other.n_total or set(other.positions) <= set(self.positions))
 
     def __or__(self, other: Forgotten) -> Forgotten:
-        """Both.
+        """Both; of two that know the same content but count in different training sets the positions of the second.
 
         Raises:
             MismatchError: they count in different training sets, neither of which came after the other, or have other keys.
@@ -187,7 +190,7 @@ class Forgotten:
                 f"forgotten rows: one list counts in {self.n_total} rows, another in {other.n_total}, and neither knows all "
                 "of the other. Restore checkpoint, snapshot, key and ledger from one backup."
             )
-        later, earlier = (self, other) if self.covers(other) else (other, self)
+        later, earlier = (other, self) if other.covers(self) else (self, other)
         return Forgotten(later.n_total, later.positions, later.key_id, later.barred | earlier.barred)
 
     # -- as plain values, for checkpoints ----------------------------------------------------------------------------------
