@@ -24,7 +24,7 @@ from lightning_muter.scope.network import DAMPING, left_outside, stored_objectiv
 from lightning_muter.snapshot.retaken import leaves_out_forgotten
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, WideSnapshot, loss_name
 from lightning_muter.snapshot.trained import Decay, trained_threat
-from lightning_muter.solvers.truncated import TruncatedCG
+from lightning_muter.solvers.cg import TruncatedCG
 from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
 
 #: Stationarity above which a snapshot says that the weights are not a minimum.

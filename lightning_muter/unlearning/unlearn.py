@@ -22,10 +22,11 @@ from lightning_muter.minimise.refine import refined
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards
 from lightning_muter.model.losses import Loss, resolve_loss
-from lightning_muter.scope.head_methods import Method, MUter, Request, Step, check_requirements
+from lightning_muter.scope.head_methods import Method, MUter, Request, Step
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, Stored, WideSnapshot, loss_name
 from lightning_muter.snapshot.take import bar, outside_head
-from lightning_muter.solvers.choose import Solver, as_solver
+from lightning_muter.solvers.base import Solver
+from lightning_muter.solvers.choose import as_solver
 from lightning_muter.storage.fingerprint import weight_fingerprint
 
 
@@ -119,7 +120,6 @@ def unlearn(
     if refine and retain is None:
         raise ArgumentError("refine", refine, "0 without retained data", "Pass retain=train_dataset as well.")
     chosen_solver, method = as_solver(solver), method or MUter()
-    check_requirements(method, snapshot)
     snapshot.check_length(data, "data")
     snapshot.check_model(model)
     check_remembered(model, snapshot)
@@ -295,7 +295,7 @@ def _with_retained(
                 after.base_starts = full
         result.stationarity_after = evaluation.stationarity
         after.stationarity = evaluation.stationarity
-        why = why_no_certificate(request.problem, objective.decay)
+        why = why_no_certificate(request.problem, objective.decay, snapshot.threat_model)
         if why is None:
             result.bound = certify(objective, theta, evaluation)
         else:
