@@ -40,7 +40,8 @@ from lightning_muter.snapshot.trained import Decay, decay_by_name, trained_threa
 from lightning_muter.solvers.base import Solver
 from lightning_muter.solvers.cg import CG, TruncatedCG
 from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
-from lightning_muter.unlearning.unlearn import UnlearnResult, checked_positions
+from lightning_muter.unlearning.positions import checked_positions
+from lightning_muter.unlearning.result import UnlearnResult
 
 #: mu at the start, per sample.
 DAMPING = 1e-2
