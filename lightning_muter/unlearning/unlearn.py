@@ -15,6 +15,9 @@ from torch.utils.data import Dataset
 from lightning_muter.certificate.certificate import certify, why_no_certificate
 from lightning_muter.curvature.problem.head import HeadProblem
 from lightning_muter.errors import ArgumentError, MismatchError, SolveError
+from lightning_muter.forgotten.digests import check_digests
+from lightning_muter.forgotten.modules import check_remembered, remember
+from lightning_muter.forgotten.rows import Forgotten, barred_after
 from lightning_muter.minimise.refine import refined
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards
@@ -22,7 +25,7 @@ from lightning_muter.model.losses import Loss, resolve_loss
 from lightning_muter.scope.head_methods import Method, MUter, Request, Step
 from lightning_muter.scope.network import unlearn_stored
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot, loss_name
-from lightning_muter.snapshot.take import bar, check_digests, outside_head
+from lightning_muter.snapshot.take import bar, outside_head
 from lightning_muter.solvers.base import Solver
 from lightning_muter.solvers.choose import as_solver
 from lightning_muter.storage.fingerprint import weight_fingerprint
@@ -86,6 +89,7 @@ def unlearn(
     chosen_solver, method = as_solver(solver), method or MUter()
     snapshot.check_length(data, "data")
     snapshot.check_model(model)
+    check_remembered(model, snapshot)
     loss = resolve_loss(loss, model)
     if loss_name(loss) != snapshot.loss_name:
         raise MismatchError(
@@ -134,6 +138,7 @@ def unlearn(
         dry_run=dry_run,
     )
     after = _downdated(snapshot, step, positions)
+    after.barred = barred_after(snapshot, data, positions, collate)
     theta = step.theta
     if retain is not None:
         theta = _with_retained(request, step, kept, now, after, result, refine, progress)
@@ -145,6 +150,8 @@ def unlearn(
     if outside:  # before anything is changed: a warning may be an error
         warning_module.warn(outside, stacklevel=3)
     _commit(model, problem, snapshot, after, theta, result, dry_run)
+    if not dry_run:
+        remember(model, Forgotten.of(snapshot))
     result.seconds = time.perf_counter() - began
     return result
 
