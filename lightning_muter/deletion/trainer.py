@@ -38,6 +38,7 @@ from lightning_muter.deletion.training_data import load_into, threat_of, trades_
 from lightning_muter.deletion.transactions import exclusive
 from lightning_muter.scope.head_methods import Method
 from lightning_muter.scope.wide_taking import take_wide_snapshot
+from lightning_muter.snapshot.part import snapshot_of_rows
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot
 from lightning_muter.snapshot.summary import decay_text
 from lightning_muter.snapshot.take import refresh, take_snapshot
@@ -117,9 +118,11 @@ class MuterTrainer(L.Trainer):
                 decay, read = trained_decay(checkpoint, model) if weight_decay == "auto" else (weight_decay, "given")
                 wide = scope != "head"
                 take: Callable[..., Snapshot | WideSnapshot] = take_wide_snapshot if wide else take_snapshot
-                snapshot = take(
+                snapshot = snapshot_of_rows(
+                    take,
                     model,
                     data.dataset,
+                    data.rows(),
                     threat_model=threat_model,
                     attack=attack,
                     scope=scope,

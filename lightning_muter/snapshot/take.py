@@ -246,7 +246,7 @@ def refresh(
         progress=progress,
     )
     # back to positions in the full dataset
-    part.n_total, part.forgotten = snapshot.n_total, list(snapshot.forgotten)
+    part.n_total, part.forgotten, part.absent = snapshot.n_total, list(snapshot.forgotten), list(snapshot.absent)
     part.digests = _spread(part.digests, kept, snapshot.n_total)
     part.starts = None if part.starts is None else _spread(part.starts, kept, snapshot.n_total)
     part.sample_weight = snapshot.sample_weight
