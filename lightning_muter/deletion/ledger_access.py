@@ -40,7 +40,7 @@ def reading(places: Places) -> Iterator[Ledger | None]:
     waiting = pending_request(places)
     with contextlib.ExitStack() as stack:
         begun = places.ledger.exists() and not Ledger.unborn(places.ledger)
-        ledger = stack.enter_context(Ledger.open(places.ledger)) if begun else None
+        ledger = stack.enter_context(Ledger.open(places.ledger, readonly=True)) if begun else None
         if ledger is not None and (unfinished := ledger.unfinished()):
             waiting = unfinished[0][0]["id"]
         if waiting is not None:

@@ -35,5 +35,6 @@ def _counted_in(part: Snapshot | WideSnapshot, rows: list[int], n: int) -> Snaps
             full[rows] = value
             setattr(part, name, full)
     inside = set(rows)
+    part.forgotten = [rows[i] for i in part.forgotten]
     part.n_total, part.absent = n, [i for i in range(n) if i not in inside]
     return part

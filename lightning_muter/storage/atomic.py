@@ -60,6 +60,15 @@ def _stream_sha256(stream: BinaryIO) -> str:
     return digest.hexdigest()
 
 
+def fsync_file(path: str | os.PathLike[str]) -> None:
+    """Make the bytes of a file durable that others than we wrote."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def fsync_folder(folder: str | os.PathLike[str]) -> None:
     """Make renames and deletions in `folder` durable (a no-op where folders cannot be opened)."""
     if not hasattr(os, "O_DIRECTORY"):  # pragma: no cover
