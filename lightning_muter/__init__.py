@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lightning_muter.scope.wide_taking import take_wide_snapshot
     from lightning_muter.snapshot.snapshot import Snapshot, WideSnapshot
     from lightning_muter.snapshot.take import refresh, take_snapshot
-    from lightning_muter.solvers.choose import Solver
+    from lightning_muter.solvers.base import Solver
     from lightning_muter.unlearning.unlearn import UnlearnResult, unlearn
 
 __version__ = "0.1.0"
@@ -69,7 +69,7 @@ _HOME = {
     "Method": "scope.head_methods",
     "MUter": "scope.head_methods",
     "Response": "curvature.response.choose",
-    "Solver": "solvers.choose",
+    "Solver": "solvers.base",
     "Smoothing": "curvature.inner.maximiser",
 }
 

@@ -26,7 +26,8 @@ from lightning_muter.scope.head_methods import Method
 from lightning_muter.scope.wide_taking import take_wide_snapshot
 from lightning_muter.snapshot.snapshot import CHECKPOINT_KEY, WIDE_BATCH, Snapshot, WideSnapshot, key_path
 from lightning_muter.snapshot.take import refresh, take_snapshot
-from lightning_muter.solvers.choose import Solver, as_solver
+from lightning_muter.solvers.base import Solver
+from lightning_muter.solvers.choose import as_solver
 from lightning_muter.storage.atomic import commit_files
 from lightning_muter.storage.fingerprint import DigestKey
 from lightning_muter.storage.plain import Plain, plain
@@ -97,6 +98,7 @@ class MUterCallback(Callback):
             pl_module,
             scope=self.scope,
             threat_model=self.threat_model,
+            response=self.response,
             loss=self.loss,
             weight_decay=self.weight_decay,
             callback=self,
@@ -300,6 +302,7 @@ class MUterCallback(Callback):
         data: Dataset[Any] | None = None,
         retain: Dataset[Any] | None = None,
         refine: int = 0,
+        within: float | None = None,
         method: Method | None = None,
         solver: str | Solver | None = None,
         dry_run: bool = False,
@@ -310,6 +313,7 @@ class MUterCallback(Callback):
         Args:
             forget: positions in the training dataset of the fit.
             data: that dataset, if it is another object by now.
+            within: refine until the certified distance to retraining is below this, else refuse; for `publish`.
             retain: the full training dataset: allows ``refine``, stationarity and the certificate. Wider scopes read it in any
                 case (from ``data`` if it is not given).
         """
@@ -326,6 +330,7 @@ class MUterCallback(Callback):
             solver=solver if solver is not None else self.solver,
             retain=retain,
             refine=refine,
+            within=within,
             dry_run=dry_run,
             loss=self._loss,
             collate=self._collate,

@@ -10,7 +10,7 @@ import torch
 
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.curvature.response.choose import Unconstrained
-from lightning_muter.solvers.choose import Schur
+from lightning_muter.solvers.dense import Schur
 from lightning_muter.study import compare as protocol
 from lightning_muter.study.attacks import PGD
 from lightning_muter.study.data import DigitsDataModule

@@ -1,7 +1,8 @@
 """Certified publication: what is shown of an unlearned model can hardly be told from what retraining would have shown.
 
 With |w_u - w*| <= Delta certified (``unlearn(..., within=Delta)``) and noise N(0, sigma^2 I) of its own on either, releasing w_u is
-(eps, delta)-indistinguishable from retraining to w* and releasing that, for the sigma of :mod:`~lightning_muter.publication.gaussian`.
+(eps, delta)-indistinguishable from retraining to w* and releasing that,
+for the sigma of :mod:`~lightning_muter.publication.gaussian`.
 Delta is fixed before the request and the same for every request: the bound that came out depends on the data and would leak.
 """
 

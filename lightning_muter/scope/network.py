@@ -34,8 +34,8 @@ from lightning_muter.model.losses import Loss, resolve_loss
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, WideSnapshot, loss_name
 from lightning_muter.snapshot.take import check_digests
 from lightning_muter.snapshot.trained import Decay, decay_by_name, trained_threat
-from lightning_muter.solvers.choose import CG, Solver
-from lightning_muter.solvers.truncated import TruncatedCG
+from lightning_muter.solvers.base import Solver
+from lightning_muter.solvers.cg import CG, TruncatedCG
 from lightning_muter.storage.fingerprint import weight_fingerprint
 from lightning_muter.unlearning.unlearn import UnlearnResult, checked_positions
 
@@ -245,7 +245,7 @@ def wide_objective(
         curvature,
         inner or (_KINKED if problem.backbone.piecewise_linear else InnerSolver(max_iter=50)),
         smoothing or Smoothing(),
-        anchor=problem.read() if threat.norm == "linf" and threat.eps > 0 else None,
+        anchor=problem.read() if threat.jumps else None,
         reduce=shards.sum_,
         leads=shards.rank == 0,
     )

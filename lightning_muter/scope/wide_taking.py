@@ -23,7 +23,7 @@ from lightning_muter.scope.network import DAMPING, left_outside, stored_objectiv
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, WideSnapshot, loss_name, sample_digests
 from lightning_muter.snapshot.take import check_digests
 from lightning_muter.snapshot.trained import Decay, trained_threat
-from lightning_muter.solvers.truncated import TruncatedCG
+from lightning_muter.solvers.cg import TruncatedCG
 from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
 
 #: Stationarity above which a snapshot says that the weights are not a minimum.

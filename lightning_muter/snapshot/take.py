@@ -128,9 +128,7 @@ def take_snapshot(
     elif not anchored:
         objective.anchor(theta)
     aim = tolerance if tolerance is not None else AIM.get(parameter.dtype, 1e-3)
-    metric = (
-        chosen if chosen.name in ("l2", "linf") else as_response("auto", threat).resolved(problem.backbone, source.n)
-    )
+    metric = chosen if chosen.norm is not None else as_response("auto", threat).resolved(problem.backbone, source.n)
     figures: dict[str, Any] = {}
     done: descent.Polish | None = None
     before_theta = theta

@@ -21,10 +21,11 @@ from lightning_muter.minimise.refine import refined
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards
 from lightning_muter.model.losses import Loss, resolve_loss
-from lightning_muter.scope.head_methods import Method, MUter, Request, Step, check_requirements
+from lightning_muter.scope.head_methods import Method, MUter, Request, Step
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, Stored, WideSnapshot, loss_name
 from lightning_muter.snapshot.take import bar, check_digests, outside_head
-from lightning_muter.solvers.choose import Solver, as_solver
+from lightning_muter.solvers.base import Solver
+from lightning_muter.solvers.choose import as_solver
 from lightning_muter.storage.fingerprint import weight_fingerprint
 from lightning_muter.unlearning.within import check_within, refine_within
 
@@ -130,7 +131,6 @@ def unlearn(
         raise ArgumentError("refine", refine, "0 without retained data", "Pass retain=train_dataset as well.")
     check_within(within, retain)
     chosen_solver, method = as_solver(solver), method or MUter()
-    check_requirements(method, snapshot)
     snapshot.check_length(data, "data")
     snapshot.check_model(model)
     loss = resolve_loss(loss, model)
@@ -279,7 +279,7 @@ def _with_retained(
         at_now = objective.evaluate(now)
         objective.accept(at_now)
         result.stationarity_before = at_now.stationarity
-        why = why_no_certificate(request.problem, objective.decay)
+        why = why_no_certificate(request.problem, objective.decay, snapshot.threat_model)
         if within is not None and why is not None:
             raise UnsuitableError(f"within: {why}. Leave it out, or retrain.")
         evaluation = objective.evaluate(theta, explore=bool(refine))
