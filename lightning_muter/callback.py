@@ -31,7 +31,8 @@ from lightning_muter.solvers.choose import as_solver
 from lightning_muter.storage.atomic import commit_files
 from lightning_muter.storage.fingerprint import DigestKey
 from lightning_muter.storage.plain import Plain, plain
-from lightning_muter.unlearning.unlearn import UnlearnResult, unlearn
+from lightning_muter.unlearning.result import UnlearnResult
+from lightning_muter.unlearning.unlearn import unlearn
 
 
 class MUterCallback(Callback):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lightning_muter.errors import ArgumentError, MismatchError, UnsuitableError
 from lightning_muter.publication.gaussian import gaussian_sigma
 from lightning_muter.storage.fingerprint import weight_fingerprint
-from lightning_muter.unlearning.unlearn import UnlearnResult
+from lightning_muter.unlearning.result import UnlearnResult
 
 
 @dataclass(frozen=True)
