@@ -342,6 +342,7 @@ class MUterCallback(Callback):
         data: Dataset[Any] | None = None,
         retain: Dataset[Any] | None = None,
         refine: int = 0,
+        within: float | None = None,
         method: Method | None = None,
         solver: str | Solver | None = None,
         dry_run: bool = False,
@@ -352,6 +353,7 @@ class MUterCallback(Callback):
         Args:
             forget: positions in the training dataset of the fit.
             data: that dataset, if it is another object by now.
+            within: refine until the certified distance to retraining is below this, else refuse; for `publish`.
             retain: the full training dataset: allows ``refine``, stationarity and the certificate. Wider scopes read it in any
                 case (from ``data`` if it is not given).
         """
@@ -368,6 +370,7 @@ class MUterCallback(Callback):
             solver=solver if solver is not None else self.solver,
             retain=retain,
             refine=refine,
+            within=within,
             dry_run=dry_run,
             loss=self._loss,
             collate=self._collate,

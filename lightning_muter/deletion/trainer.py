@@ -152,6 +152,7 @@ class MuterTrainer(L.Trainer):
         method: Method | None = None,
         solver: str | Solver = "auto",
         refine: int = 0,
+        within: float | None = None,
         certify: bool = True,
         loss: Callable[..., torch.Tensor] | None = None,
         batch_size: int = 1024,
@@ -170,6 +171,8 @@ class MuterTrainer(L.Trainer):
             method: how; the constraint-aware MUter by default.
             solver: how the linear system is solved: auto, cholesky, cg, neumann, schur or a Solver.
             refine: further steps with the retained data, each closer to retraining (beyond the head: of Newton-CG).
+            within: refine until the certified distance to retraining is below this, else refuse. `muter publish` needs it;
+                choose it before you see any request, and keep to it.
             certify: measure the result on the retained data: stationarity, and a certificate for linear models. It
                 costs about one pass over the data; without it the retained data are not read (unless refined, or the
                 scope is wider than the head, where every request reads them).
@@ -206,8 +209,9 @@ class MuterTrainer(L.Trainer):
                 data=data.dataset,
                 method=method,
                 solver=solver,
-                retain=data.dataset if refine or certify else None,
+                retain=data.dataset if refine or certify or within is not None else None,
                 refine=refine,
+                within=within,
                 dry_run=dry_run,
                 loss=loss,
                 collate=data.collate,
