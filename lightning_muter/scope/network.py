@@ -106,7 +106,7 @@ def unlearn_wide(
     record = recalled(model)
     before = sorted({*(int(i) for i in forgotten), *positions_to_leave_out(record, data, collate)})
     n_total = len(data)  # type: ignore[arg-type]
-    stand_in: Any = SimpleNamespace(n_total=n_total, forgotten=before, n_retained=n_total - len(set(before)))
+    stand_in: Any = SimpleNamespace(n_total=n_total, forgotten=before, absent=[], n_retained=n_total - len(set(before)))
     positions = checked_positions(forget, stand_in)
     gone = {*positions, *before}
     objective = wide_objective(
