@@ -16,20 +16,23 @@ from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.adversarial.training import adversary_of
 from lightning_muter.curvature.hessian.direct import Curvature
 from lightning_muter.curvature.response.choose import Response
-from lightning_muter.errors import ArgumentError, RequestError, UnsuitableError
+from lightning_muter.deletion.checkpoints import checkpoint_fingerprint, load_checkpoint
+from lightning_muter.errors import ArgumentError, MuterError, RequestError, UnsuitableError
 from lightning_muter.lightning_names import Callback
 from lightning_muter.model.losses import Loss
 from lightning_muter.preflight.checks import DEFAULT_CAP, inspect_fit
 from lightning_muter.preflight.findings import enforce
 from lightning_muter.scope.head_methods import Method
 from lightning_muter.scope.wide_taking import take_wide_snapshot
-from lightning_muter.snapshot.old_snapshot import CHECKPOINT_KEY, Snapshot, key_path
+from lightning_muter.snapshot.snapshot import CHECKPOINT_KEY, WIDE_BATCH, Snapshot, WideSnapshot, key_path
 from lightning_muter.snapshot.take import refresh, take_snapshot
-from lightning_muter.snapshot.wide_snapshot import WIDE_BATCH, WideSnapshot
-from lightning_muter.solvers.choose import Solver, as_solver
+from lightning_muter.solvers.base import Solver
+from lightning_muter.solvers.choose import as_solver
 from lightning_muter.storage.atomic import commit_files
 from lightning_muter.storage.fingerprint import DigestKey
-from lightning_muter.unlearning.unlearn import UnlearnResult, unlearn
+from lightning_muter.storage.plain import Plain, plain
+from lightning_muter.unlearning.result import UnlearnResult
+from lightning_muter.unlearning.unlearn import unlearn
 
 
 class MUterCallback(Callback):
@@ -96,6 +99,7 @@ class MUterCallback(Callback):
             pl_module,
             scope=self.scope,
             threat_model=self.threat_model,
+            response=self.response,
             loss=self.loss,
             weight_decay=self.weight_decay,
             callback=self,
@@ -197,7 +201,10 @@ class MUterCallback(Callback):
         return DigestKey.load_or_create(key_path(f"{stem}.muter.snapshot"))
 
     def _write(self, trainer: pl.Trainer, snapshot: Snapshot | WideSnapshot, stem: Path) -> None:
-        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
+        dumped = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
+        weights = dumped.pop("state_dict")  # keeps its metadata
+        written = plain(dumped)
+        checkpoint = {**written.value, "state_dict": weights}
         self.paths = {
             "checkpoint": Path(f"{stem}.muter.ckpt"),
             "snapshot": Path(f"{stem}.muter.snapshot"),
@@ -210,11 +217,36 @@ class MUterCallback(Callback):
                 self.paths["snapshot"]: snapshot.writer(),
             }
         )
+        self._read_back(snapshot, written)
         if self.verbose:
             rank_zero_info(
                 f"MUter: snapshot of {snapshot.n_total} samples, stationarity {snapshot.stationarity:.1e}, "
                 f"{snapshot.nbytes / 2**20:.1f} MiB: {self.paths['snapshot']} (weights: {self.paths['checkpoint'].name})"
             )
+
+    def _read_back(self, snapshot: Snapshot | WideSnapshot, written: Plain) -> None:
+        """What was written must be what the command line can read; said now, not when the first request comes."""
+        written.left_out.pop("hparams_type", None)  # of OmegaConf: a class
+        notes = []
+        if written.changed and self.verbose:
+            shown = ", ".join(f"{name} ({kind})" for name, kind in written.changed.items())
+            rank_zero_info(f"MUter: written as plain dicts and tensors, and so they come back: {shown}")
+        if written.left_out:
+            shown = ", ".join(f"{name} ({kind})" for name, kind in written.left_out.items())
+            notes.append(
+                f"{self.paths['checkpoint'].name} was written without {shown}: reading such objects would run code. "
+                "Pass them again where the checkpoint is loaded: load_from_checkpoint(path, name=value), or in the "
+                "command line's configuration."
+            )
+        try:
+            found = checkpoint_fingerprint(load_checkpoint(self.paths["checkpoint"]))
+            if found != snapshot.fingerprint:
+                notes.append(f"{self.paths['checkpoint']} does not hold the weights of the snapshot ({found[:16]}…).")
+        except MuterError as error:
+            notes.append(f"Requests from the command line will not work: {error}")
+        for note in notes:
+            rank_zero_warn(note)
+        snapshot.warnings += notes
 
     def _log(self, trainer: pl.Trainer, snapshot: Snapshot | WideSnapshot) -> None:
         figures: dict[str, float] = {
@@ -271,6 +303,7 @@ class MUterCallback(Callback):
         data: Dataset[Any] | None = None,
         retain: Dataset[Any] | None = None,
         refine: int = 0,
+        within: float | None = None,
         method: Method | None = None,
         solver: str | Solver | None = None,
         dry_run: bool = False,
@@ -281,6 +314,7 @@ class MUterCallback(Callback):
         Args:
             forget: positions in the training dataset of the fit.
             data: that dataset, if it is another object by now.
+            within: refine until the certified distance to retraining is below this, else refuse; for `publish`.
             retain: the full training dataset: allows ``refine``, stationarity and the certificate. Wider scopes read it in any
                 case (from ``data`` if it is not given).
         """
@@ -297,6 +331,7 @@ class MUterCallback(Callback):
             solver=solver if solver is not None else self.solver,
             retain=retain,
             refine=refine,
+            within=within,
             dry_run=dry_run,
             loss=self._loss,
             collate=self._collate,

@@ -21,7 +21,7 @@ from lightning_muter.errors import MuterError
 DONE, REFUSED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 _LIGHTNING = ("fit", "validate", "test", "predict")
 _REQUESTS = ("snapshot", "unlearn", "refresh")
-_FILES = ("audit", "purge")
+_FILES = ("audit", "purge", "publish")
 
 HELP = """\
 usage: muter COMMAND [--config FILE] [options]        (muter COMMAND --help explains each command)
@@ -40,7 +40,9 @@ deletion requests (need the model, the training data and a checkpoint):
 
 files (need neither model nor data):
   audit     --ckpt_path CKPT [--verify]        state of a checkpoint; with --verify the chain of receipts is checked
+            --ckpt_path CKPT --expect HEAD     whether a head that was printed earlier is still in the history
   purge     --ckpt_path CKPT [--yes]           list (delete) what still holds removed influence
+  publish   --ckpt_path CKPT --out FILE        weights with noise, which hardly tell unlearning from retraining
 
 example:
   muter snapshot --config config.yaml --ckpt_path last.ckpt
@@ -48,9 +50,11 @@ example:
   muter audit    --ckpt_path last.ckpt --verify
 
 Files beside last.ckpt: last.muter.ckpt (the checkpoint that requests change), last.muter.snapshot, last.muter.ledger,
-last.muter.receipts/, last.muter.key (mode 0600; keep a copy elsewhere: without it samples cannot be recognised).
+last.muter.receipts/, last.muter.pub (give it to auditors), last.muter.key (mode 0600; keep a copy elsewhere: without it
+samples cannot be recognised).
 exit codes: 0 done, 1 refused with a reason (nothing was changed unless it says so), 2 wrong usage
-environment: MUTER_TRACEBACK=1 shows the Python traceback of a refusal too
+environment: MUTER_TRACEBACK=1 shows the Python traceback of a refusal too; MUTER_WITNESS names a command that is told every new
+head of the ledger (in place of {head}, and on its standard input)
 """
 
 
@@ -117,7 +121,25 @@ def _run_files(command: str, arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"muter {command}", description=_FILE_HELP[command])
     parser.add_argument("--ckpt_path", required=True, help="the checkpoint, <name>.ckpt or <name>.muter.ckpt")
     if command == "audit":
-        parser.add_argument("--verify", action="store_true", help="check the chain of receipts, seals and files too")
+        parser.add_argument(
+            "--verify", action="store_true", help="check the chain of receipts, signatures and files too"
+        )
+        parser.add_argument(
+            "--expect", metavar="HEAD",
+            help="a head that an earlier audit printed; exit code 1 unless it is this ledger's head or in its history",
+        )  # fmt: skip
+        parser.add_argument(
+            "--public_key", metavar="FILE", help="your own copy of <name>.muter.pub, for the one here may be replaced"
+        )
+    elif command == "publish":
+        parser.add_argument("--out", required=True, help="where the weights with noise are written (a new file)")
+        parser.add_argument("--eps", type=float, default=1.0, help="of this release (default: 1)")
+        parser.add_argument("--delta", type=float, default=1e-5, help="of this release (default: 1e-5)")
+        parser.add_argument(
+            "--limit", type=float, default=None, help="refuse where all releases together exceed this eps"
+        )
+        parser.add_argument("--small", type=int, default=20, help="warn below so many rows since the last release")
+        parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for another process")
     else:
         parser.add_argument("--yes", action="store_true", help="delete what is listed (otherwise only list it)")
         parser.add_argument(
@@ -133,7 +155,16 @@ def _run_files(command: str, arguments: list[str]) -> int:
     if command == "audit":
         from lightning_muter.deletion.audit import audit_command
 
-        return audit_command(options.ckpt_path, verify=options.verify)
+        return audit_command(
+            options.ckpt_path, verify=options.verify, expect=options.expect, public_key=options.public_key
+        )
+    if command == "publish":
+        from lightning_muter.deletion.publish import publish_command
+
+        return publish_command(
+            options.ckpt_path, options.out, eps=options.eps, delta=options.delta, limit=options.limit, small=options.small,
+            wait=options.wait,
+        )  # fmt: skip
     from lightning_muter.deletion.purge import purge_command
 
     return purge_command(options.ckpt_path, yes=options.yes, roots=options.root, also=options.also, wait=options.wait)
@@ -142,6 +173,9 @@ def _run_files(command: str, arguments: list[str]) -> int:
 _FILE_HELP = {
     "audit": "Say in what state a checkpoint is: whether snapshot and ledger match it, what was forgotten, how near to "
     "a minimum it was left, and whether something still holds removed influence. Exit code 1 if anything is wrong.",
+    "publish": "Write a copy of the weights with Gaussian noise, such that they can hardly be told from a retrained model's with "
+    "the same noise. The last request must have been made with --within. Checkpoint, snapshot and receipts stay private; the "
+    "ledger adds up what all releases are worth together.",
     "purge": "Find what still holds the influence of forgotten samples: older checkpoints, optimiser states, earlier "
     "snapshots, leftovers of interrupted writes. Files are unlinked; backups are not reached.",
 }

@@ -22,7 +22,7 @@ from lightning_muter.curvature.problem.head import HeadProblem
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards
 from lightning_muter.scope.head_methods import objective_of
-from lightning_muter.snapshot.old_snapshot import Snapshot
+from lightning_muter.snapshot.snapshot import Snapshot
 from lightning_muter.snapshot.take import take_snapshot
 from lightning_muter.storage.fingerprint import weight_fingerprint
 from lightning_muter.study.attacks import Evaluation, stacked
@@ -136,7 +136,7 @@ class World:
             return math.nan
         source = SampleSource(Subset(self.data, self.retained(forgotten)))
         problem = HeadProblem(retrained.model, self.loss, source.examples())
-        if why_no_certificate(problem, snapshot.decay) is not None:
+        if why_no_certificate(problem, snapshot.decay, snapshot.threat_model) is not None:
             return math.nan
         objective = objective_of(snapshot, problem, source, list(range(source.n)), snapshot.starts, Shards())
         theta = problem.read_theta()
