@@ -13,6 +13,7 @@ from lightning_muter.adversarial.adversary import Adversary, check_box
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.adversarial.training import adversary_of
 from lightning_muter.curvature.problem.network import parameters_in
+from lightning_muter.curvature.response.choose import Response, as_response
 from lightning_muter.errors import ArgumentError, UnsuitableError
 from lightning_muter.lightning_names import is_overridden
 from lightning_muter.model.head import Head, eval_mode, find_head
@@ -20,6 +21,7 @@ from lightning_muter.model.losses import Loss, per_sample, resolve_loss
 from lightning_muter.preflight.data import example_batch, inspect_loaders
 from lightning_muter.preflight.findings import Finding, Level, enforce, skip_reason
 from lightning_muter.preflight.optimizers import inspect_optimizers
+from lightning_muter.snapshot.codec import storable
 
 __all__ = [
     "Finding",
@@ -43,6 +45,7 @@ def inspect_fit(
     *,
     scope: str | list[str] = "head",
     threat_model: ThreatModel | None = None,
+    response: str | Response = "auto",
     loss: Loss | None = None,
     weight_decay: object = "auto",
     callback: pl.Callback | None = None,
@@ -53,7 +56,7 @@ def inspect_fit(
     Args:
         trainer, module: as Lightning hands them to a callback.
         scope: ``"head"``, or a matrix-free scope: ``"all"`` or patterns over parameter names (then no head is looked for).
-        threat_model, loss, weight_decay: as given to ``MUterCallback``; an explicit one overrides what is read.
+        threat_model, response, loss, weight_decay: as given to ``MUterCallback``; an explicit one overrides what is read.
         callback: the one that snapshots; weight averaging must come before it.
         cap: largest dense snapshot, in bytes.
     """
@@ -77,10 +80,12 @@ def inspect_fit(
             out.append(Finding("error", str(e)))
         else:
             out += inspect_outside(module, names, trainer.optimizers)
+    threat = threat_model or (adversary.threat if adversary is not None else None)
+    if threat is not None:
+        out += _caught(lambda: storable(as_response(response, threat)))
     if readable:
         x, y = (t.to(module.device) for t in example_batch(loaders[0]))
         x = trainer.precision_plugin.convert_input(x)
-        threat = threat_model or (adversary.threat if adversary is not None else None)
         if threat is not None:
             out += _caught(lambda: check_box(x, threat))
         out += inspect_loss(module, loss, x, y)
@@ -282,7 +287,7 @@ def predict_bytes(
     size = 8 * p * p + 4 * 8 * p
     stored = not linear if linear is not None else head.name != ""
     if threat is not None and threat.eps > 0 and stored:
-        size += n * inputs * 2 if threat.norm == "l2" else n * ((inputs + 3) // 4)
+        size += n * ((inputs + 3) // 4) if threat.ball.separable else n * inputs * 2
     return size
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ from lightning_muter.curvature.objective.network import WideCurvature
 from lightning_muter.curvature.problem.network import parameters_in
 from lightning_muter.curvature.response.choose import Response
 from lightning_muter.errors import CorruptFileError, MismatchError
+from lightning_muter.forgotten.digests import check_digests
+from lightning_muter.forgotten.rows import Barred
 from lightning_muter.snapshot.codec import decode, encode
 from lightning_muter.snapshot.format_1 import from_format_1
 from lightning_muter.storage.atomic import Writer, atomic_write
@@ -56,6 +58,7 @@ class Stored(ABC):
         fingerprint: of the model's whole state dict as it should be now.
         digests: keyed digest of every sample (n, 16); rows of forgotten samples are zeroed.
         stationarity: |grad F| / sum |grad phi_i| for the samples at hand when it was measured.
+        barred: keyed digests of the content of forgotten rows, those of earlier training sets included.
     """
 
     n_total: int
@@ -74,6 +77,7 @@ class Stored(ABC):
     warnings: list[str] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=versions)
+    barred: Barred = field(default_factory=Barred)
     key: DigestKey | None = field(default=None, repr=False, metadata={"stored": False})
 
     @property
@@ -95,13 +99,18 @@ class Stored(ABC):
         """Bytes of the stored tensors."""
         return sum(t.numel() * t.element_size() for t in self.encoded()[1].values())
 
-    def retained(self, dataset: Dataset[Any]) -> Subset[Any]:
+    def retained(self, dataset: Dataset[Any], collate: Callable[[list[Any]], Any] | None = None) -> Subset[Any]:
         """The part of the training dataset that may still be trained on.
 
+        Args:
+            collate: the training loader's ``collate_fn``, where it had one of its own.
+
         Raises:
-            MismatchError: the dataset has another length than the one that was trained on.
+            MismatchError: the dataset is not the one that was trained on, in its order (forgotten rows may hold anything).
         """
         self.check_length(dataset, "dataset")
+        if self.forgotten:
+            check_digests(self, dataset, self.retained_positions, "dataset", collate)
         return Subset(dataset, self.retained_positions)
 
     def check_length(self, dataset: Dataset[Any], argument: str) -> None:
@@ -313,11 +322,3 @@ def loss_name(loss: Callable[..., Tensor]) -> str:
         return f"{loss_name(loss.func)}({keywords})"
     name = getattr(loss, "__qualname__", None)
     return f"{loss.__module__}.{name}" if name is not None else repr(loss)
-
-
-def sample_digests(key: DigestKey, samples: Any, positions: Sequence[int]) -> Tensor:
-    """Keyed digests (n, 16) uint8 of ``positions`` of a :class:`lightning_muter.model.dataset.SampleSource`."""
-    rows = [
-        torch.frombuffer(bytearray(key.digest(x, y)), dtype=torch.uint8) for _, x, y in samples.raw_samples(positions)
-    ]
-    return torch.stack(rows) if rows else torch.zeros(0, 16, dtype=torch.uint8)
