@@ -215,6 +215,8 @@ class MuterTrainer(L.Trainer):
             )
             content = receipt_content("unlearn", request_id, snapshot, before, model, result, rows.digests(key))
             if dry_run:
+                for line in rows.per_user(forget.show_ids):
+                    print(line)
                 report_dry_run(here, content)
                 return
             assert ledger is not None

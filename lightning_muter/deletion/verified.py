@@ -36,7 +36,12 @@ def check_ledger(places: Places, ledger: Ledger, key: DigestKey | None, trusted:
     if ledger.verified_with is not None or len(ledger) == 0:
         return  # by this process, which has the lock
     recalled, now = _recall(places, key) if key is not None else None, _note(places, ledger.head())
-    if recalled is not None and recalled["ledger"] == now["ledger"] and recalled["head"] == now["head"]:
+    if (
+        key is not None
+        and recalled is not None
+        and recalled["ledger"] == now["ledger"]
+        and recalled["head"] == now["head"]
+    ):
         if recalled["receipts"] == now["receipts"]:
             ledger.complete_up_to = len(ledger)
         last = ledger.last()
