@@ -179,7 +179,7 @@ def _snapshot(places: Places, found: Audit, fingerprint: str | None) -> Stored |
     if snapshot is None:
         return None
     found.facts["snapshot"] = f"{places.snapshot}, scope {snapshot.scope}, {snapshot.threat_model}"
-    found.facts["rows"] = f"{snapshot.n_total} trained on, {len(snapshot.forgotten)} forgotten"
+    found.facts["rows"] = f"{snapshot.n_total - len(snapshot.absent)} trained on, {len(snapshot.forgotten)} forgotten"
     found.facts["stationarity"] = f"{snapshot.stationarity:.3g} as last measured (0 is a minimum)"
     if fingerprint is not None and snapshot.fingerprint != fingerprint:
         found.problems.append(

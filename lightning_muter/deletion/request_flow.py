@@ -109,7 +109,7 @@ def forgotten_again(snapshot: AnySnapshot, ledger: Ledger, gone: list[int]) -> A
     """
     last = ledger.last()
     assert last is not None  # rows were forgotten
-    if snapshot.n_total != (expected := last["n_retained"] + len(gone)):
+    if snapshot.n_total - len(snapshot.absent) != (expected := last["n_retained"] + len(gone)):
         raise MismatchError(
             f"{ledger.path}: it counts positions in {expected} rows, of which {len(gone)} are forgotten; the snapshot "
             f"here was taken of {snapshot.n_total} rows. Begin anew under another name (--out)."
@@ -168,7 +168,7 @@ def receipt_content(
         "scope": str(told.get("scope", snapshot.scope)),
         "forgotten": [int(index) for index in told.get("forgotten", [])],
         "users": list(users),
-        "n_retained": int(snapshot.n_total - len(snapshot.forgotten)),
+        "n_retained": int(snapshot.n_retained),
         "checkpoint": {
             "fingerprint_before": before,
             "fingerprint_after": told.get("fingerprint_after", weight_fingerprint(model.state_dict())),

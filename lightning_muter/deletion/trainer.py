@@ -39,6 +39,7 @@ from lightning_muter.deletion.training_data import load_into, threat_of, trades_
 from lightning_muter.deletion.transactions import exclusive
 from lightning_muter.scope.head_methods import Method
 from lightning_muter.scope.wide_taking import take_wide_snapshot
+from lightning_muter.snapshot.part import snapshot_of_rows
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot
 from lightning_muter.snapshot.summary import decay_text
 from lightning_muter.snapshot.take import refresh, take_snapshot
@@ -120,9 +121,11 @@ class MuterTrainer(L.Trainer):
                 decay, read = trained_decay(checkpoint, model) if weight_decay == "auto" else (weight_decay, "given")
                 wide = scope != "head"
                 take: Callable[..., Snapshot | WideSnapshot] = take_wide_snapshot if wide else take_snapshot
-                snapshot = take(
+                snapshot = snapshot_of_rows(
+                    take,
                     model,
                     data.dataset,
+                    data.rows(),
                     threat_model=threat_model,
                     attack=attack,
                     scope=scope,
@@ -152,6 +155,7 @@ class MuterTrainer(L.Trainer):
         method: Method | None = None,
         solver: str | Solver = "auto",
         refine: int = 0,
+        within: float | None = None,
         certify: bool = True,
         loss: Callable[..., torch.Tensor] | None = None,
         batch_size: int = 1024,
@@ -170,6 +174,8 @@ class MuterTrainer(L.Trainer):
             method: how; the constraint-aware MUter by default.
             solver: how the linear system is solved: auto, cholesky, cg, neumann, schur or a Solver.
             refine: further steps with the retained data, each closer to retraining (beyond the head: of Newton-CG).
+            within: refine until the certified distance to retraining is below this, else refuse. `muter publish` needs it;
+                choose it before you see any request, and keep to it.
             certify: measure the result on the retained data: stationarity, and a certificate for linear models. It
                 costs about one pass over the data; without it the retained data are not read (unless refined, or the
                 scope is wider than the head, where every request reads them).
@@ -206,8 +212,9 @@ class MuterTrainer(L.Trainer):
                 data=data.dataset,
                 method=method,
                 solver=solver,
-                retain=data.dataset if refine or certify else None,
+                retain=data.dataset if refine or certify or within is not None else None,
                 refine=refine,
+                within=within,
                 dry_run=dry_run,
                 loss=loss,
                 collate=data.collate,
