@@ -120,7 +120,7 @@ def inspect_trainer(trainer: pl.Trainer, callback: pl.Callback | None = None) ->
     advice = "Unlearning weighs every sample of the dataset once; train on a Subset instead."
     overfit = trainer.overfit_batches  # type: ignore[attr-defined]
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
-        out.append(Finding("warning", "fast_dev_run trains on a few batches only.", advice))
+        out.append(Finding("skip", "fast_dev_run is a trial of the code.", "Fit without it for a snapshot."))
     elif overfit:
         out.append(Finding("warning", f"overfit_batches={overfit} trains on a part only.", advice))
     elif trainer.limit_train_batches not in (1.0, None):
