@@ -111,7 +111,7 @@ class MUterCallback(Callback):
             callback=self,
             cap=self.size_cap,
         )
-        skip = enforce(findings)
+        skip = enforce(findings, show=self.verbose and trainer.is_global_zero)
         self._refuse_forgotten(trainer)
         self._skip = skip
         self._stepped = False  # until then an earlier snapshot is still that of the weights
@@ -203,6 +203,8 @@ class MUterCallback(Callback):
         elif self._origin is None:
             self._origin = loader.dataset.dataset
         self._log(trainer, snapshot)
+        if self.verbose:
+            rank_zero_info(f"MUter: {snapshot!r}")
         stem = self._stem(trainer)
         if stem is not None and trainer.is_global_zero:
             self._write(trainer, snapshot, stem)
@@ -256,10 +258,7 @@ class MUterCallback(Callback):
         )
         self._read_back(snapshot, written)
         if self.verbose:
-            rank_zero_info(
-                f"MUter: snapshot of {snapshot.n_total} samples, stationarity {snapshot.stationarity:.1e}, "
-                f"{snapshot.nbytes / 2**20:.1f} MiB: {self.paths['snapshot']} (weights: {self.paths['checkpoint'].name})"
-            )
+            rank_zero_info(f"MUter: written: {self.paths['snapshot']} (weights: {self.paths['checkpoint'].name})")
 
     def _read_back(self, snapshot: Snapshot | WideSnapshot, written: Plain) -> None:
         """What was written must be what the command line can read; said now, not when the first request comes."""

@@ -20,7 +20,6 @@ from lightning_muter.curvature.hessian.direct import Curvature
 from lightning_muter.curvature.hessian.sums import Sums
 from lightning_muter.curvature.inner.maximiser import InnerSolver, Smoothing
 from lightning_muter.curvature.objective.base import Evaluation
-from lightning_muter.curvature.objective.head import RobustObjective
 from lightning_muter.curvature.objective.sharded import ShardedObjective
 from lightning_muter.curvature.problem.head import HeadProblem
 from lightning_muter.curvature.response.choose import Response, as_response
@@ -28,7 +27,8 @@ from lightning_muter.errors import ArgumentError, MismatchError, UnsuitableError
 from lightning_muter.forgotten.digests import check_digests, sample_digests
 from lightning_muter.minimise import polish as descent
 from lightning_muter.model.dataset import SampleSource
-from lightning_muter.model.losses import Loss, accuracy, resolve_loss
+from lightning_muter.model.losses import Loss, resolve_loss
+from lightning_muter.snapshot.polished import polish_figures
 from lightning_muter.snapshot.resume import Resumable
 from lightning_muter.snapshot.retaken import leaves_out_forgotten, spread
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot, loss_name
@@ -153,7 +153,7 @@ def take_snapshot(
     reached = objective.evaluation(theta, sums, final)
     notes = _notes(problem, model, theta, reached, aim, polish, decay, sums, attack)
     if done is not None:
-        figures |= _polish_figures(objective, problem, loss, before_theta, theta, done)
+        figures |= polish_figures(objective, problem, loss, before_theta, theta, done)
     figures |= {
         "stationarity": reached.stationarity,
         "objective": reached.value,
@@ -310,35 +310,6 @@ def outside_head(model: nn.Module, problem: HeadProblem) -> str | None:
         "they keep what they learnt from forgotten samples. Freeze the backbone (requires_grad=False) and train it on data "
         "that is never forgotten."
     )
-
-
-def _polish_figures(
-    objective: RobustObjective, problem: HeadProblem, loss: Loss, before: Tensor, after: Tensor, done: descent.Polish
-) -> dict[str, Any]:
-    def clean(theta: Tensor) -> float | None:
-        right: list[Tensor] = []
-        count = 0
-        for batch in objective.source.batches():
-            x = batch.x.to(problem.backbone.exact_dtype)
-            with torch.no_grad():
-                share = accuracy(loss, problem.logits(theta, problem.backbone(x)), batch.y)
-            if share is None:
-                return None
-            right.append(share * len(x))
-            count += len(x)
-        return float(sum(right, torch.zeros(())) / count)
-
-    return {
-        "polish": {
-            "status": done.status,
-            "passes": done.passes,
-            "stationarity_before": done.before,
-            "stationarity_after": done.evaluation.stationarity,
-            "step_norm": float((after - before).norm()),
-            "accuracy_before": clean(before),
-            "accuracy_after": clean(after),
-        }
-    }
 
 
 @contextmanager

@@ -1,0 +1,80 @@
+"""What polishing a head changed, in figures: step, stationarity, accuracies and the objective, before and after."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_muter.adversarial.adversary import LossAttack
+from lightning_muter.curvature.objective.head import RobustObjective
+from lightning_muter.curvature.problem.head import HeadProblem
+from lightning_muter.minimise.polish import Polish
+from lightning_muter.model.losses import Loss, accuracy, per_sample
+
+#: Samples on which robust figures are taken, spread over the data; steps of the climb that finds their perturbations.
+_SAMPLES, _STEPS = 512, 10
+
+
+def polish_figures(
+    objective: RobustObjective, problem: HeadProblem, loss: Loss, before: Tensor, after: Tensor, done: Polish
+) -> dict[str, Any]:
+    """The entry "polish" of a snapshot's figures.
+
+    ``step_norm`` over ``head_norm`` says how far the head moved. Robust accuracy and the objective (mean robust loss and weight
+    decay) are estimates on up to 512 samples, with the package's own climb at both heads.
+    """
+    figures: dict[str, Any] = {
+        "status": done.status,
+        "passes": done.passes,
+        "stationarity_before": done.before,
+        "stationarity_after": done.evaluation.stationarity,
+        "step_norm": float((after - before).norm()),
+        "head_norm": float(before.norm()),
+    }
+    for name, theta in (("before", before), ("after", after)):
+        figures[f"accuracy_{name}"] = _clean(objective, problem, loss, theta)
+        robust, value = _robust(objective, problem, loss, theta)
+        figures |= {f"robust_accuracy_{name}": robust, f"objective_{name}": value}
+    return {"polish": figures}
+
+
+def _clean(objective: RobustObjective, problem: HeadProblem, loss: Loss, theta: Tensor) -> float | None:
+    right, count = 0.0, 0
+    for batch in objective.source.batches():
+        x = batch.x.to(problem.backbone.exact_dtype)
+        with torch.no_grad():
+            share = accuracy(loss, problem.logits(theta, problem.backbone(x)), batch.y)
+        if share is None:
+            return None
+        right, count = right + float(share) * len(x), count + len(x)
+    return right / count
+
+
+def _robust(
+    objective: RobustObjective, problem: HeadProblem, loss: Loss, theta: Tensor
+) -> tuple[float | None, float | None]:
+    """Accuracy and objective per sample at the perturbations found, on some samples; None for what has none."""
+    source = objective.source
+    chosen = torch.linspace(0, source.n - 1, min(source.n, _SAMPLES)).long().tolist()
+    climb = LossAttack(objective.threat, None, steps=_STEPS, random_start=False)
+    right: float | None = 0.0
+    total = 0.0
+    for batch in source.batches(chosen):
+        x = batch.x.to(problem.backbone.exact_dtype)
+        y = batch.y
+
+        def logits(at: Tensor) -> Tensor:
+            return problem.logits(theta, problem.backbone(at))
+
+        found = climb.maximise(logits, x, lambda z, y=y: per_sample(loss, z, y))  # type: ignore[misc]
+        with torch.no_grad():
+            z = logits(found)
+            losses = per_sample(loss, z, y)
+            share = accuracy(loss, z, y)
+        weights = 1.0 if batch.weight is None else batch.weight.to(losses.dtype)
+        total += float((losses * weights).sum())
+        right = None if share is None or right is None else right + float(share) * len(x)
+    decay = 0.5 * float((objective.decay * theta.square()).sum())
+    return None if right is None else right / len(chosen), total / len(chosen) + decay
