@@ -386,15 +386,14 @@ def test_unsuitable_heads_are_named() -> None:
 def test_layers_with_a_life_of_their_own_and_trained_backbones() -> None:
     findings = look(Deep())
     text = serious(findings)
-    assert len(text) == 2
-    assert "Hardsigmoid (backbone.2) has no second derivative" in text[0]
-    assert "4 parameters outside the scope (backbone.0.weight" in text[1]
+    assert len(text) == 1
+    assert "4 parameters outside the scope (backbone.0.weight" in text[0]
     notes = [str(f) for f in findings if f.level == "note"]
     assert any("BatchNorm (backbone.1)" in n for n in notes)
     assert any("Dropout (backbone.3)" in n for n in notes)
     frozen = Deep()
     frozen.backbone.requires_grad_(False)
-    assert len(serious(look(frozen))) == 1
+    assert not serious(look(frozen))
 
 
 def test_predicted_size_against_the_cap() -> None:

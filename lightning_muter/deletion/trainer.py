@@ -32,6 +32,7 @@ from lightning_muter.deletion.request_flow import (
     report,
     report_dry_run,
     snapshot_key,
+    vouched,
 )
 from lightning_muter.deletion.requests import ForgetConfig, asked_digest, checked_request_id, refuse_forgotten, resolve
 from lightning_muter.deletion.training_data import load_into, threat_of, trades_beta_of, trained_decay, training_data
@@ -111,7 +112,9 @@ class MuterTrainer(L.Trainer):
             load_into(model, checkpoint, path)
             if gone := ledger.forgotten():
                 # Trained further, on what is retained: the list of forgotten rows stays, and so do the settings.
-                old = forgotten_again(load_snapshot(places.snapshot, key), ledger, sorted(gone))
+                old = forgotten_again(
+                    load_snapshot(places.snapshot, key, unsealed=vouched(ledger)), ledger, sorted(gone)
+                )
                 snapshot = refresh(model, old, data.dataset, loss=loss, collate=data.collate, batch_size=batch_size)
             else:
                 threat_model, attack = threat_of(self, model, threat_model)
@@ -197,7 +200,7 @@ class MuterTrainer(L.Trainer):
             asked = asked_digest("unlearn", {"indices": rows.indices})
             if ledger is not None and repeated(here, ledger, request_id, asked):
                 return
-            snapshot = load_snapshot(here.snapshot, key)
+            snapshot = load_snapshot(here.snapshot, key, unsealed=vouched(ledger))
             refuse_forgotten(rows.indices, forgotten_rows(snapshot, ledger))
             load_into(model, checkpoint, here.checkpoint)
             model.to(self.strategy.root_device)
@@ -219,6 +222,8 @@ class MuterTrainer(L.Trainer):
             )
             content = receipt_content("unlearn", request_id, snapshot, before, model, result, rows.digests(key))
             if dry_run:
+                for line in rows.per_user(forget.show_ids):
+                    print(line)
                 report_dry_run(here, content)
                 return
             assert ledger is not None
@@ -261,7 +266,7 @@ class MuterTrainer(L.Trainer):
             load_into(model, checkpoint, places.checkpoint)
             model.to(self.strategy.root_device)
             before = checkpoint_fingerprint(checkpoint)
-            old = load_snapshot(places.snapshot, key)
+            old = load_snapshot(places.snapshot, key, unsealed=vouched(ledger))
             snapshot = refresh(model, old, data.dataset, loss=loss, collate=data.collate, batch_size=batch_size)
             content = receipt_content("refresh", request_id, snapshot, before, model)
             receipt = commit(places, ledger, content, checkpoint, model, snapshot, asked, key)

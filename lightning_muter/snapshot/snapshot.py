@@ -147,7 +147,8 @@ class Stored(ABC):
     def writer(self) -> Writer:
         """Writes the container file (see :mod:`lightning_muter.storage.container`)."""
         fields, tensors = self.encoded()
-        return container_writer(KIND, {"version": VERSION, "record": type(self).__name__, "fields": fields}, tensors)
+        meta = {"version": VERSION, "record": type(self).__name__, "fields": fields}
+        return container_writer(KIND, meta, tensors, self.key)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the snapshot atomically, and the key of its digests beside it (`<path without suffix>.key`, mode 0600)."""
@@ -164,14 +165,20 @@ class Stored(ABC):
             raise
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], key: DigestKey | None = None) -> Any:
+    def load(cls, path: str | os.PathLike[str], key: DigestKey | None = None, *, unsealed: bool = False) -> Any:
         """Read a snapshot, a `Snapshot` or (beyond the head) a `WideSnapshot`; its key is looked for beside it.
 
+        Args:
+            unsealed: take a file without a seal, as releases before seals wrote them: whoever could write to its folder may
+                have made it.
+
         Raises:
-            CorruptFileError: damaged, altered or of an unknown version; MismatchError: another key, or a class (of a response,
-            say) that was not imported.
+            CorruptFileError: damaged, altered, without seal or of an unknown version; MismatchError: another key, or a class
+            (of a response, say) that was not imported.
         """
-        meta, tensors = read_container(path, KIND)
+        if key is None and os.access(key_path(path), os.R_OK):  # an auditor may not read it
+            key = DigestKey.load(key_path(path))
+        meta, tensors = read_container(path, KIND, key, unsealed=unsealed)
         if meta.get("version") not in (1, VERSION):
             raise CorruptFileError(
                 f"{path}: snapshot version {meta.get('version')!r}; this release reads versions 1 to {VERSION}. Take a new "
@@ -190,8 +197,6 @@ class Stored(ABC):
                 f"{path}: its content does not describe a snapshot ({type(error).__name__}: {error}). Restore it from a "
                 "backup, or take a new one with `muter snapshot`."
             ) from error
-        if key is None and os.access(key_path(path), os.R_OK):  # an auditor may not read it
-            key = DigestKey.load(key_path(path))
         if key is not None and key.key_id != snapshot.key_id:
             raise MismatchError(
                 f"{path}: its digests were made with key {snapshot.key_id}, the key at hand is {key.key_id}. Restore "
