@@ -68,7 +68,6 @@ TO_SHORTEN = {
     "scope.network.wide_objective",
     "unlearning.unlearn.unlearn",
     "minimise.polish.polish",
-    "deletion.transactions.commit_request",
 }
 
 
