@@ -19,6 +19,7 @@ from torch.func import grad, jacrev, jvp, vmap
 
 from lightning_muter.model.head import Head, eval_mode, features, find_head
 from lightning_muter.model.losses import Loss, per_sample
+from lightning_muter.model.reading import Reading
 
 #: An affine backbone is represented by its matrix up to this many numbers.
 _MAX_LINEAR = 20_000_000
@@ -71,8 +72,8 @@ class Backbone:
             exactly J^T W^T Lambda W J.
     """
 
-    def __init__(self, module: nn.Module, head: Head, examples: Tensor) -> None:
-        self.module, self.head = module, head
+    def __init__(self, module: nn.Module, head: Head, examples: Tensor, reading: Reading | None = None) -> None:
+        self.module, self.head, self.reading = module, head, reading
         self.input_shape = tuple(examples.shape[1:])
         self.width = head.linear.in_features
         self.inputs = examples[0].numel()
@@ -103,8 +104,9 @@ class Backbone:
         return self._forward(x).to(self.algebra)
 
     def _forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.dtype).reshape(-1, *self.input_shape)
         with eval_mode(self.module):
-            return features(self.module, self.head, x.to(self.dtype).reshape(-1, *self.input_shape))
+            return features(self.module, self.head, x) if self.reading is None else self.reading.features(x)
 
     def _recognise(self, x: Tensor) -> None:
         """Affine maps are told by their values on lines through data points, far beyond the data on both sides."""
@@ -213,14 +215,15 @@ class HeadProblem:
         module: the model in any mode; nothing in it is changed.
         loss: ``callable(logits, y, reduction="none")``.
         examples: a few inputs as the model takes them, to find the head and to recognise the backbone's form.
+        reading: how the module's own step reaches the head; None: as ``module(x)`` does, giving the logits.
     """
 
-    def __init__(self, module: nn.Module, loss: Loss, examples: Tensor) -> None:
+    def __init__(self, module: nn.Module, loss: Loss, examples: Tensor, reading: Reading | None = None) -> None:
         parameter = next(module.parameters())
         self.module, self.loss = module, loss
         examples = examples.to(parameter.device, parameter.dtype)
-        self.head = find_head(module, examples)
-        self.backbone = Backbone(module, self.head, examples)
+        self.head = find_head(module, examples) if reading is None else reading.head
+        self.backbone = Backbone(module, self.head, examples, reading)
         self.device, self.dtype = self.backbone.device, self.backbone.algebra
         self.n_logits, self.has_bias = self.head.linear.out_features, self.head.linear.bias is not None
         self.shape = (self.n_logits, self.backbone.width + int(self.has_bias))
