@@ -23,9 +23,8 @@ from lightning_muter.preflight.checks import DEFAULT_CAP, inspect_fit
 from lightning_muter.preflight.findings import enforce
 from lightning_muter.scope.head_methods import Method
 from lightning_muter.scope.wide_taking import take_wide_snapshot
-from lightning_muter.snapshot.old_snapshot import CHECKPOINT_KEY, Snapshot, key_path
+from lightning_muter.snapshot.snapshot import CHECKPOINT_KEY, WIDE_BATCH, Snapshot, WideSnapshot, key_path
 from lightning_muter.snapshot.take import refresh, take_snapshot
-from lightning_muter.snapshot.wide_snapshot import WIDE_BATCH, WideSnapshot
 from lightning_muter.solvers.choose import Solver, as_solver
 from lightning_muter.storage.atomic import commit_files
 from lightning_muter.storage.fingerprint import DigestKey

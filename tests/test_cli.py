@@ -25,7 +25,7 @@ from lightning_muter.deletion.files import Places
 from lightning_muter.deletion.ledger import Ledger
 from lightning_muter.deletion.transactions import exclusive
 from lightning_muter.errors import RequestError
-from lightning_muter.snapshot.old_snapshot import Snapshot
+from lightning_muter.snapshot.snapshot import Snapshot
 from lightning_muter.storage.fingerprint import DigestKey
 
 from .faults import listing

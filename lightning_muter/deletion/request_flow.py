@@ -15,8 +15,7 @@ from lightning_muter.deletion.files import Places, receipt_path
 from lightning_muter.deletion.ledger import Ledger
 from lightning_muter.deletion.transactions import commit_request
 from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError, MuterError, RequestError
-from lightning_muter.snapshot.old_snapshot import CHECKPOINT_KEY, Snapshot
-from lightning_muter.snapshot.wide_snapshot import WideSnapshot
+from lightning_muter.snapshot.snapshot import CHECKPOINT_KEY, Snapshot, WideSnapshot
 from lightning_muter.storage.atomic import Writer
 from lightning_muter.storage.fingerprint import DigestKey, versions, weight_fingerprint
 from lightning_muter.unlearning.unlearn import UnlearnResult

@@ -38,9 +38,8 @@ from lightning_muter.deletion.training_data import load_into, threat_of, trades_
 from lightning_muter.deletion.transactions import exclusive
 from lightning_muter.scope.head_methods import Method
 from lightning_muter.scope.wide_taking import take_wide_snapshot
-from lightning_muter.snapshot.old_snapshot import Snapshot
+from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot
 from lightning_muter.snapshot.take import refresh, take_snapshot
-from lightning_muter.snapshot.wide_snapshot import WIDE_BATCH, WideSnapshot
 from lightning_muter.solvers.choose import Solver
 from lightning_muter.unlearning.unlearn import unlearn
 
