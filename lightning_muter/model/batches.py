@@ -19,9 +19,7 @@ _FORMS = (
 )
 
 
-def split_batch(
-    batch: Any, inputs: Any = None, label: Any = None
-) -> tuple[Tensor, Tensor, Callable[[Tensor], Any]]:
+def split_batch(batch: Any, inputs: Any = None, label: Any = None) -> tuple[Tensor, Tensor, Callable[[Tensor], Any]]:
     """Inputs, labels, and a function that puts other inputs in their place.
 
     ``inputs``, ``label``: key or position, or ``callable(batch) -> tensor``, where they are to be named.
@@ -102,7 +100,8 @@ def _only(batch: Mapping[Any, Any], keys: tuple[str, ...], argument: str) -> Any
     found = [k for k in batch if isinstance(k, str) and k.lower() in keys]
     if len(found) != 1:
         raise _refused(
-            batch, f"{len(found)} of the keys {', '.join(keys)} are there: name it with {argument}= (a key, a position or a function)."
+            batch,
+            f"{len(found)} of the keys {', '.join(keys)} are there: name it with {argument}= (key, position or function).",
         )
     return found[0]
 

@@ -41,7 +41,6 @@ class SampleSource:
         threat: inputs outside its box are refused.
         readable: positions that may be read (forgotten rows may be gone from the disk); all by default.
         reading: what the module's own step says of a batch: where input and label are, c_i and d_i of its rows.
-        mass: d_i (n,) where they are known already (of a snapshot); then ``weight`` holds c_i and no row is asked for either.
 
     Raises:
         UnsuitableError: an iterable dataset.
@@ -59,7 +58,6 @@ class SampleSource:
         threat: ThreatModel | None = None,
         readable: Sequence[int] | None = None,
         reading: Reading | None = None,
-        mass: Tensor | None = None,
     ) -> None:
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
             raise UnsuitableError(
@@ -76,8 +74,10 @@ class SampleSource:
             weight = torch.as_tensor(weight, dtype=torch.float64).reshape(-1)
             if len(weight) != self.n or not bool(torch.isfinite(weight).all()) or bool((weight < 0).any()):
                 raise ArgumentError("sample_weight", tuple(weight.shape), f"{self.n} finite weights, 0 or larger")
-        self.weight, self.mass, self.reading = weight, mass, reading
-        self._asked = reading is not None and mass is None
+        settled = None if reading is None else reading.settled
+        self.weight = weight if settled is None else settled.weight
+        self.mass = None if settled is None else settled.mass
+        self.reading, self._asks = reading, reading is not None and settled is None
         self._readable: Sequence[int] = range(self.n) if readable is None else list(readable)
         first = self._raw(self._readable[:1])
         self.input_shape = tuple(first[0].shape[1:])
@@ -94,7 +94,7 @@ class SampleSource:
 
     def settle(self) -> SampleSource:
         """Ask the reading for c_i and d_i of every readable row, once; None stays where all are 1."""
-        if self._asked:
+        if self._asks:
             own = self.weight
             c, d = (torch.zeros(self.n, dtype=torch.float64) for _ in range(2))
             parts = []
@@ -111,7 +111,7 @@ class SampleSource:
                 self.weight = c
             if bool((d[at] != 1).any()):
                 self.mass = d
-            self._asked = False
+            self._asks = False
         return self
 
     def _raw(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -166,7 +166,7 @@ class SampleSource:
         done = 0
         for batch in loader:
             found = None
-            if self._asked:
+            if self._asks:
                 assert self.reading is not None
                 found = self.reading.rows(batch)
             x, y = self._split(batch) if found is None else (found.x, found.y)

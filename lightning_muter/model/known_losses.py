@@ -65,7 +65,9 @@ class Known:
         return torch.where(counts, factor, torch.zeros_like(factor)).detach()
 
 
-def recognise(batch: BatchLoss, probe: Probe, uses: list[int], k: int, counts: Tensor, dtype: torch.dtype) -> Known | None:
+def recognise(
+    batch: BatchLoss, probe: Probe, uses: list[int], k: int, counts: Tensor, dtype: torch.dtype
+) -> Known | None:
     """The closed form that a batch loss's rows are multiples of, or None.
 
     Args:

@@ -166,8 +166,25 @@ def loss_identity(loss: Any) -> str:
         return f"{loss_identity(loss.func)}({arguments})" if arguments else loss_identity(loss.func)
     if isinstance(loss, nn.Module):
         return _module_identity(loss)
+    if getattr(loss, "traced", False):
+        return repr(loss)
     name = getattr(loss, "__qualname__", None)
     return f"{loss.__module__}.{name}" if name is not None else repr(loss)
+
+
+#: What files of version 0.1 call these losses.
+_EARLIER = {
+    "CrossEntropyLoss()": "torch.nn.functional.cross_entropy",
+    "MSELoss()": "torch.nn.functional.mse_loss",
+    "BCEWithLogitsLoss()": "torch.nn.functional.binary_cross_entropy_with_logits",
+    "HuberLoss()": "torch.nn.functional.huber_loss",
+    "SoftMarginLoss()": "torch.nn.functional.soft_margin_loss",
+}
+
+
+def same_loss(one: str, other: str) -> bool:
+    """Whether two identities are of the same loss."""
+    return _EARLIER.get(one, one) == _EARLIER.get(other, other)
 
 
 #: Loss modules and the functions they are.

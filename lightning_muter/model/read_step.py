@@ -94,7 +94,10 @@ def _on_device(module: nn.Module, batch: Any) -> Any:
     first = next(module.parameters())
     _, leaves, rebuild = flatten(batch)
     return rebuild(
-        [v.to(first.device, first.dtype if v.is_floating_point() else v.dtype) if isinstance(v, Tensor) else v for v in leaves]
+        [
+            v.to(first.device, first.dtype if v.is_floating_point() else v.dtype) if isinstance(v, Tensor) else v
+            for v in leaves
+        ]
     )
 
 
@@ -150,6 +153,7 @@ def _must_agree(given: Reading, own: Reading, batch: Any) -> None:
     off = float((slope - other).abs().max() / other.abs().max().clamp(min=1e-30))
     if off > 1e-4:
         raise MismatchError(
-            f"loss: got {given.identity}, but training_step minimises {own.identity}: {float(one):.5g} against {float(two):.5g} on the "
-            f"same outputs, gradients apart by {off:.2g} of their size. Leave loss= out (the step's own is used), or train with this one."
+            f"loss: got {given.identity}, but training_step minimises {own.identity}: {float(one):.5g} against {float(two):.5g} "
+            f"on the same outputs, gradients apart by {off:.2g} of their size. Leave loss= out (the step's own is used), or train "
+            "with this one."
         )

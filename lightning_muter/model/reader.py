@@ -27,9 +27,8 @@ from lightning_muter.model.traced import refuse, storages, trace
 #: Relative difference between what was read and the function itself, by the precision of the module.
 _EQUAL = {torch.float64: 1e-9, torch.float32: 1e-5}
 _FEW = (6, 4)
-WAY_OUT = (
-    "Nothing was changed. Pass loss=callable(logits, y, reduction='none') to say what the head is to be trained on and unlearned in."
-)
+WAY_OUT = "Nothing was changed. Pass loss=callable(logits, y, reduction='none') to say what the head is to be trained on and "
+    "unlearned in."
 
 Run = Callable[[Any], Tensor]
 
@@ -46,7 +45,9 @@ class _Seen:
 class Reader:
     """Reads ``run(batch) -> scalar``, which goes through ``module`` and its head once; ``what``: its name in messages."""
 
-    def __init__(self, module: nn.Module, batch: Any, run: Run, inputs: Any = None, what: str = "training_step") -> None:
+    def __init__(
+        self, module: nn.Module, batch: Any, run: Run, inputs: Any = None, what: str = "training_step"
+    ) -> None:
         self.module, self.run, self.inputs, self.what = module, run, inputs, what
         self.names, self.leaves, self.rebuild = flatten(batch)
         self.dtype = next(module.parameters()).dtype
@@ -85,12 +86,16 @@ class Reader:
     def _head_call(self, seen: _Seen) -> HeadCall:
         """The last linear layer called whose output the loss depends on."""
         if not seen.calls:
-            raise UnsuitableError(f"{self.what} calls no nn.Linear: end the model with one, whose output the loss takes.")
+            raise UnsuitableError(
+                f"{self.what} calls no nn.Linear: end the model with one, whose output the loss takes."
+            )
         for call in reversed(seen.calls):
             (slope,) = torch.autograd.grad(seen.loss, call.output, retain_graph=True, allow_unused=True)
             if slope is not None:
                 return call
-        raise UnsuitableError(f"The loss of {self.what} depends on no nn.Linear that the step calls: nothing to unlearn.")
+        raise UnsuitableError(
+            f"The loss of {self.what} depends on no nn.Linear that the step calls: nothing to unlearn."
+        )
 
     # -- one head ----------------------------------------------------------------------------------------------------
 
@@ -152,13 +157,13 @@ class Reader:
             return reach[0]
         if not reach:
             raise UnsuitableError(
-                f"No floating tensor of the batch (leaves {self.names}) reaches the head {call.name!r} with a gradient: integer inputs "
-                "(tokens, bytes) and inputs that are detached or drawn in the step cannot be perturbed. Convert them to floats in the "
-                "data set."
+                f"No floating tensor of the batch (leaves {self.names}) reaches the head {call.name!r} with a gradient: integer "
+                "inputs (tokens, bytes) and inputs that are detached or drawn in the step cannot be perturbed. Convert them to floats "
+                "in the data set."
             )
         raise UnsuitableError(
-            f"Several tensors of the batch reach the head, {[self.names[i] for i in reach]}: which one is perturbed? Put them into one "
-            "tensor, or pass inputs= (key or position)."
+            f"Several tensors of the batch reach the head, {[self.names[i] for i in reach]}: which one is perturbed? Put them into "
+            "one tensor, or pass inputs= (key or position)."
         )
 
     def _loss(self, head: Head, call: HeadCall, at: int, n: int) -> tuple[BatchLoss, list[int]]:
@@ -182,7 +187,11 @@ class Reader:
         self, known: Known | None, batch_loss: BatchLoss, probes: list[Probe], kind: str, counts: list[Tensor]
     ) -> float:
         """c_i of a step that can only be replayed: its rows are not looked at one by one, so it must be the same for all."""
-        found = None if known is None else [known.factors(batch_loss, p, c, self.algebra) for p, c in zip(probes, counts, strict=True)]
+        found = (
+            None
+            if known is None
+            else [known.factors(batch_loss, p, c, self.algebra) for p, c in zip(probes, counts, strict=True)]
+        )
         values = torch.cat([f for f in found or [] if f is not None] or [torch.zeros(0)])
         if kind == "weights" or len(values) == 0 or bool(((values - values[0]).abs() > 1e-3 * values[0].abs()).any()):
             raise UnsuitableError(
@@ -251,7 +260,9 @@ class Reader:
         z = reading.logits(x)
         if out.shape != z.shape:
             return False
-        apart = torch.nn.functional.cross_entropy(out, y, reduction="none") - torch.nn.functional.cross_entropy(z, y, reduction="none")
+        apart = torch.nn.functional.cross_entropy(out, y, reduction="none") - torch.nn.functional.cross_entropy(
+            z, y, reduction="none"
+        )
         return bool((apart.abs() < 1e-3 * (1 + z.abs().max())).all())
 
     # -- the proof ---------------------------------------------------------------------------------------------------
@@ -293,8 +304,8 @@ class Reader:
             )
         if not reading.convex:
             reading.notes.append(
-                f"The loss ({reading.identity}) is not convex in the head's output: no certificate, and the minimiser that is polished "
-                "to may be one of several."
+                f"The loss ({reading.identity}) is not convex in the head's output: no certificate, and the minimiser that is "
+                "polished to may be one of several."
             )
 
 

@@ -9,15 +9,14 @@ hand and at moved ones, before it is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_muter.errors import ArgumentError, UnsuitableError
-from lightning_muter.model.batches import split_batch
 from lightning_muter.model.head import Head, features
 from lightning_muter.model.known_losses import Known
 from lightning_muter.model.leaves import flatten, rows
@@ -34,6 +33,13 @@ class Rows(NamedTuple):
     y: Tensor
     weight: Tensor
     mass: Tensor
+
+
+class Settled(NamedTuple):
+    """c_i and d_i of every row where they are known already (of a snapshot); None: all are 1."""
+
+    weight: Tensor | None
+    mass: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -86,8 +92,16 @@ class Reading:
     plain: bool = False
     convex: bool = True
     factor: float | None = None
+    settled: Settled | None = None
     rows_per_step: int | None = None
     notes: list[str] = field(default_factory=list)
+
+    def of_rows(self, positions: Sequence[int]) -> Reading:
+        """The same of some rows alone, counted from 0 then."""
+        if self.settled is None:
+            return self
+        at = torch.as_tensor(positions, dtype=torch.int64)
+        return replace(self, settled=Settled(*(None if v is None else v[at] for v in self.settled)))
 
     # -- samples -----------------------------------------------------------------------------------------------------
 

@@ -152,7 +152,7 @@ def _unlogged(module: nn.Module) -> Iterator[None]:
     own = vars(module)
     names = [n for n in ("log", "log_dict", "print") if callable(getattr(type(module), n, None))]
     before = {n: own[n] for n in names if n in own}
-    trainer = own.get("_trainer")
+    trainer: Any = own.get("_trainer")
     loggers = list(getattr(trainer, "loggers", ())) if trainer is not None else []
     for n in names:
         own[n] = lambda *args, **kwargs: None

@@ -13,7 +13,6 @@ from lightning_muter.model.leaves import rows
 from lightning_muter.model.rowwise import BatchLoss, Probe, alone
 
 
-
 def packed(probe: Probe, labels: list[int]) -> Tensor:
     """The leaves that a loss depends on: one as it is, several side by side in float64 (whole numbers up to 2^53 are exact)."""
     at = [i for i in labels if rows(probe.leaves[i], probe.n)]

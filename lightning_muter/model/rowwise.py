@@ -10,7 +10,8 @@ A batch loss L(z, leaves) that can be unlearned is a weighted mean (or a sum) ov
 | weights: class weights, kept rows of ``ignore_index``, sum w l / sum w | w_i, 0 or 1 | sum_i s_i = 1, s_i / s_j = d_i / d_j |
 | sum | - | s_i = 1 |
 
-The objective over a data set is then F = sum_i d_i phi_i + (sum_i d_i / 2) lambda |w|^2: what the batches' means tend to as they grow.
+The objective over a data set is then F = sum_i d_i phi_i + (sum_i d_i / 2) lambda |w|^2: what the batches' means tend to as
+they grow.
 """
 
 from __future__ import annotations
@@ -99,7 +100,9 @@ def shares(loss: BatchLoss, z: Tensor, probe: Probe) -> Tensor:
     square = apart.square().sum(1)
     share = torch.where(counts & (square > 0), (together * apart).sum(1) / square, torch.zeros_like(square))
     off = (together - share[:, None] * apart).norm(dim=1)
-    worst = float((off / together.norm(dim=1).clamp(min=1e-30)).nan_to_num(nan=1.0).max()) if bool(counts.any()) else 0.0
+    worst = (
+        float((off / together.norm(dim=1).clamp(min=1e-30)).nan_to_num(nan=1.0).max()) if bool(counts.any()) else 0.0
+    )
     if worst > _tolerance(z.dtype):
         raise UnsuitableError(
             f"The loss couples samples: a row's gradient in a batch is not a multiple of its gradient alone (off by {worst:.1g} of "
@@ -123,7 +126,9 @@ def denominator(loss: BatchLoss, z: list[Tensor], probes: list[Probe]) -> Denomi
     near = 1e-5 if z[0].dtype == torch.float64 else 1e-2
     counted = [s[s != 0] for s in found]
     if any(len(s) == 0 for s in counted):
-        raise UnsuitableError("The loss does not depend on the head's output in the first samples: nothing is trained there.")
+        raise UnsuitableError(
+            "The loss does not depend on the head's output in the first samples: nothing is trained there."
+        )
     if all(bool(((s * p.n - 1).abs() < near).all()) for s, p in zip(found, probes, strict=True)):
         return "rows"
     if all(bool(((s - 1).abs() < near).all()) for s in counted):
@@ -177,7 +182,9 @@ def hessians(values: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
         if not first.requires_grad:
             return z.new_zeros(*z.shape, z.shape[-1])
         rows = [
-            torch.autograd.grad(first[:, j].sum(), point, retain_graph=True, allow_unused=True, materialize_grads=True)[0]
+            torch.autograd.grad(first[:, j].sum(), point, retain_graph=True, allow_unused=True, materialize_grads=True)[
+                0
+            ]
             for j in range(z.shape[1])
         ]
     hess = torch.stack(rows, 1).detach()

@@ -75,9 +75,8 @@ def trace(
     Raises:
         Exception: whatever tracing raised: the step looks at values (branches, ``.numpy()``), or uses what has no trace.
     """
-    graph = make_fx(
-        step, decomposition_table=core_aten_decompositions(), tracing_mode="symbolic", _allow_non_fake_inputs=True
-    )(z, *leaves)
+    table: Any = core_aten_decompositions()
+    graph = make_fx(step, decomposition_table=table, tracing_mode="symbolic", _allow_non_fake_inputs=True)(z, *leaves)
     return LossGraph(graph, dtype, named, len(leaves))
 
 
@@ -110,7 +109,7 @@ def _simplified(graph: GraphModule, dtype: torch.dtype) -> GraphModule:
     """Without checks and dead code, every floating number inside of the algebra's precision."""
     for node in list(graph.graph.nodes):
         if node.op == "call_function" and any(c in str(node.target) for c in _CHECKS):
-            node.replace_all_uses_with(None)  # type: ignore[arg-type]
+            node.replace_all_uses_with(None)
             graph.graph.erase_node(node)
             continue
         if "sym_size" in str(node.target):  # has no batching rule; the shape itself does
@@ -138,8 +137,8 @@ def refuse(graph: LossGraph, head: str, inputs: int) -> None:
     if inputs in graph.uses:
         raise UnsuitableError(
             "The loss reads more than the head's output: the input or features of the backbone enter it on another way "
-            "(a loss on features, an auxiliary head, a reconstruction, a second forward). Take that part out of training_step, or use "
-            "scope='all' with loss= for the rest."
+            "(a loss on features, an auxiliary head, a reconstruction, a second forward). Take that part out of "
+            "training_step, or pass loss= for what the head is to be trained on."
         )
     own = [n for n in graph.parameters if n.rpartition(".")[0] == head]
     if own:

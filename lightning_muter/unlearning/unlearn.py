@@ -18,10 +18,10 @@ from lightning_muter.errors import ArgumentError, MismatchError, RequestError, S
 from lightning_muter.minimise.refine import refined
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards
-from lightning_muter.model.losses import Loss, resolve_loss
+from lightning_muter.model.losses import Loss
 from lightning_muter.scope.head_methods import Method, MUter, Request, Step, check_requirements
-from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, Stored, WideSnapshot, loss_name
-from lightning_muter.snapshot.take import bar, check_digests, outside_head
+from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, Stored, WideSnapshot
+from lightning_muter.snapshot.take import bar, check_digests, outside_head, read_stored
 from lightning_muter.solvers.choose import Solver, as_solver
 from lightning_muter.storage.fingerprint import weight_fingerprint
 
@@ -75,6 +75,8 @@ def unlearn(
     loss: Loss | None = None,
     collate: Callable[[list[Any]], Any] | None = None,
     batch_size: int = 1024,
+    inputs: Any = None,
+    label: Any = None,
     shards: Shards | None = None,
     progress: bool = True,
 ) -> UnlearnResult:
@@ -92,6 +94,7 @@ def unlearn(
         solver: "auto", "cholesky", "cg", "neumann", "schur" or a Solver.
         retain: the full training dataset again: allows ``refine``, stationarity and the certificate. Rows forgotten now
             or before are not read.
+        loss, inputs, label: as in :func:`lightning_muter.take_snapshot`.
         refine: accepted steps of L-BFGS on the retained objective in the metric of the total Hessian, which is taken anew
             where the request went too far for the stored one (a whole class).
         dry_run: compute everything, change nothing.
@@ -107,7 +110,8 @@ def unlearn(
 
         return unlearn_stored(
             model, snapshot, forget, data, retain=retain, refine=refine, method=method, solver=solver, dry_run=dry_run,
-            loss=loss, collate=collate, batch_size=min(batch_size, WIDE_BATCH), shards=shards, progress=progress,
+            loss=loss, collate=collate, batch_size=min(batch_size, WIDE_BATCH), inputs=inputs, label=label, shards=shards,
+            progress=progress,
         )  # fmt: skip
     began = time.perf_counter()
     positions = checked_positions(forget, snapshot)
@@ -119,17 +123,15 @@ def unlearn(
     check_requirements(method, snapshot)
     snapshot.check_length(data, "data")
     snapshot.check_model(model)
-    loss = resolve_loss(loss, model)
-    if loss_name(loss) != snapshot.loss_name:
-        raise MismatchError(
-            f"loss: got {loss_name(loss)}, the snapshot was taken with {snapshot.loss_name}. Pass that loss, or take a new "
-            "snapshot."
-        )
-    check_digests(snapshot, data, positions, "data", collate)
-    kept = [i for i in snapshot.retained_positions if i not in set(positions)]
+    gone = set(positions)
+    kept = [i for i in snapshot.retained_positions if i not in gone]
+    reading = read_stored(
+        model, snapshot, data, sorted([*positions, *kept]), loss=loss, collate=collate, inputs=inputs, label=label
+    )
+    check_digests(snapshot, data, positions, "data", collate, reading)
     if retain is not None:
         snapshot.check_length(retain, "retain")
-        check_digests(snapshot, retain, kept, "retain", collate)
+        check_digests(snapshot, retain, kept, "retain", collate, reading)
     device = next(model.parameters()).device
 
     def source_of(dataset: Dataset[Any], readable: list[int]) -> SampleSource:
@@ -138,15 +140,15 @@ def unlearn(
             collate=collate,
             batch_size=batch_size,
             device=device,
-            weight=snapshot.sample_weight,
             threat=snapshot.threat_model,
             readable=readable,
+            reading=reading,
         )
 
     source = source_of(data, sorted([*positions, *kept]))
     # forgotten rows are read from `data` alone: in `retain` they may be blank
     retained = None if retain is None else source_of(retain, kept)
-    problem = HeadProblem(model, loss, source.examples())
+    problem = HeadProblem(model, reading.loss, source.examples(), reading)
     if problem.head.name != snapshot.head_name or tuple(snapshot.theta_ref.shape) != problem.shape:
         raise MismatchError(
             f"model: its head is {problem.head.name!r} {problem.shape}, the snapshot's {snapshot.head_name!r} "
@@ -239,6 +241,8 @@ def _downdated(snapshot: Snapshot, step: Step, positions: list[int]) -> Snapshot
         gradient=step.gradient.cpu(),
         forgotten=[*snapshot.forgotten, *positions],
         digests=digests,
+        sample_weight=blanked(snapshot.sample_weight),
+        mass=blanked(snapshot.mass),
         starts=blanked(snapshot.starts),
         base_starts=blanked(snapshot.base_starts),
     )
