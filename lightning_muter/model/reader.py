@@ -27,8 +27,10 @@ from lightning_muter.model.traced import refuse, storages, trace
 #: Relative difference between what was read and the function itself, by the precision of the module.
 _EQUAL = {torch.float64: 1e-9, torch.float32: 1e-5}
 _FEW = (6, 4)
-WAY_OUT = "Nothing was changed. Pass loss=callable(logits, y, reduction='none') to say what the head is to be trained on and "
+WAY_OUT = (
+    "Nothing was changed. Pass loss=callable(logits, y, reduction='none') to say what the head is to be trained on and "
     "unlearned in."
+)
 
 Run = Callable[[Any], Tensor]
 
@@ -158,8 +160,8 @@ class Reader:
         if not reach:
             raise UnsuitableError(
                 f"No floating tensor of the batch (leaves {self.names}) reaches the head {call.name!r} with a gradient: integer "
-                "inputs (tokens, bytes) and inputs that are detached or drawn in the step cannot be perturbed. Convert them to floats "
-                "in the data set."
+                "inputs (tokens, bytes) and inputs that are detached or drawn in the step cannot be perturbed. Convert them to "
+                "floats in the data set."
             )
         raise UnsuitableError(
             f"Several tensors of the batch reach the head, {[self.names[i] for i in reach]}: which one is perturbed? Put them into "
