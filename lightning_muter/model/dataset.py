@@ -165,17 +165,15 @@ class SampleSource:
         )
         done = 0
         for batch in loader:
-            found = None
-            if self._asks:
-                assert self.reading is not None
-                found = self.reading.rows(batch)
-            x, y = self._split(batch) if found is None else (found.x, found.y)
+            x, y = self._split(batch)
             at = torch.tensor(positions[done : done + len(x)])
             done += len(x)
             flat = x.detach().reshape(len(x), -1).to(self.device)
             self._check(flat, y, at)
             samples = self._samples(at, flat, y.to(self.device))
-            if found is not None:
+            if self._asks:
+                assert self.reading is not None
+                found = self.reading.rows(batch)
                 own = samples.weight
                 samples.weight = found.weight.to(self.device) if own is None else own * found.weight.to(self.device)
                 samples.mass = found.mass

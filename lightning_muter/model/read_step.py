@@ -51,8 +51,19 @@ def read_objective(
     if len(readable) == 0:
         raise ArgumentError("dataset", "an empty dataset", "at least one sample")
     spread = torch.linspace(0, len(readable) - 1, min(_ROWS, len(readable))).long().tolist()
-    batch = (collate or torch.utils.data.default_collate)([dataset[int(readable[i])] for i in spread])
+    samples = [dataset[int(readable[i])] for i in spread]
+    whole = [s for s in samples if _finite(s)]  # the others are named where all rows are read
+    if not whole:
+        raise ArgumentError(
+            "dataset", "NaN or infinity in the first samples", "finite inputs and labels", "Clean the data."
+        )
+    batch = (collate or torch.utils.data.default_collate)(whole)
     return read_batch(module, batch, loss=loss, inputs=inputs, label=label, rows_per_step=rows_per_step)
+
+
+def _finite(sample: Any) -> bool:
+    leaves = flatten(sample)[1]
+    return all(bool(torch.isfinite(v).all()) for v in leaves if isinstance(v, Tensor) and v.is_floating_point())
 
 
 def read_batch(
@@ -127,9 +138,9 @@ def _read_given(
 
     known = Known(chosen, lambda leaves: leaves[labels], head.linear.out_features)
     probes = [probe.rows(torch.arange(max(2, len(x))) % len(x)), probe.rows(torch.arange(3) % len(x))]
-    z = [points(p.n, head.linear.out_features, dtype, x.device, 1 + i) for i, p in enumerate(probes)]
-    kind = denominator(batch_loss, z, probes)
-    counted = shares(batch_loss, z[0], probes[0]) != 0
+    found = [shares(batch_loss, p, head.linear.out_features, dtype, x.device) for p in probes]
+    kind = denominator(found, probes)
+    counted = found[0].active
     reading = Reading(
         module, run, head, Layout(names, at, [labels]), chosen, loss_identity(chosen), batch_loss, kind,
         probes[0].rows(counted.nonzero()[:1, 0]), rebuild(leaves), known, rows_per_step=rows_per_step,

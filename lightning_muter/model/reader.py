@@ -120,9 +120,10 @@ class Reader:
         batch_loss, uses = self._loss(head, call, at, n)
         probes = self._probes(n)
         k = call.linear.out_features
-        z = [points(p.n, k, self.algebra, call.output.device, 1 + i) for i, p in enumerate(probes)]
-        kind = denominator(batch_loss, z, probes)
-        counts = [shares(batch_loss, a, p) != 0 for a, p in zip(z, probes, strict=True)]
+        device = call.output.device
+        found = [shares(batch_loss, p, k, self.algebra, device) for p in probes]
+        kind = denominator(found, probes)
+        counts = [s.active for s in found]
         known = recognise(batch_loss, probes[0], uses, k, counts[0], self.algebra)
         first = int(counts[0].nonzero()[0, 0])
         reference = probes[0].rows(torch.tensor([first]))
@@ -134,7 +135,7 @@ class Reader:
         reading = Reading(
             self.module, self.run, head, Layout(self.names, at, uses), loss, identity, batch_loss, kind, reference,
             self.rebuild(self.leaves), known, rows_per_step=rows_per_step, factor=factor,
-            convex=known is not None or convex(batch_loss, probes[0].rows(counts[0].nonzero()[:, 0]), k, self.algebra, z[0].device),
+            convex=known is not None or convex(batch_loss, probes[0].rows(counts[0].nonzero()[:, 0]), k, self.algebra, device),
         )  # fmt: skip
         self._look_at_features(reading, call, whole, at)
         self._verify(reading, call, seen, whole)

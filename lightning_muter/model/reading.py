@@ -23,7 +23,7 @@ from lightning_muter.model.leaves import flatten, rows
 from lightning_muter.model.losses import Loss
 from lightning_muter.model.replay import prepared, replaying
 from lightning_muter.model.row_loss import packed
-from lightning_muter.model.rowwise import BatchLoss, Denominator, Probe, masses, points
+from lightning_muter.model.rowwise import BatchLoss, Denominator, Probe, Shares, masses
 
 
 class Rows(NamedTuple):
@@ -131,12 +131,12 @@ class Reading:
         """Labels, c_i and d_i of some rows."""
         y = self._labels(probe)
         dtype = algebra(y.device)
-        mass = self._masses(probe, y.device, dtype)
+        mass, active = self._masses(probe, y.device, dtype)
         weight = torch.ones_like(mass) if self.denominator == "sum" else mass.clone()
         if self.factor is not None:
             return y, weight * self.factor, mass
         if self.known is not None:
-            found = self.known.factors(self.batch_loss, probe, mass > 0, dtype)
+            found = self.known.factors(self.batch_loss, probe, active, dtype)
             if found is None:
                 raise UnsuitableError(
                     f"The loss is {self.identity} in the first rows but not in all: training_step treats some rows in another "
@@ -145,12 +145,13 @@ class Reading:
             weight = weight * rounded(found)
         return y, weight, mass
 
-    def _masses(self, probe: Probe, device: torch.device, dtype: torch.dtype) -> Tensor:
+    def _masses(self, probe: Probe, device: torch.device, dtype: torch.dtype) -> Shares:
         if self.denominator == "sum" or self.factor is not None:
             per_row = 1.0 / (self.rows_per_step or 1) if self.denominator == "sum" else 1.0
-            return torch.full((probe.n,), per_row, dtype=dtype, device=device)
-        z = points(probe.n + 1, self.head.linear.out_features, dtype, device, 3)
-        return rounded(masses(self.batch_loss, z, probe, self.reference))
+            every = torch.full((probe.n,), per_row, dtype=dtype, device=device)
+            return Shares(every, torch.ones_like(every, dtype=torch.bool))
+        found = masses(self.batch_loss, probe, self.reference, self.head.linear.out_features, dtype, device)
+        return Shares(rounded(found.values), found.active)
 
     # -- the model as the step runs it ---------------------------------------------------------------------------------
 

@@ -16,9 +16,10 @@ they grow.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ BatchLoss = Callable[[Tensor, list[Any]], Tensor]
 Denominator = Literal["rows", "weights", "sum"]
 
 _COUPLED = 1e-6
+_ATTEMPTS = 4
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,10 @@ def alone(loss: BatchLoss, z: Tensor, probe: Probe) -> Tensor:
         return loss(z, probe.leaves)[None]
     if not getattr(loss, "by_row", False):
         try:
-            return vmap(one)(z, *rows)
-        except RuntimeError:  # no batching rule, or a branch on values
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # of a batching rule that is a loop
+                return vmap(one)(z, *rows)
+        except (RuntimeError, UserWarning):  # no batching rule, or a branch on values
             pass
     return torch.stack([one(z[i], *(row[i] for row in rows)) for i in range(len(z))])
 
@@ -88,14 +92,40 @@ def _slopes(loss: BatchLoss, z: Tensor, probe: Probe) -> tuple[Tensor, Tensor]:
     return together.detach(), apart.detach()
 
 
-def shares(loss: BatchLoss, z: Tensor, probe: Probe) -> Tensor:
-    """s_i (n,) with dL/dz_i = s_i da_i/dz_i; 0 for a row that does not count (whatever it gives alone).
+class Shares(NamedTuple):
+    """s_i (n,), and which rows have a gradient at all (n,)."""
+
+    values: Tensor
+    active: Tensor
+
+
+def shares(loss: BatchLoss, probe: Probe, k: int, dtype: torch.dtype, device: torch.device, seed: int = 1) -> Shares:
+    """s_i with dL/dz_i = s_i da_i/dz_i, at random z.
+
+    Rows without a gradient there (a hinge at rest) are looked at elsewhere; those that have none anywhere (masked ones) share
+    equally what the others leave of 1: nothing where the mean is over the others, 1/n where it is over all.
 
     Raises:
         UnsuitableError: the gradient of a row depends on the others by more than a factor: samples are coupled.
     """
+    found = torch.full((probe.n,), torch.nan, dtype=dtype, device=device)
+    for attempt in range(_ATTEMPTS):
+        z = (1 + attempt) * points(probe.n, k, dtype, device, seed + 100 * attempt)
+        found = torch.where(found.isnan(), _shares_at(loss, z, probe), found)
+        if not bool(found.isnan().any()):
+            break
+    active = ~found.isnan() & (found != 0)
+    silent = found.isnan() | (found == 0)
+    rest = (1 - found[active].sum()).clamp(min=0.0) / silent.sum().clamp(min=1)
+    rest = torch.where(rest < 1e-9, torch.zeros_like(rest), rest)
+    return Shares(torch.where(silent, rest, found), active)
+
+
+def _shares_at(loss: BatchLoss, z: Tensor, probe: Probe) -> Tensor:
+    """As :func:`shares`; NaN for a row that has no gradient at z, alone or in the batch."""
     together, apart = (t.flatten(1) for t in _slopes(loss, z, probe))
     counts = together.abs().amax(1) > 0
+    idle = ~counts & (apart.abs().amax(1) == 0)
     apart = torch.where(counts[:, None], apart, torch.zeros_like(apart))
     square = apart.square().sum(1)
     share = torch.where(counts & (square > 0), (together * apart).sum(1) / square, torch.zeros_like(square))
@@ -109,22 +139,22 @@ def shares(loss: BatchLoss, z: Tensor, probe: Probe) -> Tensor:
             "it; contrastive terms, mixing, ranking, statistics over the batch). A sample's part cannot be taken out of such an "
             "objective. Use a mean over independent samples, or pass loss= to say what the head is to be trained on."
         )
-    return share
+    return torch.where(idle, torch.nan, share)
 
 
 def _tolerance(dtype: torch.dtype) -> float:
     return _COUPLED if dtype == torch.float64 else 1e3 * torch.finfo(dtype).eps
 
 
-def denominator(loss: BatchLoss, z: list[Tensor], probes: list[Probe]) -> Denominator:
-    """What the batch loss divides by, told from two batches of different sizes.
+def denominator(looked: list[Shares], probes: list[Probe]) -> Denominator:
+    """What the batch loss divides by, told from the shares of the rows in two batches of different sizes.
 
     Raises:
-        UnsuitableError: coupled samples, or none of the known denominators.
+        UnsuitableError: none of the known denominators.
     """
-    found = [shares(loss, a, p) for a, p in zip(z, probes, strict=True)]
-    near = 1e-5 if z[0].dtype == torch.float64 else 1e-2
-    counted = [s[s != 0] for s in found]
+    found = [s.values for s in looked]
+    near = 1e-5 if found[0].dtype == torch.float64 else 1e-2
+    counted = [s.values[s.active] for s in looked]
     if any(len(s) == 0 for s in counted):
         raise UnsuitableError(
             "The loss does not depend on the head's output in the first samples: nothing is trained there."
@@ -142,13 +172,10 @@ def denominator(loss: BatchLoss, z: list[Tensor], probes: list[Probe]) -> Denomi
     )
 
 
-def masses(loss: BatchLoss, z: Tensor, probe: Probe, reference: Probe) -> Tensor:
-    """d_i (n,) relative to the one row of ``reference``, for a loss whose denominator is "weights".
-
-    ``z``: (n + 1, K), any points where no gradient vanishes; the last belongs to the reference.
-    """
-    found = shares(loss, z, probe.and_these(reference))
-    return found[:-1] / found[-1]
+def masses(loss: BatchLoss, probe: Probe, reference: Probe, k: int, dtype: torch.dtype, device: torch.device) -> Shares:
+    """d_i (n,) relative to the one row of ``reference``, for a loss that divides by the rows or their weights."""
+    found = shares(loss, probe.and_these(reference), k, dtype, device, seed=3)
+    return Shares(found.values[:-1] / found.values[-1], found.active[:-1])
 
 
 def points(n: int, k: int | None, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
