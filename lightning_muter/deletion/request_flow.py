@@ -217,6 +217,7 @@ def report(places: Places, receipt: Mapping[str, Any], source: Places) -> None:
         print(f"note: {warning}")
     print(f"checkpoint: {places.checkpoint}")
     print(f"receipt: {receipt_path(places, receipt)}")
+    print(f"head {receipt['sha256']}")
     if kind == "unlearn":
         print(f"older files may still hold what was removed: muter purge --ckpt_path {places.checkpoint}")
 

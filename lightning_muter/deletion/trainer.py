@@ -34,11 +34,12 @@ from lightning_muter.deletion.request_flow import (
     snapshot_key,
 )
 from lightning_muter.deletion.requests import ForgetConfig, asked_digest, checked_request_id, refuse_forgotten, resolve
-from lightning_muter.deletion.training_data import load_into, threat_of, trades_beta_of, training_data
+from lightning_muter.deletion.training_data import load_into, threat_of, trades_beta_of, trained_decay, training_data
 from lightning_muter.deletion.transactions import exclusive
 from lightning_muter.scope.head_methods import Method
 from lightning_muter.scope.wide_taking import take_wide_snapshot
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot
+from lightning_muter.snapshot.summary import decay_text
 from lightning_muter.snapshot.take import refresh, take_snapshot
 from lightning_muter.solvers.choose import Solver
 from lightning_muter.unlearning.unlearn import unlearn
@@ -80,7 +81,8 @@ class MuterTrainer(L.Trainer):
             response: how the attack reacts to the weights: auto, none, unconstrained, l2, linf or a Response.
             curvature: the direct part: hessian, ggn or fisher; by default hessian for the head, ggn beyond it.
             loss: the training loss, callable(logits, y, reduction="none"); the module's criterion or cross-entropy.
-            weight_decay: the optimiser's weight decay; read off configure_optimizers() when "auto".
+            weight_decay: the optimiser's weight decay; "auto" reads it off the optimiser that the checkpoint holds, and
+                off configure_optimizers() where it holds none.
             polish: steps of further minimisation until stationary (beyond the head "auto" takes none); 0 never touches
                 the weights.
             batch_size: samples at a time.
@@ -112,6 +114,7 @@ class MuterTrainer(L.Trainer):
                 snapshot = refresh(model, old, data.dataset, loss=loss, collate=data.collate, batch_size=batch_size)
             else:
                 threat_model, attack = threat_of(self, model, threat_model)
+                decay, read = trained_decay(checkpoint, model) if weight_decay == "auto" else (weight_decay, "given")
                 wide = scope != "head"
                 take: Callable[..., Snapshot | WideSnapshot] = take_wide_snapshot if wide else take_snapshot
                 snapshot = take(
@@ -123,7 +126,7 @@ class MuterTrainer(L.Trainer):
                     response=response,
                     curvature=curvature or ("ggn" if wide else "hessian"),
                     loss=loss,
-                    weight_decay=weight_decay,
+                    weight_decay=decay,
                     polish=polish,
                     collate=data.collate,
                     batch_size=min(batch_size, WIDE_BATCH) if wide else batch_size,
@@ -131,6 +134,8 @@ class MuterTrainer(L.Trainer):
                     key=key,
                     **({"trades_beta": trades_beta_of(self, model)} if wide else {}),
                 )
+                snapshot.figures["weight_decay_read"] = read
+                print(f"weight_decay: {decay_text(snapshot)}, {read}")
             content = receipt_content("snapshot", request_id, snapshot, before, model)
             receipt = commit(places, ledger, content, checkpoint, model, snapshot, asked, key)
             report(places, receipt, source)

@@ -19,7 +19,7 @@ from lightning_muter.model.head import Head, eval_mode, find_head
 from lightning_muter.model.losses import Loss, per_sample, resolve_loss
 from lightning_muter.preflight.data import example_batch, inspect_loaders
 from lightning_muter.preflight.findings import Finding, Level, enforce, skip_reason
-from lightning_muter.preflight.optimizers import inspect_optimizers, read_weight_decay
+from lightning_muter.preflight.optimizers import inspect_optimizers
 
 __all__ = [
     "Finding",
@@ -29,7 +29,6 @@ __all__ = [
     "inspect_loss",
     "inspect_model",
     "predict_bytes",
-    "read_weight_decay",
     "skip_reason",
 ]
 
