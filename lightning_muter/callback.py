@@ -20,6 +20,7 @@ from lightning_muter.deletion.checkpoints import checkpoint_fingerprint, load_ch
 from lightning_muter.errors import ArgumentError, MuterError, RequestError, UnsuitableError
 from lightning_muter.lightning_names import Callback
 from lightning_muter.model.losses import Loss
+from lightning_muter.model.read_step import read_objective
 from lightning_muter.preflight.checks import DEFAULT_CAP, inspect_fit
 from lightning_muter.preflight.findings import enforce
 from lightning_muter.scope.head_methods import Method
@@ -47,12 +48,14 @@ class MUterCallback(Callback):
         curvature: direct part, "hessian", "ggn" or "fisher"; None: "hessian" for the head, "ggn" for wider scopes.
         solver: how H_R delta = g is solved: "auto", "cholesky", "cg", "neumann", "schur" or a Solver.
         threat_model: read off the adversarial training when None; ``ThreatModel("l2", 0.0)`` for standard training.
-        loss: ``callable(logits, y, reduction="none")``; the module's ``criterion``, else cross-entropy.
+        loss: None reads it off the module's own ``training_step``; a given ``callable(logits, y, reduction="none")`` must be the
+            step's, or is taken at its word where the step cannot be read.
         weight_decay: lambda, one number or by parameter name; "auto" reads it off the optimiser.
         polish: "auto", a number of passes (wider scopes: of Newton-CG steps, "auto" takes none), or 0 to leave the weights as
             they are.
         dirpath: folder of the files; None puts them beside the last checkpoint, and writes none where there is none.
         size_cap: largest snapshot in bytes (default 2 GiB).
+        inputs, label: key or position in a batch, where it cannot be told which tensor is the input (or the label).
         verbose: progress bars and a summary.
     """
 
@@ -70,6 +73,8 @@ class MUterCallback(Callback):
         verbose: bool = True,
         batch_size: int = 1024,
         size_cap: int = DEFAULT_CAP,
+        inputs: str | int | None = None,
+        label: str | int | None = None,
     ) -> None:
         if not scope or (isinstance(scope, str) and scope not in ("head", "all")):
             raise ArgumentError("scope", scope, "'head', 'all' or a list of patterns", "A pattern goes in a list.")
@@ -78,12 +83,12 @@ class MUterCallback(Callback):
         self.threat_model, self.loss, self.weight_decay, self.polish = threat_model, loss, weight_decay, polish
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.verbose, self.batch_size, self.size_cap = verbose, batch_size, size_cap
+        self.inputs, self.label = inputs, label
         self.snapshot: Snapshot | WideSnapshot | None = None
         self.paths: dict[str, Path] = {}
         self._skip: str | None = "No snapshot was taken yet: fit a model with this callback, or use take_snapshot."
         self._dataset: Dataset[Any] | None = None
         self._collate: Any = None
-        self._loss: Loss | None = None
         # rows once forgotten, as positions in the dataset they were first counted in (kept over later fits)
         self._origin: Dataset[Any] | None = None
         self._forgotten: list[int] = []
@@ -98,6 +103,8 @@ class MUterCallback(Callback):
             scope=self.scope,
             threat_model=self.threat_model,
             loss=self.loss,
+            inputs=self.inputs,
+            label=self.label,
             weight_decay=self.weight_decay,
             callback=self,
             cap=self.size_cap,
@@ -134,7 +141,15 @@ class MUterCallback(Callback):
             return
         adversary = adversary_of(pl_module)
         threat = self.threat_model or (adversary.threat if adversary is not None else None)
-        loss = self.loss if self.loss is not None else (adversary.loss if adversary is not None else None)
+        reading = read_objective(
+            pl_module,
+            loader.dataset,
+            loss=self.loss,
+            collate=loader.collate_fn,
+            inputs=self.inputs,
+            label=self.label,
+            rows_per_step=getattr(loader, "batch_size", None),
+        )
         wide = self.scope != "head"
         take: Callable[..., Snapshot | WideSnapshot] = take_wide_snapshot if wide else take_snapshot
         options: dict[str, Any] = {"trades_beta": adversary.trades_beta} if wide and adversary is not None else {}
@@ -145,7 +160,7 @@ class MUterCallback(Callback):
             scope=self.scope,
             response=self.response,
             curvature=self.curvature or ("ggn" if wide else "hessian"),
-            loss=loss,
+            reading=reading,
             weight_decay=self.weight_decay,
             optimizers=trainer.optimizers,
             polish=self.polish,
@@ -160,7 +175,6 @@ class MUterCallback(Callback):
             rank_zero_warn(note)
             snapshot.warnings.append(note)
         self.snapshot, self._dataset, self._collate = snapshot, loader.dataset, loader.collate_fn
-        self._loss = loss
         if not self._forgotten:
             self._origin, self._n_total = loader.dataset, snapshot.n_total
         elif self._origin is None:
@@ -327,7 +341,9 @@ class MUterCallback(Callback):
             retain=retain,
             refine=refine,
             dry_run=dry_run,
-            loss=self._loss,
+            loss=self.loss,
+            inputs=self.inputs,
+            label=self.label,
             collate=self._collate,
             batch_size=self.batch_size,
             progress=self.verbose if progress is None else progress,
@@ -345,7 +361,14 @@ class MUterCallback(Callback):
         if dataset is None:
             raise ArgumentError("data", None, "the training dataset", "Pass data=train_dataset.")
         self.snapshot = refresh(
-            model, self._at_hand(), dataset, progress=self.verbose, loss=self._loss, collate=self._collate
+            model,
+            self._at_hand(),
+            dataset,
+            progress=self.verbose,
+            loss=self.loss,
+            collate=self._collate,
+            inputs=self.inputs,
+            label=self.label,
         )
         return self.snapshot
 

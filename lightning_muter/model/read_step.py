@@ -13,7 +13,7 @@ from lightning_muter.errors import ArgumentError, MismatchError, UnsuitableError
 from lightning_muter.model.batches import split_batch
 from lightning_muter.model.head import find_head
 from lightning_muter.model.known_losses import Known
-from lightning_muter.model.leaves import flatten
+from lightning_muter.model.leaves import flatten, rows
 from lightning_muter.model.losses import Loss, loss_identity, reduced, resolve_loss
 from lightning_muter.model.reader import WAY_OUT, Reader, objective_at
 from lightning_muter.model.reading import Layout, Reading, algebra
@@ -74,19 +74,23 @@ def read_batch(
     inputs: Any = None,
     label: Any = None,
     rows_per_step: int | None = None,
+    ready: bool = False,
 ) -> Reading:
-    """:func:`read_objective` off one batch as collated."""
+    """:func:`read_objective` off one batch as collated, or (``ready``) as the step receives it."""
+    if not ready:
+        batch = prepared(module, batch)
+    batch = _on_device(module, _few_rows(batch))
     if not has_step(module):
         return _read_given(module, batch, loss, inputs, label, rows_per_step)
     if loss is None:
         return _read_step(module, batch, inputs, rows_per_step)
-    given = _read_given(module, prepared(module, batch), loss, inputs, label, rows_per_step)
+    given = _read_given(module, batch, loss, inputs, label, rows_per_step)
     try:
         own = _read_step(module, batch, inputs, rows_per_step)
     except UnsuitableError as error:
         given.notes.append(f"loss= is taken at its word: training_step itself could not be read ({str(error)[:300]})")
         return given
-    _must_agree(given, own, prepared(module, batch))
+    _must_agree(given, own, batch)
     return own if given.identity == own.identity else given
 
 
@@ -96,8 +100,17 @@ def _read_step(module: nn.Module, batch: Any, inputs: Any, rows_per_step: int | 
             "The module optimises by hand (automatic_optimization=False), so that no returned loss says what it minimises. "
             + WAY_OUT
         )
-    batch = prepared(module, _on_device(module, batch))
     return Reader(module, batch, lambda b: run_step(module, b), inputs).read(rows_per_step)
+
+
+def _few_rows(batch: Any) -> Any:
+    """Up to 16 rows spread over a batch: enough to read from."""
+    _, leaves, rebuild = flatten(batch)
+    n = max((len(v) for v in leaves if isinstance(v, Tensor) and v.dim() > 0), default=0)
+    if n <= _ROWS:
+        return batch
+    at = torch.linspace(0, n - 1, _ROWS).long()
+    return rebuild([v[at.to(v.device)] if rows(v, n) else v for v in leaves])
 
 
 def _on_device(module: nn.Module, batch: Any) -> Any:
@@ -117,7 +130,6 @@ def _read_given(
 ) -> Reading:
     chosen = resolve_loss(loss, module)
     whole = reduced(loss if loss is not None else getattr(module, "criterion", None), chosen)
-    batch = _on_device(module, batch)
     x, y, _ = split_batch(batch, inputs, label)
 
     def run(batch: Any) -> Tensor:

@@ -50,6 +50,9 @@ class Layout:
     input: int
     labels: list[int]
 
+    def fits(self, batch: Any) -> bool:
+        return flatten(batch)[0] == self.names
+
     def probe(self, batch: Any) -> tuple[Probe, Callable[[Tensor], Any]]:
         """The leaves as rows, and what puts other inputs in their place."""
         names, leaves, rebuild = flatten(batch)
