@@ -15,11 +15,12 @@ Rebuild = Callable[[list[Any]], Any]
 def flatten(batch: Any) -> tuple[list[str], list[Any], Rebuild]:
     """Names (``"[0]"``, ``"['image']"``), leaves, and what puts other leaves into a copy of the structure.
 
-    Tuples, named tuples, lists, mappings of any class and dataclasses are opened, anything else is a leaf.
+    Tuples, named tuples, lists, mappings of any class and dataclasses are opened, anything else is a leaf, and so is a list of
+    names or numbers.
 
-    >>> names, leaves, rebuild = flatten({"x": 1, "more": (2, [3])})
-    >>> names, rebuild([4, 5, 6])
-    (["['x']", "['more'][0]", "['more'][1][0]"], {'x': 4, 'more': (5, [6])})
+    >>> names, leaves, rebuild = flatten({"x": 1, "more": ({"y": 2}, ["a", "b"])})
+    >>> names, rebuild([4, 5, ["c"]])
+    (["['x']", "['more'][0]['y']", "['more'][1]"], {'x': 4, 'more': ({'y': 5}, ['c'])})
     """
     parts = _opened(batch)
     if parts is None:
@@ -40,7 +41,7 @@ def flatten(batch: Any) -> tuple[list[str], list[Any], Rebuild]:
 
 
 def _opened(batch: Any) -> tuple[list[Any], list[Any], Callable[[list[Any]], Any]] | None:
-    if isinstance(batch, (tuple, list)):
+    if isinstance(batch, (tuple, list)) and any(_holds_more(v) for v in batch):
         kind: Any = type(batch)
         close = (lambda out: kind(*out)) if hasattr(batch, "_fields") else (lambda out: kind(out))
         return list(range(len(batch))), list(batch), close
@@ -54,6 +55,11 @@ def _opened(batch: Any) -> tuple[list[Any], list[Any], Callable[[list[Any]], Any
             lambda out: dataclasses.replace(batch, **dict(zip(fields, out, strict=True))),
         )
     return None
+
+
+def _holds_more(value: Any) -> bool:
+    """A list of names or numbers, one per sample, is a leaf as a whole."""
+    return isinstance(value, (Tensor, tuple, list, Mapping)) or dataclasses.is_dataclass(value)
 
 
 def _mapping_like(batch: Any, values: list[Any]) -> Any:

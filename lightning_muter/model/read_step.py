@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from lightning_muter.errors import ArgumentError, MismatchError, UnsuitableError
 from lightning_muter.model.batches import split_batch
-from lightning_muter.model.head import find_head
+from lightning_muter.model.head import eval_mode, find_head
 from lightning_muter.model.known_losses import Known
 from lightning_muter.model.leaves import flatten, rows
 from lightning_muter.model.losses import Loss, loss_identity, reduced, resolve_loss
@@ -140,6 +140,9 @@ def _read_given(
         head = find_head(module, x)
     except UnsuitableError:
         return Reader(module, batch, run, inputs, "the loss on forward").read(rows_per_step)
+    with torch.no_grad(), eval_mode(module):
+        if not bool(torch.isfinite(run(batch))):
+            raise UnsuitableError("The loss is NaN or infinite on the first samples. Check data and weights.")
     names, leaves, rebuild = flatten(batch)
     at, labels = (next(i for i, v in enumerate(leaves) if v is t) for t in (x, y))
     probe = Probe(leaves, len(x))

@@ -73,6 +73,8 @@ class Reader:
         ]
         with record_calls(self.module) as calls:
             loss = self._ran(leaves)
+        if not bool(torch.isfinite(loss.detach())):
+            raise UnsuitableError("The loss is NaN or infinite on the first samples. Check data and weights.")
         return _Seen(loss, calls, leaves)
 
     def _ran(self, leaves: list[Any]) -> Tensor:
@@ -284,6 +286,7 @@ class Reader:
                 with _answering(linear, z):
                     there = self._ran(probe.leaves)
                 (slope,) = torch.autograd.grad(there, z)
+                there = there.detach()
                 here, like = objective_at(reading, probe, z.detach().to(self.algebra))
                 floor = 1e-3 * float(slope.abs().max()) + 1e-12
                 value = abs(float(there) - float(here)) / max(abs(float(there)), 1e-3)

@@ -51,7 +51,7 @@ def run_step(module: nn.Module, batch: Any) -> Tensor:
         UnsuitableError: the step gives no scalar loss.
     """
     step: Callable[..., Any] = module.training_step  # type: ignore[assignment]
-    names = inspect.signature(step).parameters
+    names = _parameters(module)
     out = step(batch, **{name: 0 for name in ("batch_idx", "dataloader_idx") if name in names}, **_second(names))
     loss = out.get("loss") if isinstance(out, Mapping) else out
     if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -60,6 +60,15 @@ def run_step(module: nn.Module, batch: Any) -> Tensor:
             "Return the loss, or pass loss= to say what is minimised."
         )
     return loss.reshape(())
+
+
+def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
+    """The step's own parameters, without self, whatever is wrapped around it for the time of a run."""
+    own = vars(module).get("training_step")
+    if own is not None and not hasattr(own, "__wrapped__"):
+        return dict(inspect.signature(own).parameters)
+    kind: Any = type(module)
+    return dict(list(inspect.signature(kind.training_step).parameters.items())[1:])
 
 
 def _second(names: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
