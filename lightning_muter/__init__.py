@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from lightning_muter.scope.wide_taking import take_wide_snapshot
     from lightning_muter.snapshot.snapshot import Snapshot, WideSnapshot
     from lightning_muter.snapshot.take import refresh, take_snapshot
-    from lightning_muter.solvers.choose import Solver
-    from lightning_muter.unlearning.unlearn import UnlearnResult, unlearn
+    from lightning_muter.solvers.base import Solver
+    from lightning_muter.unlearning.result import UnlearnResult
+    from lightning_muter.unlearning.unlearn import unlearn
 
 __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022 - in the order of the flow
@@ -60,11 +61,11 @@ _HOME = {
     "WideSnapshot": "snapshot.snapshot",
     "unlearn": "unlearning.unlearn",
     "unlearn_wide": "scope.network",
-    "UnlearnResult": "unlearning.unlearn",
+    "UnlearnResult": "unlearning.result",
     "Method": "scope.head_methods",
     "MUter": "scope.head_methods",
     "Response": "curvature.response.choose",
-    "Solver": "solvers.choose",
+    "Solver": "solvers.base",
     "Smoothing": "curvature.inner.maximiser",
 }
 

@@ -27,11 +27,13 @@ from lightning_muter.scope.head_methods import Method
 from lightning_muter.scope.wide_taking import take_wide_snapshot
 from lightning_muter.snapshot.snapshot import CHECKPOINT_KEY, WIDE_BATCH, Snapshot, WideSnapshot, key_path
 from lightning_muter.snapshot.take import refresh, take_snapshot
-from lightning_muter.solvers.choose import Solver, as_solver
+from lightning_muter.solvers.base import Solver
+from lightning_muter.solvers.choose import as_solver
 from lightning_muter.storage.atomic import commit_files
 from lightning_muter.storage.fingerprint import DigestKey
 from lightning_muter.storage.plain import Plain, plain
-from lightning_muter.unlearning.unlearn import UnlearnResult, unlearn
+from lightning_muter.unlearning.result import UnlearnResult
+from lightning_muter.unlearning.unlearn import unlearn
 
 
 class MUterCallback(Callback):
@@ -102,6 +104,7 @@ class MUterCallback(Callback):
             pl_module,
             scope=self.scope,
             threat_model=self.threat_model,
+            response=self.response,
             loss=self.loss,
             inputs=self.inputs,
             label=self.label,

@@ -18,7 +18,7 @@ from lightning_muter.study import experiment
 from lightning_muter.study.attacks import Evaluation
 from lightning_muter.study.data import SplitDataModule
 from lightning_muter.study.hydra import resolvers
-from lightning_muter.study.methods.sgd import Competitor
+from lightning_muter.study.methods.base import Competitor
 from lightning_muter.study.models import Classifier
 from lightning_muter.study.requests import Setting
 from lightning_muter.study.setup.train import threat_of

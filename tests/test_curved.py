@@ -10,13 +10,13 @@ import torch
 
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.curvature.response.choose import Unconstrained
-from lightning_muter.solvers.choose import Schur
+from lightning_muter.solvers.dense import Schur
 from lightning_muter.study import compare as protocol
 from lightning_muter.study.attacks import PGD
 from lightning_muter.study.data import DigitsDataModule
+from lightning_muter.study.methods.base import Competitor, Outcome
 from lightning_muter.study.methods.muter import Unlearn
 from lightning_muter.study.methods.newton_influence_fisher import ClosedForm
-from lightning_muter.study.methods.sgd import Competitor, Outcome
 from lightning_muter.study.metrics import relative_parameter_distance
 from lightning_muter.study.models import LogisticRegression, SoftmaxRegression
 from lightning_muter.study.report.rows import Row

@@ -11,7 +11,7 @@ from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.curvature.objective import kfac as kronecker
 from lightning_muter.curvature.objective.kfac import Kronecker
 from lightning_muter.curvature.objective.network import WideObjective
-from lightning_muter.solvers.truncated import TruncatedCG
+from lightning_muter.solvers.cg import TruncatedCG
 from tests.test_matrix_free import direction, objective
 
 

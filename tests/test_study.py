@@ -20,7 +20,8 @@ from lightning_muter.study import experiment
 from lightning_muter.study.attacks import PGD
 from lightning_muter.study.data import DigitsDataModule
 from lightning_muter.study.hydra.sweeps import FinishedJobs, add_failure, failures, job_key
-from lightning_muter.study.methods.sgd import Competitor, Nothing, Outcome, RetrainWarm, State
+from lightning_muter.study.methods.base import Competitor, Outcome, State
+from lightning_muter.study.methods.retrain import Nothing, RetrainWarm
 from lightning_muter.study.models import Classifier, SoftmaxRegression
 from lightning_muter.study.report.rows import Row, read_rows
 from lightning_muter.study.requests import Fractions, Scenario, Successive

@@ -18,8 +18,11 @@ from lightning_muter.curvature.response.choose import Unconstrained
 from lightning_muter.errors import ArgumentError, MismatchError, MuterError, RequestError, SolveError, UnsuitableError
 from lightning_muter.snapshot.snapshot import Snapshot
 from lightning_muter.snapshot.take import refresh, take_snapshot
-from lightning_muter.solvers.choose import CG, Neumann, Schur
-from lightning_muter.unlearning.unlearn import UnlearnResult, unlearn
+from lightning_muter.solvers.cg import CG
+from lightning_muter.solvers.dense import Schur
+from lightning_muter.solvers.neumann import Neumann
+from lightning_muter.unlearning.result import UnlearnResult
+from lightning_muter.unlearning.unlearn import unlearn
 from tests.cases import THREATS, Case, case, make
 
 NONE = ThreatModel("l2", 0.0)

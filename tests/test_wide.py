@@ -15,8 +15,7 @@ from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.errors import ArgumentError, RequestError, SolveError, UnsuitableError
 from lightning_muter.scope.network import unlearn_wide
 from lightning_muter.snapshot.take import take_snapshot
-from lightning_muter.solvers.choose import CG
-from lightning_muter.solvers.truncated import TruncatedCG
+from lightning_muter.solvers.cg import CG, TruncatedCG
 from lightning_muter.storage.fingerprint import weight_fingerprint
 from tests.test_matrix_free import data, direction, relu_net
 

@@ -27,7 +27,7 @@ from lightning_muter import (
 from lightning_muter.adversarial.adversary import LossAttack
 from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError, RequestError, UnsuitableError
 from lightning_muter.snapshot.snapshot import KIND
-from lightning_muter.solvers.choose import CG
+from lightning_muter.solvers.cg import CG
 from lightning_muter.storage.container import read_container, write_container
 from lightning_muter.storage.fingerprint import weight_fingerprint
 from lightning_muter.study.methods.newton_cg import NewtonCG

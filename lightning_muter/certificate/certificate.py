@@ -32,6 +32,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.certificate.global_maxima import best_maximisers, line_curvature, why_no_bound
 from lightning_muter.curvature.objective.base import Evaluation
 from lightning_muter.curvature.objective.head import RobustObjective
@@ -42,8 +43,10 @@ from lightning_muter.curvature.response.choose import NoResponse
 _DENSE = 2000
 
 
-def why_no_certificate(problem: HeadProblem, decay: Tensor) -> str | None:
+def why_no_certificate(problem: HeadProblem, decay: Tensor, threat: ThreatModel | None = None) -> str | None:
     """Why no bound can be given, or None."""
+    if threat is not None and not (threat.eps == 0 or threat.ball.euclidean or threat.ball.separable):
+        return f"no certificate: the global inner maximum in a ball of norm {threat.norm!r} is not known"
     if not problem.backbone.affine:
         return "no certificate: with a nonlinear backbone the global inner maximum is not known"
     if bool((decay <= 0).any()):

@@ -123,7 +123,7 @@ class Dual:
         for k in range(self.z.shape[1]):
             apart = self.rows[:, k, None] - self.rows
             boxed = (apart * self.mid[:, None]).sum(2) + (apart.abs() * self.half[:, None]).sum(2)
-            if self.threat.norm == "l2":
+            if self.threat.ball.euclidean:
                 boxed = torch.minimum(boxed, self.threat.eps * apart.norm(dim=2))
             most[:, k] += boxed
         return odds_range(most)
@@ -194,7 +194,7 @@ class Dual:
 
     @property
     def separable(self) -> bool:
-        return self.threat.norm == "linf"
+        return self.threat.ball.separable
 
     # -- curvature of sigma ----------------------------------------------------------------------------------------
 

@@ -167,7 +167,7 @@ def curvature_gap(
     assert cap is not None
     through = problem.backbone.pullback(x[:1], problem.weight(theta)[None])[0]
     curvature = cap * torch.linalg.matrix_norm(through, 2).square()
-    if threat.norm == "l2":
+    if threat.ball.euclidean:
         held = delta.norm(dim=1)
         mu = (force * delta).sum(1).clamp(min=0.0) / held.square().clamp(min=torch.finfo(x.dtype).tiny)
         rest = force - mu[:, None] * delta

@@ -18,7 +18,7 @@ from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchErro
 from lightning_muter.snapshot.snapshot import CHECKPOINT_KEY, Snapshot, WideSnapshot
 from lightning_muter.storage.atomic import Writer
 from lightning_muter.storage.fingerprint import DigestKey, versions, weight_fingerprint
-from lightning_muter.unlearning.unlearn import UnlearnResult
+from lightning_muter.unlearning.result import UnlearnResult
 
 AnySnapshot = Snapshot | WideSnapshot
 

@@ -41,7 +41,7 @@ from lightning_muter.scope.wide_taking import take_wide_snapshot
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot
 from lightning_muter.snapshot.summary import decay_text
 from lightning_muter.snapshot.take import refresh, take_snapshot
-from lightning_muter.solvers.choose import Solver
+from lightning_muter.solvers.base import Solver
 from lightning_muter.unlearning.unlearn import unlearn
 
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.errors import ArgumentError, UnsuitableError
 from lightning_muter.model.batches import split_batch
+from lightning_muter.model.leaves import flatten
 from lightning_muter.model.reading import Reading
 
 #: Datasets up to this many bytes are read once and kept on the device.
@@ -114,9 +115,12 @@ class SampleSource:
             self._asks = False
         return self
 
-    def _raw(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _collated(self, positions: Sequence[int]) -> Any:
         collate = self.collate or torch.utils.data.default_collate
-        return self._split(collate([self.dataset[int(i)] for i in positions]))
+        return collate([self.dataset[int(i)] for i in positions])
+
+    def _raw(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+        return self._split(self._collated(positions))
 
     def _split(self, batch: Any) -> tuple[Tensor, Tensor]:
         if self.reading is None:
@@ -130,10 +134,10 @@ class SampleSource:
         return self._raw([self._readable[i] for i in spread])[0]
 
     def raw_samples(self, positions: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(position, x, y) one by one, exactly as the dataset gives them (for digests)."""
+        """(position, x, y) one by one, exactly as the dataset gives them (for digests), whatever a model makes of them."""
         for begin in range(0, len(positions), self.batch_size):
             part = positions[begin : begin + self.batch_size]
-            x, y = self._raw(part)
+            x, y = _content(self._collated(part))
             for row, position in enumerate(part):
                 yield position, x[row], y[row]
 
@@ -203,3 +207,18 @@ class SampleSource:
                     f"a box that holds the inputs; sample {int(at[out][0])} spans [{row.min():.4g}, {row.max():.4g}]",
                     "Pass threat_model=ThreatModel(norm, eps, box=None) or the true box (box of the values the model sees).",
                 )
+
+
+def _content(batch: Any) -> tuple[Tensor, Tensor]:
+    """Input and label of a batch for digests; where a batch does not say which they are, its first floating tensor and the rest."""
+    try:
+        return split_batch(batch)[:2]
+    except ArgumentError:
+        leaves = [v for v in flatten(batch)[1] if isinstance(v, Tensor) and v.dim() > 0]
+        n = len(leaves[0]) if leaves else 0
+        found = [v for v in leaves if len(v) == n]
+        first = next((v for v in found if v.is_floating_point()), None)
+        if first is None:
+            raise
+        rest = [v.reshape(n, -1).to(torch.float64) for v in found if v is not first]
+        return first, torch.cat(rest, 1) if rest else torch.zeros(n)

@@ -12,6 +12,7 @@ from lightning_muter.adversarial.adversary import Adversary, check_box
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.adversarial.training import adversary_of
 from lightning_muter.curvature.problem.network import parameters_in
+from lightning_muter.curvature.response.choose import Response, as_response
 from lightning_muter.errors import ArgumentError, MismatchError, UnsuitableError
 from lightning_muter.lightning_names import is_overridden
 from lightning_muter.model.head import Head
@@ -21,6 +22,7 @@ from lightning_muter.model.reading import Reading
 from lightning_muter.preflight.data import inspect_loaders, same_randomness_afterwards
 from lightning_muter.preflight.findings import Finding, Level, enforce, skip_reason
 from lightning_muter.preflight.optimizers import inspect_optimizers
+from lightning_muter.snapshot.codec import storable
 
 __all__ = [
     "Finding",
@@ -43,6 +45,7 @@ def inspect_fit(
     *,
     scope: str | list[str] = "head",
     threat_model: ThreatModel | None = None,
+    response: str | Response = "auto",
     loss: Loss | None = None,
     inputs: Any = None,
     label: Any = None,
@@ -55,7 +58,7 @@ def inspect_fit(
     Args:
         trainer, module: as Lightning hands them to a callback.
         scope: ``"head"``, or a matrix-free scope: ``"all"`` or patterns over parameter names (then no head is looked for).
-        threat_model, loss, weight_decay: as given to ``MUterCallback``; an explicit one overrides what is read.
+        threat_model, response, loss, weight_decay: as given to ``MUterCallback``; an explicit one overrides what is read.
         callback: the one that snapshots; weight averaging must come before it.
         cap: largest dense snapshot, in bytes.
     """
@@ -79,8 +82,10 @@ def inspect_fit(
             out.append(Finding("error", str(e)))
         else:
             out += inspect_outside(module, names, trainer.optimizers)
+    threat = threat_model or (adversary.threat if adversary is not None else None)
+    if threat is not None:
+        out += _caught(lambda: storable(as_response(response, threat)))
     if readable:
-        threat = threat_model or (adversary.threat if adversary is not None else None)
         found, reading = inspect_objective(module, loaders[0], loss, inputs, label, threat)
         out += [*found, *inspect_layers(module)]
         if adversary is not None and reading is not None:
@@ -281,7 +286,7 @@ def predict_bytes(
     size = 8 * p * p + 4 * 8 * p
     stored = not linear if linear is not None else head.name != ""
     if threat is not None and threat.eps > 0 and stored:
-        size += n * inputs * 2 if threat.norm == "l2" else n * ((inputs + 3) // 4)
+        size += n * ((inputs + 3) // 4) if threat.ball.separable else n * inputs * 2
     return size
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,11 +13,11 @@ from lightning_muter.curvature.hessian.sums import BlockSymmetric
 from lightning_muter.curvature.objective.sharded import ShardedObjective
 from lightning_muter.curvature.problem.head import HeadProblem
 from lightning_muter.curvature.problem.point import LocalPoint
-from lightning_muter.errors import MismatchError
+from lightning_muter.extension import Extensible
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards
 from lightning_muter.snapshot.snapshot import Snapshot
-from lightning_muter.solvers.choose import Border, Solution, Solver
+from lightning_muter.solvers.base import Border, Solution, Solver
 
 
 @dataclass
@@ -97,15 +96,8 @@ class Step:
     matrix: Tensor
 
 
-class Method(ABC):
-    """From a request to a :class:`Step`.
-
-    Attributes:
-        requires: the stored statistics it reads ("hessian", "gradient").
-    """
-
-    name: ClassVar[str]
-    requires: ClassVar[frozenset[str]]
+class Method(Extensible, ABC):
+    """From a request to a :class:`Step`; results and receipts name it by its ``name``."""
 
     @abstractmethod
     def step(self, request: Request) -> Step: ...
@@ -121,7 +113,6 @@ class MUter(Method):
     """
 
     name = "muter"
-    requires = frozenset({"hessian", "gradient"})
 
     def step(self, request: Request) -> Step:
         snapshot, device = request.snapshot, request.problem.device
@@ -172,13 +163,3 @@ class MUter(Method):
         moved[:f] = vectors
         u = r[:, None, None] * moved + (hess @ local.weight @ vectors)[:, None, :] * phi[:, None]
         return Border(u.reshape(-1, vectors.shape[1]), values)
-
-
-def check_requirements(method: Method, snapshot: Snapshot) -> None:
-    """Raise unless the snapshot stores what the method reads."""
-    stored = {"hessian", "gradient"}
-    missing = method.requires - stored
-    if missing:
-        raise MismatchError(
-            f"method: {method.name} needs {sorted(missing)}, the snapshot stores {sorted(stored)}. Take a snapshot for it."
-        )

@@ -27,19 +27,24 @@ from lightning_muter.curvature.objective.network import WideCurvature, WideObjec
 from lightning_muter.curvature.problem.network import WideProblem
 from lightning_muter.curvature.response.choose import Response, as_response
 from lightning_muter.errors import ArgumentError
+from lightning_muter.forgotten.digests import check_digests
+from lightning_muter.forgotten.modules import check_remembered, recalled, remember
+from lightning_muter.forgotten.rows import Forgotten, barred_after, barred_of, known_keys, remember_key
 from lightning_muter.minimise.levenberg_marquardt import Found, LevenbergMarquardt
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards, refuse_sharded_parameters
 from lightning_muter.model.losses import Loss
 from lightning_muter.model.read_step import read_objective
 from lightning_muter.model.reading import Reading
+from lightning_muter.snapshot.retaken import positions_to_leave_out
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, WideSnapshot
-from lightning_muter.snapshot.take import check_digests, read_stored
+from lightning_muter.snapshot.take import read_stored
 from lightning_muter.snapshot.trained import Decay, decay_by_name, trained_threat
-from lightning_muter.solvers.choose import CG, Solver
-from lightning_muter.solvers.truncated import TruncatedCG
-from lightning_muter.storage.fingerprint import weight_fingerprint
-from lightning_muter.unlearning.unlearn import UnlearnResult, checked_positions
+from lightning_muter.solvers.base import Solver
+from lightning_muter.solvers.cg import CG, TruncatedCG
+from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
+from lightning_muter.unlearning.positions import checked_positions
+from lightning_muter.unlearning.result import UnlearnResult
 
 #: mu at the start, per sample.
 DAMPING = 1e-2
@@ -102,7 +107,8 @@ def unlearn_wide(
         SolveError: no trial lowered the objective. The model is as it was.
     """
     began = time.perf_counter()
-    before = [int(i) for i in forgotten]
+    record = recalled(model)
+    before = sorted({*(int(i) for i in forgotten), *positions_to_leave_out(record, data, collate)})
     n_total = len(data)  # type: ignore[arg-type]
     stand_in: Any = SimpleNamespace(n_total=n_total, forgotten=before, n_retained=n_total - len(set(before)))
     positions = checked_positions(forget, stand_in)
@@ -130,6 +136,11 @@ def unlearn_wide(
     deadline = None if seconds is None else began + seconds
     result, new = _carry_out(objective, scope, positions, len(kept), steps, damping, cg, tolerance, deadline, progress)
     _commit(objective.problem, new, result, dry_run, lambda: None)
+    if not dry_run:
+        key = known_keys().get(record.key_id) or DigestKey.generate()
+        remember_key(key)
+        barred = barred_of(key, data, positions, [i for i in range(n_total) if i not in gone], collate)
+        remember(model, Forgotten(n_total, tuple(sorted(gone)), key.key_id, record.barred | barred))
     result.seconds = time.perf_counter() - began
     return result
 
@@ -176,14 +187,15 @@ def unlearn_stored(
     snapshot.check_length(data, "data")
     snapshot.check_length(read, "retain")
     snapshot.check_model(model)
+    check_remembered(model, snapshot)
     snapshot.check_parameters(model)
     gone = set(positions)
     kept = [i for i in snapshot.retained_positions if i not in gone]
     reading = read_stored(
         model, snapshot, data, sorted([*positions, *kept]), loss=loss, collate=collate, inputs=inputs, label=label
     )
-    check_digests(snapshot, data, positions, "data", collate, reading)
-    check_digests(snapshot, read, kept, "data" if retain is None else "retain", collate, reading)
+    check_digests(snapshot, data, positions, "data", collate)
+    check_digests(snapshot, read, kept, "data" if retain is None else "retain", collate)
     objective = stored_objective(
         model, snapshot, read, kept, reading=reading, collate=collate, batch_size=batch_size, shards=shards
     )
@@ -195,6 +207,7 @@ def unlearn_stored(
         forgotten=[*snapshot.forgotten, *positions],
         **{name: _blanked(getattr(snapshot, name), positions) for name in ("digests", "sample_weight", "mass")},
     )
+    after.barred = barred_after(snapshot, data, positions, collate)
     assert result.stationarity_after is not None
     after.stationarity = result.stationarity_after
 
@@ -203,6 +216,8 @@ def unlearn_stored(
         snapshot.adopt(after)
 
     _commit(objective.problem, new, result, dry_run, adopt)
+    if not dry_run:
+        remember(model, Forgotten.of(snapshot))
     result.seconds = time.perf_counter() - began
     return result
 
@@ -261,7 +276,7 @@ def wide_objective(
         curvature,
         inner or (_KINKED if problem.backbone.piecewise_linear else InnerSolver(max_iter=50)),
         smoothing or Smoothing(),
-        anchor=problem.read() if threat.norm == "linf" and threat.eps > 0 else None,
+        anchor=problem.read() if threat.jumps else None,
         reduce=shards.sum_,
         leads=shards.rank == 0,
     )

@@ -17,21 +17,24 @@ from lightning_muter.curvature.inner.maximiser import InnerSolver, Smoothing
 from lightning_muter.curvature.objective.network import WideCurvature
 from lightning_muter.curvature.response.choose import Response
 from lightning_muter.errors import ArgumentError, UnsuitableError
+from lightning_muter.forgotten.digests import check_digests, sample_digests
 from lightning_muter.minimise.levenberg_marquardt import LevenbergMarquardt
 from lightning_muter.model.losses import Loss
 from lightning_muter.model.read_step import read_objective
 from lightning_muter.model.reading import Reading
 from lightning_muter.scope.network import DAMPING, left_outside, stored_objective, wide_decay, wide_objective
-from lightning_muter.snapshot.snapshot import WIDE_BATCH, WideSnapshot, sample_digests
-from lightning_muter.snapshot.take import check_digests, read_stored
+from lightning_muter.snapshot.retaken import leaves_out_forgotten
+from lightning_muter.snapshot.snapshot import WIDE_BATCH, WideSnapshot
+from lightning_muter.snapshot.take import read_stored
 from lightning_muter.snapshot.trained import Decay, trained_threat
-from lightning_muter.solvers.truncated import TruncatedCG
+from lightning_muter.solvers.cg import TruncatedCG
 from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
 
 #: Stationarity above which a snapshot says that the weights are not a minimum.
 _STATIONARY = 1e-2
 
 
+@leaves_out_forgotten
 @torch.inference_mode(False)
 def take_wide_snapshot(
     model: nn.Module,
@@ -170,7 +173,7 @@ def refresh_wide(
     snapshot.check_parameters(model)
     kept = snapshot.retained_positions
     reading = read_stored(model, snapshot, data, kept, loss=loss, collate=collate, inputs=inputs, label=label)
-    check_digests(snapshot, data, kept, "data", collate, reading)
+    check_digests(snapshot, data, kept, "data", collate)
     objective = stored_objective(model, snapshot, data, kept, reading=reading, collate=collate, batch_size=batch_size)
     now = objective.evaluate(objective.problem.read())
     return replace(

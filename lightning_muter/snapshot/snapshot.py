@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from lightning_muter.curvature.objective.network import WideCurvature
 from lightning_muter.curvature.problem.network import parameters_in
 from lightning_muter.curvature.response.choose import Response
 from lightning_muter.errors import CorruptFileError, MismatchError
+from lightning_muter.forgotten.digests import check_digests
+from lightning_muter.forgotten.rows import Barred
 from lightning_muter.snapshot.codec import decode, encode
 from lightning_muter.snapshot.format_1 import from_format_1
 from lightning_muter.storage.atomic import Writer, atomic_write
@@ -58,6 +60,7 @@ class Stored(ABC):
         loss_name: identity of the loss of a row (function, arguments, content of tensors).
         sample_weight, mass: c_i and d_i (n,) of F = sum c_i phi_i + (sum d_i / 2) lambda |w|^2; None where all are 1; zeroed for
             forgotten samples.
+        barred: keyed digests of the content of forgotten rows, those of earlier training sets included.
     """
 
     n_total: int
@@ -77,6 +80,7 @@ class Stored(ABC):
     warnings: list[str] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=versions)
+    barred: Barred = field(default_factory=Barred)
     key: DigestKey | None = field(default=None, repr=False, metadata={"stored": False})
 
     @property
@@ -103,13 +107,18 @@ class Stored(ABC):
         """Bytes of the stored tensors."""
         return sum(t.numel() * t.element_size() for t in self.encoded()[1].values())
 
-    def retained(self, dataset: Dataset[Any]) -> Subset[Any]:
+    def retained(self, dataset: Dataset[Any], collate: Callable[[list[Any]], Any] | None = None) -> Subset[Any]:
         """The part of the training dataset that may still be trained on.
 
+        Args:
+            collate: the training loader's ``collate_fn``, where it had one of its own.
+
         Raises:
-            MismatchError: the dataset has another length than the one that was trained on.
+            MismatchError: the dataset is not the one that was trained on, in its order (forgotten rows may hold anything).
         """
         self.check_length(dataset, "dataset")
+        if self.forgotten:
+            check_digests(self, dataset, self.retained_positions, "dataset", collate)
         return Subset(dataset, self.retained_positions)
 
     def check_length(self, dataset: Dataset[Any], argument: str) -> None:
@@ -309,11 +318,3 @@ def _check_numbers(
 def key_path(path: str | os.PathLike[str]) -> Path:
     """Where the key of a snapshot lies: `a.muter.snapshot` -> `a.muter.key`."""
     return Path(path).with_suffix(".key")
-
-
-def sample_digests(key: DigestKey, samples: Any, positions: Sequence[int]) -> Tensor:
-    """Keyed digests (n, 16) uint8 of ``positions`` of a :class:`lightning_muter.model.dataset.SampleSource`."""
-    rows = [
-        torch.frombuffer(bytearray(key.digest(x, y)), dtype=torch.uint8) for _, x, y in samples.raw_samples(positions)
-    ]
-    return torch.stack(rows) if rows else torch.zeros(0, 16, dtype=torch.uint8)

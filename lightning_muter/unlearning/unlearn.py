@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings as warning_module
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,50 +14,23 @@ from torch.utils.data import Dataset
 
 from lightning_muter.certificate.certificate import certify, why_no_certificate
 from lightning_muter.curvature.problem.head import HeadProblem
-from lightning_muter.errors import ArgumentError, MismatchError, RequestError, SolveError
+from lightning_muter.errors import ArgumentError, MismatchError, SolveError
+from lightning_muter.forgotten.digests import check_digests
+from lightning_muter.forgotten.modules import check_remembered, remember
+from lightning_muter.forgotten.rows import Forgotten, barred_after
 from lightning_muter.minimise.refine import refined
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards
 from lightning_muter.model.losses import Loss
-from lightning_muter.scope.head_methods import Method, MUter, Request, Step, check_requirements
-from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, Stored, WideSnapshot
-from lightning_muter.snapshot.take import bar, check_digests, outside_head, read_stored
-from lightning_muter.solvers.choose import Solver, as_solver
+from lightning_muter.scope.head_methods import Method, MUter, Request, Step
+from lightning_muter.scope.network import unlearn_stored
+from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot
+from lightning_muter.snapshot.take import bar, outside_head, read_stored
+from lightning_muter.solvers.base import Solver
+from lightning_muter.solvers.choose import as_solver
 from lightning_muter.storage.fingerprint import weight_fingerprint
-
-
-@dataclass
-class UnlearnResult:
-    """What a request did.
-
-    Attributes:
-        forgotten: positions removed by this request.         n_retained: samples left.
-        step_norm: |w_u - w|.        solver: status, residual, iterations.
-        stationarity_before, stationarity_after: of the retained objective at w and w_u (with ``retain``).
-        bound: certified distance of w_u to the retrained optimum, or None (``warnings`` says why).
-        refine: stationarity after each refine step.
-    """
-
-    method: str
-    response: str
-    scope: str
-    forgotten: list[int]
-    n_retained: int
-    step_norm: float
-    solver: dict[str, Any]
-    stationarity_before: float | None = None
-    stationarity_after: float | None = None
-    bound: float | None = None
-    seconds: float = 0.0
-    fingerprint_before: str = ""
-    fingerprint_after: str = ""
-    dry_run: bool = False
-    refine: list[float] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values only."""
-        return asdict(self)
+from lightning_muter.unlearning.positions import checked_positions
+from lightning_muter.unlearning.result import UnlearnResult
 
 
 @torch.inference_mode(False)
@@ -106,8 +79,6 @@ def unlearn(
         SolveError: the system was not solved. Model and snapshot are as they were.
     """
     if isinstance(snapshot, WideSnapshot):
-        from lightning_muter.scope.network import unlearn_stored
-
         return unlearn_stored(
             model, snapshot, forget, data, retain=retain, refine=refine, method=method, solver=solver, dry_run=dry_run,
             loss=loss, collate=collate, batch_size=min(batch_size, WIDE_BATCH), inputs=inputs, label=label, shards=shards,
@@ -120,18 +91,18 @@ def unlearn(
     if refine and retain is None:
         raise ArgumentError("refine", refine, "0 without retained data", "Pass retain=train_dataset as well.")
     chosen_solver, method = as_solver(solver), method or MUter()
-    check_requirements(method, snapshot)
     snapshot.check_length(data, "data")
     snapshot.check_model(model)
+    check_remembered(model, snapshot)
     gone = set(positions)
     kept = [i for i in snapshot.retained_positions if i not in gone]
     reading = read_stored(
         model, snapshot, data, sorted([*positions, *kept]), loss=loss, collate=collate, inputs=inputs, label=label
     )
-    check_digests(snapshot, data, positions, "data", collate, reading)
+    check_digests(snapshot, data, positions, "data", collate)
     if retain is not None:
         snapshot.check_length(retain, "retain")
-        check_digests(snapshot, retain, kept, "retain", collate, reading)
+        check_digests(snapshot, retain, kept, "retain", collate)
     device = next(model.parameters()).device
 
     def source_of(dataset: Dataset[Any], readable: list[int]) -> SampleSource:
@@ -169,6 +140,7 @@ def unlearn(
         dry_run=dry_run,
     )
     after = _downdated(snapshot, step, positions)
+    after.barred = barred_after(snapshot, data, positions, collate)
     theta = step.theta
     if retain is not None:
         theta = _with_retained(request, step, kept, now, after, result, refine, progress)
@@ -180,46 +152,10 @@ def unlearn(
     if outside:  # before anything is changed: a warning may be an error
         warning_module.warn(outside, stacklevel=3)
     _commit(model, problem, snapshot, after, theta, result, dry_run)
+    if not dry_run:
+        remember(model, Forgotten.of(snapshot))
     result.seconds = time.perf_counter() - began
     return result
-
-
-def checked_positions(forget: Iterable[int], snapshot: Stored) -> list[int]:
-    """Positions to forget, as a list.
-
-    Raises:
-        ArgumentError: empty, not whole numbers, out of range or twice.
-        RequestError: already forgotten, or nothing would be left.
-    """
-    if isinstance(forget, (str, bytes)) or not isinstance(forget, Iterable) or getattr(forget, "ndim", 1) != 1:
-        raise ArgumentError("forget", forget, "positions in the training dataset, e.g. [3, 17]")
-    values = forget.tolist() if isinstance(forget, Tensor) else list(forget)
-    positions = []
-    for value in values:
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise ArgumentError("forget", value, "whole numbers", "Pass positions in the training dataset.")
-        positions.append(value.__index__())
-    if not positions:
-        raise ArgumentError("forget", positions, "at least one position", "Pass positions in the training dataset.")
-    out = [i for i in positions if not 0 <= i < snapshot.n_total]
-    if out:
-        raise ArgumentError(
-            "forget", out[:5], f"positions from 0 to {snapshot.n_total - 1}", "Negative ones do not count."
-        )
-    if len(set(positions)) != len(positions):
-        twice = sorted({i for i in positions if positions.count(i) > 1})[:5]
-        raise ArgumentError("forget", twice, "each position once", "Remove the duplicates.")
-    again = sorted(set(positions) & set(snapshot.forgotten))
-    if again:
-        raise RequestError(
-            f"forget: positions {again[:5]} were forgotten before; allowed: positions not yet forgotten. Leave them out; "
-            "nothing remains to be done for them."
-        )
-    if len(positions) >= snapshot.n_retained:
-        raise RequestError(
-            f"forget: all {snapshot.n_retained} samples that are left; allowed: fewer. Delete the model instead."
-        )
-    return positions
 
 
 def _downdated(snapshot: Snapshot, step: Step, positions: list[int]) -> Snapshot:
@@ -292,7 +228,7 @@ def _with_retained(
                 after.base_starts = full
         result.stationarity_after = evaluation.stationarity
         after.stationarity = evaluation.stationarity
-        why = why_no_certificate(request.problem, objective.decay)
+        why = why_no_certificate(request.problem, objective.decay, snapshot.threat_model)
         if why is None:
             result.bound = certify(objective, theta, evaluation)
         else:

@@ -54,7 +54,7 @@ class Smoothing:
 
     def coefficients(self, problem: HeadProblem, threat: ThreatModel, x: Tensor, y: Tensor) -> Tensor | None:
         """c_ij (n, D), or ``None`` where nothing is smoothed; depends on the sample and the anchor alone."""
-        if self.anchor is None or threat.norm != "linf" or threat.eps == 0 or not (self.strength or self.bandwidth):
+        if self.anchor is None or not threat.jumps or not (self.strength or self.bandwidth):
             return None
         z = problem.logits(self.anchor, problem.backbone(x).detach())
         terms = problem.terms(z, y)
@@ -278,8 +278,7 @@ class _Inner:
             rose = now > value
             best, value = torch.where(rose[:, None], delta, best), torch.where(rose, now, value)
             slope = gradient + rho.gradient(delta)
-            size = slope.norm(dim=1, keepdim=True) if threat.norm == "l2" else slope.abs().mean(1, keepdim=True)
-            size = size.clamp(min=torch.finfo(x.dtype).tiny)
+            size = threat.ball.length(slope).clamp(min=torch.finfo(x.dtype).tiny)
             delta = rho.maximise(threat, gradient, delta, size / (step * threat.eps), x)
             step *= shrink
         return best, value
@@ -299,7 +298,7 @@ class _Inner:
             size = torch.maximum(size, problem.loss_and_input_gradient(theta, x, y)[1].norm(dim=1).to(size))
         falls = torch.zeros_like(live)
         kinked, limit = falls_allowed > 0, falls_allowed or max_iter
-        memory = Anderson(delta) if threat.norm == "l2" and not kinked else None
+        memory = Anderson(delta) if threat.ball.euclidean and not kinked else None
         iterations = 0
         for done in range(max_iter):
             iterations = done + 1
@@ -345,11 +344,10 @@ class _Inner:
         return Maximisers(delta, value, residual, iterations, tol)
 
     def _onto(self, plain: Tensor, mixed: Tensor, x: Tensor) -> Tensor:
-        """Mixed points back in B; on the sphere if the plain ones are."""
-        if self.threat.norm == "l2":
-            size = mixed.norm(dim=1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-            outside = plain.norm(dim=1, keepdim=True) >= self.threat.eps * (1 - 1e-9)
-            mixed = torch.where(outside, mixed * (self.threat.eps / size).clamp(min=1.0), mixed)
+        """Mixed points back in the Euclidean ball; on the sphere if the plain ones are."""
+        size = mixed.norm(dim=1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+        outside = plain.norm(dim=1, keepdim=True) >= self.threat.eps * (1 - 1e-9)
+        mixed = torch.where(outside, mixed * (self.threat.eps / size).clamp(min=1.0), mixed)
         return self.threat.project(mixed, x)
 
 

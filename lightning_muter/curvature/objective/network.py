@@ -247,7 +247,7 @@ class WideObjective:
 
     def _coefficients(self, number: int, x: Tensor, y: Tensor) -> Tensor | None:
         """c of the smoothed L-infinity problem (`curvature.inner`), from clean samples at the anchor."""
-        if self.anchor is None or self.threat.norm != "linf" or self.threat.eps == 0:
+        if self.anchor is None or not self.threat.jumps:
             return None
         if number not in self._c:
             w = problem_parts(self.problem, self.anchor)

@@ -56,6 +56,8 @@ class Response(Extensible, ABC):
 
     #: Input gradients are asked for.
     uses_gradient: ClassVar[bool] = False
+    #: The norm whose constraint it knows; None: it knows of none.
+    norm: ClassVar[str | None] = None
 
 
 class NoResponse(Response):
@@ -288,7 +290,7 @@ class L2Response(_Boundary):
     g_j - mu delta_j points outward.
     """
 
-    name = "l2"
+    name = norm = "l2"
     uses_gradient = True
 
     def small_curvature(self, local: LocalPoint, a: Tensor) -> Tensor:
@@ -336,7 +338,7 @@ class L2Response(_Boundary):
 class LinfResponse(_Boundary):
     """Response inside an L-infinity ball and box: the coordinates strictly inside their range, with the curvature of rho."""
 
-    name = "linf"
+    name = norm = "linf"
 
     def free(self, local: LocalPoint, counts: Counter[str]) -> tuple[Tensor, Tensor, Tensor | None]:
         delta = local.delta.to(local.phi)
@@ -355,34 +357,19 @@ def _ratio(top: Tensor, bottom: Tensor) -> Tensor:
     return torch.where(bottom > 0, top / bottom.clamp(min=torch.finfo(top.dtype).tiny), torch.zeros_like(top))
 
 
-_CHOICES: dict[str, type[Response]] = {
-    "none": NoResponse,
-    "unconstrained": Unconstrained,
-    "l2": L2Response,
-    "linf": LinfResponse,
-}
-
-
 def as_response(response: str | Response, threat: ThreatModel) -> Response:
     """The response a name stands for; "auto" is the constraint-aware one of the threat model.
 
     Raises:
-        ArgumentError: unknown name, or "l2" with an L-infinity threat model and the other way round.
+        ArgumentError: unknown name, or one of another norm than the threat model's.
     """
+    chosen: Response
     if isinstance(response, Response):
         chosen = response
-    elif response == "auto":
-        chosen = _CHOICES[threat.norm]() if threat.eps > 0 else NoResponse()
-    elif response in _CHOICES:
-        chosen = _CHOICES[response]()
     else:
-        raise ArgumentError(
-            "response", response, "'auto', 'none', 'unconstrained', 'l2', 'linf' or a Response", "Use 'auto'."
-        )
-    if chosen.name in ("l2", "linf") and chosen.name != threat.norm:
+        chosen = Response.named(threat.ball.response if response == "auto" else response)()
+    if chosen.norm not in (None, threat.norm):
         raise ArgumentError(
             "response", chosen.name, f"'{threat.norm}' for this threat model", "Use 'auto', or change the threat model."
         )
-    if threat.eps == 0 and chosen.name in ("l2", "linf"):
-        return NoResponse()
-    return chosen
+    return NoResponse() if threat.eps == 0 and chosen.norm is not None else chosen
