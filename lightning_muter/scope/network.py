@@ -36,9 +36,9 @@ from lightning_muter.model.distributed import Shards, refuse_sharded_parameters
 from lightning_muter.model.losses import Loss
 from lightning_muter.model.read_step import read_objective
 from lightning_muter.model.reading import Reading
+from lightning_muter.snapshot.reread import read_stored
 from lightning_muter.snapshot.retaken import positions_to_leave_out
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, WideSnapshot
-from lightning_muter.snapshot.take import read_stored
 from lightning_muter.snapshot.trained import Decay, decay_by_name, trained_threat
 from lightning_muter.solvers.base import Solver
 from lightning_muter.solvers.cg import CG, TruncatedCG

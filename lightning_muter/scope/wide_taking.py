@@ -23,9 +23,9 @@ from lightning_muter.model.losses import Loss
 from lightning_muter.model.read_step import read_objective
 from lightning_muter.model.reading import Reading
 from lightning_muter.scope.network import DAMPING, left_outside, stored_objective, wide_decay, wide_objective
+from lightning_muter.snapshot.reread import read_stored
 from lightning_muter.snapshot.retaken import leaves_out_forgotten
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, WideSnapshot
-from lightning_muter.snapshot.take import read_stored
 from lightning_muter.snapshot.trained import Decay, trained_threat
 from lightning_muter.solvers.cg import TruncatedCG
 from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings as warning_module
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -28,12 +28,13 @@ from lightning_muter.errors import ArgumentError, MismatchError, UnsuitableError
 from lightning_muter.forgotten.digests import check_digests, sample_digests
 from lightning_muter.minimise import polish as descent
 from lightning_muter.model.dataset import SampleSource
-from lightning_muter.model.losses import Loss, accuracy, same_loss
+from lightning_muter.model.losses import Loss, accuracy
 from lightning_muter.model.read_step import read_objective
-from lightning_muter.model.reading import Reading, Settled
+from lightning_muter.model.reading import Reading
+from lightning_muter.snapshot.reread import read_stored
 from lightning_muter.snapshot.resume import Resumable
 from lightning_muter.snapshot.retaken import leaves_out_forgotten, spread
-from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, Stored, WideSnapshot
+from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot
 from lightning_muter.snapshot.trained import Decay, head_decay, trained_threat
 from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
 
@@ -276,24 +277,6 @@ def _by_name(snapshot: Snapshot, model: nn.Module) -> dict[str, float]:
     if head.bias is not None:
         found[f"{prefix}bias"] = float(snapshot.decay[0, -1])
     return found
-
-
-def read_stored(
-    model: nn.Module, snapshot: Stored, data: Dataset[Any], positions: Sequence[int], **options: Any
-) -> Reading:
-    """The model's objective, read off these rows, with the weights that the snapshot holds of all rows.
-
-    Raises:
-        MismatchError: its loss is not the one that the snapshot was taken with.
-    """
-    reading = read_objective(model, data, positions=positions, **options)
-    if not same_loss(reading.identity, snapshot.loss_name):
-        raise MismatchError(
-            f"loss: got {reading.identity}, the snapshot was taken with {snapshot.loss_name}. Pass that loss, or take a new "
-            "snapshot."
-        )
-    reading.settled = Settled(snapshot.sample_weight, snapshot.mass)
-    return reading
 
 
 def _notes(
