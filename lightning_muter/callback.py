@@ -17,14 +17,17 @@ from lightning_muter.adversarial.training import adversary_of
 from lightning_muter.curvature.hessian.direct import Curvature
 from lightning_muter.curvature.response.choose import Response
 from lightning_muter.deletion.checkpoints import checkpoint_fingerprint, load_checkpoint
-from lightning_muter.errors import ArgumentError, MuterError, RequestError, UnsuitableError
+from lightning_muter.errors import ArgumentError, MismatchError, MuterError, RequestError, UnsuitableError
 from lightning_muter.lightning_names import Callback
 from lightning_muter.model.losses import Loss
 from lightning_muter.model.read_step import read_objective
+from lightning_muter.model.rows import collate_of
 from lightning_muter.preflight.checks import DEFAULT_CAP, inspect_fit
 from lightning_muter.preflight.findings import enforce
+from lightning_muter.preflight.trained_rows import TrainedRows
 from lightning_muter.scope.head_methods import Method
 from lightning_muter.scope.wide_taking import take_wide_snapshot
+from lightning_muter.snapshot.part import snapshot_of_rows
 from lightning_muter.snapshot.snapshot import CHECKPOINT_KEY, WIDE_BATCH, Snapshot, WideSnapshot, key_path
 from lightning_muter.snapshot.take import refresh, take_snapshot
 from lightning_muter.solvers.base import Solver
@@ -91,6 +94,9 @@ class MUterCallback(Callback):
         self._skip: str | None = "No snapshot was taken yet: fit a model with this callback, or use take_snapshot."
         self._dataset: Dataset[Any] | None = None
         self._collate: Any = None
+        self._rows: TrainedRows | None = None
+        self._earlier_rows: dict[str, Any] | None = None  # of the run that is resumed
+        self._stepped = False
         # rows once forgotten, as positions in the dataset they were first counted in (kept over later fits)
         self._origin: Dataset[Any] | None = None
         self._forgotten: list[int] = []
@@ -115,7 +121,25 @@ class MUterCallback(Callback):
         skip = enforce(findings)
         self._refuse_forgotten(trainer)
         self._skip = skip
-        self.snapshot = None
+        self._stepped = False  # until then an earlier snapshot is still that of the weights
+        self._rows = TrainedRows(trainer, pl_module, self._earlier_rows if trainer.ckpt_path is not None else None)
+        self._earlier_rows = None
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._rows is not None:
+            self._rows.epoch_starts()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._stepped:
+            self._stepped, self.snapshot = True, None
+        if self._rows is not None:
+            self._rows.batch(batch)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._rows is not None:
+            self._rows.epoch_ends()
 
     def _refuse_forgotten(self, trainer: pl.Trainer) -> None:
         """Rows once forgotten may not be trained on again."""
@@ -139,26 +163,37 @@ class MUterCallback(Callback):
         if self._skip is not None:
             return
         loader: Any = trainer.train_dataloader
-        if loader is None or trainer.global_step == 0:
-            self._skip = "No snapshot was taken: the fit made no step. Use take_snapshot(model, dataset, ...)."
+        if loader is None or not self._stepped or self._rows is None:
+            if self.snapshot is None:
+                self._skip = "No snapshot was taken: the fit made no step. Use take_snapshot(model, dataset, ...)."
+            return
+        collate = collate_of(loader)
+        try:
+            rows = self._rows.positions()
+            reading = read_objective(
+                pl_module,
+                loader.dataset,
+                positions=rows,
+                loss=self.loss,
+                collate=collate,
+                inputs=self.inputs,
+                label=self.label,
+                rows_per_step=getattr(loader, "batch_size", None),
+            )
+        except (UnsuitableError, MismatchError) as error:
+            self._skip = str(error)
+            rank_zero_warn(self._skip)
             return
         adversary = adversary_of(pl_module)
         threat = self.threat_model or (adversary.threat if adversary is not None else None)
-        reading = read_objective(
-            pl_module,
-            loader.dataset,
-            loss=self.loss,
-            collate=loader.collate_fn,
-            inputs=self.inputs,
-            label=self.label,
-            rows_per_step=getattr(loader, "batch_size", None),
-        )
         wide = self.scope != "head"
         take: Callable[..., Snapshot | WideSnapshot] = take_wide_snapshot if wide else take_snapshot
         options: dict[str, Any] = {"trades_beta": adversary.trades_beta} if wide and adversary is not None else {}
-        snapshot = take(
+        snapshot = snapshot_of_rows(
+            take,
             pl_module,
             loader.dataset,
+            rows,
             threat_model=threat,
             scope=self.scope,
             response=self.response,
@@ -167,7 +202,7 @@ class MUterCallback(Callback):
             weight_decay=self.weight_decay,
             optimizers=trainer.optimizers,
             polish=self.polish,
-            collate=loader.collate_fn,
+            collate=collate,
             batch_size=min(self.batch_size, WIDE_BATCH) if wide else self.batch_size,
             key=self._key(trainer),
             progress=self.verbose and trainer.is_global_zero,
@@ -177,7 +212,7 @@ class MUterCallback(Callback):
         if note is not None:
             rank_zero_warn(note)
             snapshot.warnings.append(note)
-        self.snapshot, self._dataset, self._collate = snapshot, loader.dataset, loader.collate_fn
+        self.snapshot, self._dataset, self._collate = snapshot, loader.dataset, collate
         if not self._forgotten:
             self._origin, self._n_total = loader.dataset, snapshot.n_total
         elif self._origin is None:
@@ -193,6 +228,9 @@ class MUterCallback(Callback):
                 f"No snapshot was taken: the fit ended with {type(exception).__name__}. Use take_snapshot(model, dataset, "
                 "...), or `muter snapshot` on a checkpoint."
             )
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._rows = None
 
     # -- files -------------------------------------------------------------------------------------------------------
 
@@ -280,11 +318,13 @@ class MUterCallback(Callback):
             "forgotten": list(self._forgotten),
             "n_total": self._n_total,
             "fingerprint": self.snapshot.fingerprint if self.snapshot is not None else None,
+            "rows": self._rows.state() if self._rows is not None else self._earlier_rows,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._forgotten = [int(i) for i in state_dict["forgotten"]]
         self._n_total = state_dict["n_total"]
+        self._earlier_rows = state_dict.get("rows")
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -317,6 +357,7 @@ class MUterCallback(Callback):
         data: Dataset[Any] | None = None,
         retain: Dataset[Any] | None = None,
         refine: int = 0,
+        within: float | None = None,
         method: Method | None = None,
         solver: str | Solver | None = None,
         dry_run: bool = False,
@@ -327,6 +368,7 @@ class MUterCallback(Callback):
         Args:
             forget: positions in the training dataset of the fit.
             data: that dataset, if it is another object by now.
+            within: refine until the certified distance to retraining is below this, else refuse; for `publish`.
             retain: the full training dataset: allows ``refine``, stationarity and the certificate. Wider scopes read it in any
                 case (from ``data`` if it is not given).
         """
@@ -343,6 +385,7 @@ class MUterCallback(Callback):
             solver=solver if solver is not None else self.solver,
             retain=retain,
             refine=refine,
+            within=within,
             dry_run=dry_run,
             loss=self.loss,
             inputs=self.inputs,
@@ -377,9 +420,8 @@ class MUterCallback(Callback):
 
     def retained(self, dataset: Dataset[Any]) -> Subset[Any]:
         """The part of the training dataset that may still be trained on."""
-        if (
-            self._forgotten and dataset is self._origin
-        ):  # also after a later fit, whose snapshot counts in its own subset
+        if self._forgotten and dataset is self._origin and dataset is not self._dataset:
+            # after a later fit, whose snapshot counts in its own subset
             gone = set(self._forgotten)
             return Subset(dataset, [i for i in range(self._n_total or 0) if i not in gone])
         return self._at_hand().retained(dataset)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lightning_muter.errors import ArgumentError, UnsuitableError
 from lightning_muter.model.head import Head, features
@@ -158,10 +159,13 @@ class Reading:
 
     # -- the model as the step runs it ---------------------------------------------------------------------------------
 
-    def features(self, x: Tensor) -> Tensor:
-        """phi(x) (n, f), the head's input, with its graph."""
+    def features(self, x: Tensor, values: dict[str, Tensor] | None = None) -> Tensor:
+        """phi(x) (n, f), the head's input, with its graph; ``values``: of parameters and buffers, in place of the module's own."""
         if self.direct:
-            return features(self.module, self.head, x)
+            return features(self.module, self.head, x, values)
+        if values is not None:
+            found: Tensor = functional_call(_ToTheHead(self), {f"module.{n}": v for n, v in values.items()}, (x,))
+            return found
         taken: list[Tensor] = []
 
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -194,6 +198,18 @@ class Reading:
         filled = [leaf[at.to(leaf.device)] if rows(leaf, n) else leaf for leaf in leaves]
         filled[self.layout.input] = x
         return rebuild(filled)
+
+
+class _ToTheHead(nn.Module):
+    """phi as a module's forward."""
+
+    def __init__(self, reading: Reading) -> None:
+        super().__init__()
+        self.module = reading.module
+        self._features = reading.features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._features(x)
 
 
 class _AtTheHeadError(BaseException):

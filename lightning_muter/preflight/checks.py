@@ -19,6 +19,7 @@ from lightning_muter.model.head import Head
 from lightning_muter.model.losses import Loss, loss_identity, same_loss
 from lightning_muter.model.read_step import read_objective
 from lightning_muter.model.reading import Reading
+from lightning_muter.model.rows import collate_of
 from lightning_muter.preflight.data import inspect_loaders, same_randomness_afterwards
 from lightning_muter.preflight.findings import Finding, Level, enforce, skip_reason
 from lightning_muter.preflight.optimizers import inspect_optimizers
@@ -84,6 +85,8 @@ def inspect_fit(
             out += inspect_outside(module, names, trainer.optimizers)
     threat = threat_model or (adversary.threat if adversary is not None else None)
     if threat is not None:
+        if (doubt := threat.doubt()) is not None:
+            out.append(Finding("warning", doubt))
         out += _caught(lambda: storable(as_response(response, threat)))
     if readable:
         found, reading = inspect_objective(module, loaders[0], loss, inputs, label, threat)
@@ -120,7 +123,7 @@ def inspect_trainer(trainer: pl.Trainer, callback: pl.Callback | None = None) ->
     advice = "Unlearning weighs every sample of the dataset once; train on a Subset instead."
     overfit = trainer.overfit_batches  # type: ignore[attr-defined]
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
-        out.append(Finding("warning", "fast_dev_run trains on a few batches only.", advice))
+        out.append(Finding("skip", "fast_dev_run is a trial of the code.", "Fit without it for a snapshot."))
     elif overfit:
         out.append(Finding("warning", f"overfit_batches={overfit} trains on a part only.", advice))
     elif trainer.limit_train_batches not in (1.0, None):
@@ -209,7 +212,7 @@ def inspect_objective(
                 module,
                 loader.dataset,
                 loss=loss,
-                collate=loader.collate_fn,
+                collate=collate_of(loader),
                 inputs=inputs,
                 label=label,
                 rows_per_step=loader.batch_size,
@@ -245,7 +248,6 @@ def inspect_layers(module: nn.Module) -> list[Finding]:
     kinds: dict[str, tuple[Level, Any, str]] = {
         "BatchNorm": ("note", nn.modules.batchnorm._BatchNorm, "uses its running statistics, which are not unlearned"),
         "Dropout": ("note", nn.modules.dropout._DropoutNd, "is switched off while curvature is computed"),
-        "Hardsigmoid": ("warning", (nn.Hardsigmoid, nn.Hardswish), "has no second derivative in PyTorch"),
         "RNN": ("warning", nn.RNNBase, "fails under vmapped derivatives"),
     }
     for kind, (level, types, behaviour) in kinds.items():

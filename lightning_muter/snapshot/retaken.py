@@ -74,11 +74,11 @@ def positions_to_leave_out(record: Forgotten, dataset: Dataset[Any], collate: An
     return gone
 
 
-def spread(part: Any, n_total: int, gone: Sequence[int]) -> Any:
+def spread(part: Any, n_total: int, gone: Sequence[int], absent: Sequence[int] = ()) -> Any:
     """A snapshot of the retained rows, with positions counted in the full training set again."""
-    out = set(gone)
+    out = {*gone, *absent}
     kept = [i for i in range(n_total) if i not in out]
-    part.n_total, part.forgotten = n_total, list(gone)
+    part.n_total, part.forgotten, part.absent = n_total, list(gone), list(absent)
     for name in ("digests", "starts", "sample_weight", "mass"):
         rows = getattr(part, name, None)
         if rows is not None:
@@ -90,7 +90,7 @@ def part_of(snapshot: Snapshot, kept: list[int]) -> Snapshot:
     """A snapshot as if it had been taken of these rows alone (for its maximisers; its sums are those of before)."""
     starts = None if snapshot.starts is None else snapshot.starts[kept]
     return replace(
-        snapshot, n_total=len(kept), forgotten=[], digests=snapshot.digests[kept], starts=starts, base_starts=None,
+        snapshot, n_total=len(kept), forgotten=[], absent=[], digests=snapshot.digests[kept], starts=starts, base_starts=None,
         sample_weight=None, mass=None,
     )  # fmt: skip
 

@@ -265,7 +265,7 @@ def refresh(
         progress=progress,
     )
     part.barred = snapshot.barred
-    return spread(part, snapshot.n_total, snapshot.forgotten)
+    return spread(part, snapshot.n_total, snapshot.forgotten, snapshot.absent)
 
 
 def _by_name(snapshot: Snapshot, model: nn.Module) -> dict[str, float]:
