@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Subset
 
 from lightning_muter.errors import MismatchError, RequestError
 from lightning_muter.forgotten.modules import recalled
-from lightning_muter.forgotten.rows import Forgotten, known_keys
+from lightning_muter.forgotten.rows import Forgotten, known_keys, remember_key
 from lightning_muter.snapshot.snapshot import Snapshot, Stored
 
 Take = TypeVar("Take", bound=Callable[..., Any])
@@ -33,6 +33,7 @@ def leaves_out_forgotten(take: Take) -> Take:
         record = recalled(model) | (Forgotten.of(like) if like is not None else Forgotten())
         if not record:
             return cast(Stored, take(model, dataset, **options))
+        remember_key(options.get("key"))
         gone = positions_to_leave_out(record, dataset, options.get("collate"))
         key = options.get("key") or known_keys().get(record.key_id)
         if key is not None and record.key_id and key.key_id != record.key_id:
