@@ -216,7 +216,7 @@ class Adversary:
             self.why_own = "the model gives one logit, and torchattacks maximises cross-entropy over classes"
         elif self.trades_beta is None and (y.dim() != 1 or y.is_floating_point()):
             self.why_own = "the labels are no class indices"
-        elif self.threat.norm == "l2" and x.dim() != 4:
+        elif self.threat.ball.euclidean and x.dim() != 4:
             self.why_own = f"torchattacks' L2 attacks need images (N, C, H, W), the inputs are {x.dim()}-dimensional"
 
     def _climb(self, x: Tensor, y: Tensor) -> Tensor:
