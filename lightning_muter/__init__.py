@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_muter.callback import MUterCallback
     from lightning_muter.curvature.inner.maximiser import Smoothing
     from lightning_muter.curvature.response.choose import Response
+    from lightning_muter.publication.publish import Publication, publish
     from lightning_muter.scope.head_methods import Method, MUter
     from lightning_muter.scope.network import unlearn_wide
     from lightning_muter.scope.wide_taking import take_wide_snapshot
@@ -40,6 +41,8 @@ __all__ = [  # noqa: RUF022 - in the order of the flow
     "unlearn",
     "unlearn_wide",
     "UnlearnResult",
+    "publish",
+    "Publication",
     "Method",
     "MUter",
     "Response",
@@ -62,6 +65,8 @@ _HOME = {
     "unlearn": "unlearning.unlearn",
     "unlearn_wide": "scope.network",
     "UnlearnResult": "unlearning.result",
+    "publish": "publication.publish",
+    "Publication": "publication.publish",
     "Method": "scope.head_methods",
     "MUter": "scope.head_methods",
     "Response": "curvature.response.choose",

@@ -32,10 +32,13 @@ from lightning_muter.forgotten.modules import ENTRY, entries_of, recalled, remem
 from lightning_muter.forgotten.rows import Forgotten, known_keys
 from lightning_muter.lightning_names import Callback
 from lightning_muter.model.losses import Loss
+from lightning_muter.model.rows import collate_of
 from lightning_muter.preflight.checks import DEFAULT_CAP, inspect_fit
 from lightning_muter.preflight.findings import enforce
+from lightning_muter.preflight.trained_rows import TrainedRows
 from lightning_muter.scope.head_methods import Method
 from lightning_muter.scope.wide_taking import take_wide_snapshot
+from lightning_muter.snapshot.part import snapshot_of_rows
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot, key_path
 from lightning_muter.snapshot.take import refresh, take_snapshot
 from lightning_muter.solvers.base import Solver
@@ -101,6 +104,7 @@ class MUterCallback(Callback):
         self._record = Forgotten()  # rows once forgotten, kept over later fits
         self._key: DigestKey | None = None
         self._resumed: list[Forgotten] = []  # the lists in the checkpoint that a run is resumed from
+        self._looked_at: Any = None  # the dataset that was searched for forgotten rows
         self._stale = False  # ... which does not list all that is known here
         # what save() needs: the module, what a checkpoint holds besides weights, and what was done since the files
         self._module: pl.LightningModule | None = None
@@ -108,6 +112,9 @@ class MUterCallback(Callback):
         self._on_disk: str | None = None
         self._unsaved: list[UnlearnResult] = []
         self._changed = False
+        self._rows: TrainedRows | None = None
+        self._earlier_rows: dict[str, Any] | None = None  # of the run that is resumed
+        self._stepped = False
 
     # -- during a fit ------------------------------------------------------------------------------------------------
 
@@ -127,12 +134,35 @@ class MUterCallback(Callback):
         records = all_records(self._record, pl_module, self._folders(trainer))
         refuse_earlier_training(trainer.ckpt_path, self._resumed, records, known_before=self._stale)
         refuse_forgotten_data(records, trainer.train_dataloader)
+        self._looked_at = getattr(trainer.train_dataloader, "dataset", None)
         for record in records:
             remember(pl_module, record)
         self._record = recalled(pl_module)
         self._key = self._chosen_key()
-        self._skip, self._resumed, self._stale = skip, [], False
-        self.snapshot = None
+        self._resumed, self._stale = [], False
+        self._skip = skip
+        self._stepped = False  # until then an earlier snapshot is still that of the weights
+        self._rows = TrainedRows(trainer, pl_module, self._earlier_rows if trainer.ckpt_path is not None else None)
+        self._earlier_rows = None
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._rows is not None:
+            self._rows.epoch_starts()
+        loader: Any = trainer.train_dataloader
+        if self._record and getattr(loader, "dataset", None) is not self._looked_at:  # reloaded
+            refuse_forgotten_data([self._record], loader)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._stepped:
+            self._stepped, self.snapshot = True, None
+        if self._rows is not None:
+            self._rows.batch(batch)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._rows is not None:
+            self._rows.epoch_ends()
 
     def _chosen_key(self) -> DigestKey:
         """Of the digests to come; its id goes into every checkpoint of the run, and tells whose it is."""
@@ -150,9 +180,17 @@ class MUterCallback(Callback):
         if self._skip is not None:
             return
         loader: Any = trainer.train_dataloader
-        if loader is None or trainer.global_step == 0:
-            self._skip = "No snapshot was taken: the fit made no step. Use take_snapshot(model, dataset, ...)."
+        if loader is None or not self._stepped or self._rows is None:
+            if self.snapshot is None:
+                self._skip = "No snapshot was taken: the fit made no step. Use take_snapshot(model, dataset, ...)."
             return
+        try:
+            rows = self._rows.positions()
+        except UnsuitableError as error:
+            self._skip = str(error)
+            rank_zero_warn(self._skip)
+            return
+        collate = collate_of(loader)
         adversary = adversary_of(pl_module)
         threat = self.threat_model or (adversary.threat if adversary is not None else None)
         loss = self.loss if self.loss is not None else (adversary.loss if adversary is not None else None)
@@ -160,9 +198,11 @@ class MUterCallback(Callback):
         trained = weight_fingerprint(pl_module.state_dict())
         take: Callable[..., Snapshot | WideSnapshot] = take_wide_snapshot if wide else take_snapshot
         options: dict[str, Any] = {"trades_beta": adversary.trades_beta} if wide and adversary is not None else {}
-        snapshot = take(
+        snapshot = snapshot_of_rows(
+            take,
             pl_module,
             loader.dataset,
+            rows,
             threat_model=threat,
             scope=self.scope,
             response=self.response,
@@ -171,7 +211,7 @@ class MUterCallback(Callback):
             weight_decay=self.weight_decay,
             optimizers=trainer.optimizers,
             polish=self.polish,
-            collate=loader.collate_fn,
+            collate=collate,
             batch_size=min(self.batch_size, WIDE_BATCH) if wide else self.batch_size,
             key=self._kept_key(trainer),
             progress=self.verbose and trainer.is_global_zero,
@@ -181,7 +221,7 @@ class MUterCallback(Callback):
         if note is not None:
             rank_zero_warn(note)
             snapshot.warnings.append(note)
-        self.snapshot, self._dataset, self._collate = snapshot, loader.dataset, loader.collate_fn
+        self.snapshot, self._dataset, self._collate = snapshot, loader.dataset, collate
         self._loss = loss
         self._module, self._unsaved, self._on_disk, self._changed = pl_module, [], None, True
         remember(pl_module, Forgotten.of(snapshot))
@@ -201,6 +241,9 @@ class MUterCallback(Callback):
                 f"No snapshot was taken: the fit ended with {type(exception).__name__}. Use take_snapshot(model, dataset, "
                 "...), or `muter snapshot` on a checkpoint."
             )
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._rows = None
 
     # -- files -------------------------------------------------------------------------------------------------------
 
@@ -291,12 +334,17 @@ class MUterCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         own = replace(self._record, key_id=self._key.key_id) if self._key is not None else self._record
-        return {**own.to_dict(), "fingerprint": self.snapshot.fingerprint if self.snapshot is not None else None}
+        return {
+            **own.to_dict(),
+            "fingerprint": self.snapshot.fingerprint if self.snapshot is not None else None,
+            "rows": self._rows.state() if self._rows is not None else self._earlier_rows,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         loaded = Forgotten.from_dict(state_dict)
         self._stale = bool(self._record) and not loaded.covers(self._record)
         self._record = self._record | loaded
+        self._earlier_rows = state_dict.get("rows")
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -328,6 +376,7 @@ class MUterCallback(Callback):
         data: Dataset[Any] | None = None,
         retain: Dataset[Any] | None = None,
         refine: int = 0,
+        within: float | None = None,
         method: Method | None = None,
         solver: str | Solver | None = None,
         dry_run: bool = False,
@@ -338,6 +387,7 @@ class MUterCallback(Callback):
         Args:
             forget: positions in the training dataset of the fit.
             data: that dataset, if it is another object by now.
+            within: refine until the certified distance to retraining is below this, else refuse; for `publish`.
             retain: the full training dataset: allows ``refine``, stationarity and the certificate. Wider scopes read it in any
                 case (from ``data`` if it is not given).
         """
@@ -354,6 +404,7 @@ class MUterCallback(Callback):
             solver=solver if solver is not None else self.solver,
             retain=retain,
             refine=refine,
+            within=within,
             dry_run=dry_run,
             loss=self._loss,
             collate=self._collate,

@@ -30,14 +30,26 @@ FLOORS = [
     "curvature",
     "certificate minimise",
     "scope snapshot unlearning",
-    "preflight",
+    "preflight publication",
     "callback deletion",
     "study cli",
     "__main__",
 ]
 INSIDE_CURVATURE = ["problem", "inner response", "hessian", "objective"]
 #: Folders that know neither Lightning nor Hydra.
-CORE = ["certificate", "curvature", "minimise", "model", "scope", "snapshot", "solvers", "storage", "unlearning"]
+CORE = [
+    "certificate",
+    "curvature",
+    "evidence",
+    "minimise",
+    "model",
+    "publication",
+    "scope",
+    "snapshot",
+    "solvers",
+    "storage",
+    "unlearning",
+]
 #: What takes more than twelve arguments: the doors, whose arguments are what users say.
 DOORS = {
     "take_snapshot",

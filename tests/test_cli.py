@@ -122,7 +122,14 @@ def test_a_request_leaves_an_ordinary_checkpoint_and_a_verified_chain(folder, ca
 def test_users_are_forgotten_by_table_or_datamodule_and_leave_no_trace_but_a_keyed_hash(folder, capsys):
     Path("ids.csv").write_text("id,who\n" + "".join(f"{i},person{i // 3}\n" for i in range(120)))
     Path("users.txt").write_text("person1\nperson5\n")
-    assert unlearn("--forget.ids", "users.txt", "--forget.table", "ids.csv", "--forget.column", "who") == 0
+    request = ["--forget.ids", "users.txt", "--forget.table", "ids.csv", "--forget.column", "who"]
+    assert unlearn(*request, "--dry_run", "true") == 0
+    out = capsys.readouterr().out
+    assert "user in line 2: 3 rows: 15, 16, 17\n" in out
+    assert "person" not in out
+    assert unlearn(*request, "--dry_run", "true", "--forget.show_ids", "true") == 0
+    assert "user in line 2 ('person5'): 3 rows" in capsys.readouterr().out
+    assert unlearn(*request) == 0
     Path("more.txt").write_text("user20\n")
     assert unlearn("--forget.ids", "more.txt") == 0
     with Ledger.open(Path("last.muter.ledger")) as ledger:

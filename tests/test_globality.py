@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.certificate.branch_and_bound import _rise, global_maxima
-from lightning_muter.certificate.dual import Dual, as_dual
+from lightning_muter.certificate.dual import Dual
+from lightning_muter.certificate.gibbs import as_dual
 from lightning_muter.certificate.global_maxima import best_maximisers, curvature_gap
 from lightning_muter.certificate.simplex import linear_maximum
 from lightning_muter.curvature.inner.maximiser import InnerSolver, Rho, Smoothing

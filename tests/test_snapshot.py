@@ -89,7 +89,7 @@ def test_keys_that_are_lost_or_others(stored, tmp_path):
     with pytest.raises(MismatchError, match=r"key .* not at hand"):
         forget_from(one, loaded, [3])
     DigestKey.load_or_create(key_path(lonely))
-    with pytest.raises(MismatchError, match=r"digests were made with key .*backup"):
+    with pytest.raises(MismatchError, match=r"sealed with key .*backup"):
         Snapshot.load(lonely)
     with pytest.raises(MismatchError, match="another key"):
         Snapshot.load(path).save(lonely)
@@ -168,7 +168,7 @@ def test_other_dtypes_than_were_written_are_refused(stored, tmp_path, name):
         Snapshot.load(tmp_path / "a.muter.snapshot")
 
 
-@pytest.mark.parametrize("at", [0, 9, 70, -40, -1])
+@pytest.mark.parametrize("at", [0, 9, 70, -40, -25])
 def test_damage_is_found_before_anything_is_read(stored, tmp_path, at):
     _, _, path = stored
     content = bytearray(path.read_bytes())

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_muter.certificate.dual import CUBED, Dual
 from lightning_muter.certificate.simplex import centre, linear_maximum, tight
+from lightning_muter.solvers.eigen import symmetric_eigh
 
 #: Numbers in one temporary of the bounding step.
 _CHUNK = 2_000_000
@@ -200,7 +201,7 @@ def _rise(
     normal = root / root.norm(dim=1, keepdim=True)  # the tangent of the simplex, scaled, is orthogonal to it
     scaled = scaled - normal[:, :, None] * (normal[:, None] @ scaled)
     scaled = scaled - (scaled @ normal[:, :, None]) * normal[:, None]
-    values, vectors = torch.linalg.eigh((scaled + scaled.mT) / 2)
+    values, vectors = symmetric_eigh((scaled + scaled.mT) / 2)
     values = values[:, -2:].clamp(min=0.0) * (1 + 1e-9) + 1e-9 if values.shape[1] > 1 else values.clamp(min=0.0) + 1e-9
     top, axis = values[:, -1], vectors[:, :, -1] / root
     mean = (slope * d).sum(1, keepdim=True) / d.sum(1, keepdim=True)

@@ -38,6 +38,7 @@ from lightning_muter.curvature.objective.base import Evaluation
 from lightning_muter.curvature.objective.head import RobustObjective
 from lightning_muter.curvature.problem.head import HeadProblem
 from lightning_muter.curvature.response.choose import NoResponse
+from lightning_muter.solvers.eigen import symmetric_eigh
 
 #: Heads of up to this many parameters have the eigenvalues of P taken.
 _DENSE = 2000
@@ -80,7 +81,7 @@ def certified_distance_in_metric(
     rounding = 64 * torch.finfo(hessian.dtype).eps * float(hessian.diagonal().sum())
     matrix = kappa / 2 * hessian
     matrix.diagonal().add_(penalty - rounding)
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = symmetric_eigh(matrix)
     if not float(values[0]) > 0:
         return math.inf
     along = (vectors.T @ g).square()

@@ -89,6 +89,11 @@ class Places:
         return self.folder / f".{self.stem}.muter.lock"
 
     @property
+    def verified(self) -> Path:
+        """Up to where the ledger was verified last (see :mod:`lightning_muter.deletion.verified`)."""
+        return self.folder / f".{self.stem}.muter.verified"
+
+    @property
     def pending(self) -> Path:
         """The request under way."""
         return self.folder / f".{self.stem}.muter.pending"
@@ -118,9 +123,10 @@ def pending_process(places: Places) -> int | None:
 
 def write_receipts(places: Places, ledger: Ledger) -> list[Path]:
     """Write those receipts of the ledger that have no files, and the public key; returns the new JSON files."""
-    there = set(os.listdir(places.receipts)) if places.receipts.is_dir() else set()
+    after = ledger.complete_up_to
+    there = set(os.listdir(places.receipts)) if places.receipts.is_dir() and not after else set()
     new = []
-    for number, request_id in ledger.names():
+    for number, request_id in ledger.names(after):
         name = receipt_name({"number": number, "id": request_id})
         if not there >= {f"{name}.json", f"{name}.md"} and (receipt := ledger.find(request_id)) is not None:
             _write_receipt(places, receipt)

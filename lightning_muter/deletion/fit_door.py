@@ -16,6 +16,7 @@ from lightning_muter.forgotten.digests import sample_digests
 from lightning_muter.forgotten.modules import recalled, refuse_forgotten_rows
 from lightning_muter.forgotten.rows import Forgotten
 from lightning_muter.model.dataset import SampleSource
+from lightning_muter.model.rows import collate_of
 from lightning_muter.snapshot.snapshot import Stored
 
 Collate = Callable[[list[Any]], Any] | None
@@ -40,7 +41,7 @@ def refuse_forgotten_data(records: Iterable[Forgotten], loader: Any) -> None:
                 f"train_dataloader: {record.count} rows were forgotten, and it cannot be told whether they are among those "
                 f"of a {type(dataset).__name__}. Train on a map-style dataset (with __getitem__ and __len__)."
             )
-        refuse_forgotten_rows(record, dataset, getattr(loader, "collate_fn", None))
+        refuse_forgotten_rows(record, dataset, collate_of(loader))
 
 
 def refuse_earlier_training(

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ _TABLES = (
     PRIMARY KEY (request, target)
 ) STRICT""",
 )
+_SIGNER = re.compile(rb'"previous":"[0-9a-f]{64}","public_key":"([0-9a-f]{64})"')
 _ADVICE = "Restore the ledger from a backup; the receipts beside it tell what it held."
 
 
@@ -88,6 +90,9 @@ class Ledger:
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self.path, self._connection = path, connection
+        self.verified_with: DigestKey | None = None  # see lightning_muter.deletion.verified
+        self.complete_up_to = 0  # requests whose receipt files are known to be there
+        self.changed = False
 
     @classmethod
     @contextlib.contextmanager
@@ -158,8 +163,8 @@ class Ledger:
 
     def public_keys(self) -> list[PublicKey]:
         """The keys that signed the receipts, oldest first (receipts of format 1 name none)."""
-        found = dict.fromkeys(receipt.get("public_key") for receipt in self.receipts())
-        return [PublicKey(name) for name in found if name is not None]
+        found = (_SIGNER.search(text) for _, _, text in self.texts())
+        return [PublicKey(name.decode()) for name in dict.fromkeys(match[1] for match in found if match is not None)]
 
     def receipts(self) -> list[dict[str, Any]]:
         """All receipts, oldest first."""
@@ -184,11 +189,10 @@ class Ledger:
         """Number, id and canonical receipt text of every request."""
         return self._all("SELECT number, id, receipt FROM requests ORDER BY number")
 
-    def names(self) -> list[tuple[int, str]]:
-        """Number and id of every request, oldest first."""
-        return [
-            (int(number), str(name)) for number, name in self._all("SELECT number, id FROM requests ORDER BY number")
-        ]
+    def names(self, after: int = 0) -> list[tuple[int, str]]:
+        """Number and id of every request after this one, oldest first."""
+        query = "SELECT number, id FROM requests WHERE number > ? ORDER BY number"
+        return [(int(number), str(name)) for number, name in self._all(query, (after,))]
 
     def find(self, request_id: str) -> dict[str, Any] | None:
         """The receipt of the request with this id, if it was carried out."""
@@ -210,8 +214,9 @@ class Ledger:
         return dict(self._all("SELECT position, request FROM forgotten"))
 
     def unfinished(self) -> list[tuple[dict[str, Any], list[Switch]]]:
-        """Committed requests whose files are not all in place yet (at most one, unless the file was tampered with)."""
-        query = "SELECT number, receipt FROM requests WHERE status = 'committed' ORDER BY number"
+        """Committed requests whose files are not all in place yet: the last, or none, for it is finished before the next."""
+        query = """SELECT number, receipt FROM requests
+            WHERE number = (SELECT max(number) FROM requests) AND status = 'committed'"""
         return [
             (parse_receipt(text, f"{self.path}, receipt {number}"), self.switches(number))
             for number, text in self._all(query)
@@ -250,6 +255,7 @@ class Ledger:
             insert(
                 "INSERT INTO switches VALUES (?, ?, ?, ?)", [(number, s.target, s.stage, s.sha256) for s in switches]
             )
+        self.changed = True
         return receipt
 
     def finish(self, number: int) -> None:

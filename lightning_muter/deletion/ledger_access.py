@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning_muter.deletion.files import Places, pending_request
 from lightning_muter.deletion.ledger import Ledger
+from lightning_muter.deletion.verified import remember
 from lightning_muter.errors import MismatchError, RequestError
 from lightning_muter.storage.atomic import STAGE, beside, file_sha256, fsync_folder, write_new
 
@@ -25,6 +26,9 @@ def open_ledger(places: Places) -> Iterator[Ledger]:
                 yield ledger
             finally:
                 empty = len(ledger) == 0
+                head, key = ledger.head(), ledger.verified_with if ledger.changed else None
+        if key is not None:
+            remember(places, head, key)
     finally:
         if empty:
             Ledger.remove(places.ledger)

@@ -15,6 +15,7 @@ from lightning_muter.deletion.checkpoints import checkpoint_fingerprint, checkpo
 from lightning_muter.deletion.files import Places, receipt_path
 from lightning_muter.deletion.ledger import Ledger
 from lightning_muter.deletion.transactions import commit_request
+from lightning_muter.deletion.verified import check_ledger
 from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError, MuterError, RequestError
 from lightning_muter.forgotten.modules import ENTRY
 from lightning_muter.forgotten.rows import Forgotten
@@ -35,14 +36,17 @@ def insist_on_snapshot(places: Places) -> None:
         )
 
 
-def load_snapshot(path: Path, key: DigestKey | None = None) -> AnySnapshot:
+def load_snapshot(path: Path, key: DigestKey | None = None, *, unsealed: bool = True) -> AnySnapshot:
     """A snapshot from an untrusted file whose container is sound but whose content may be anything.
+
+    Args:
+        unsealed: take one from before seals, which the ledger must vouch for.
 
     Raises:
         CorruptFileError: it is damaged or altered.
     """
     try:
-        snapshot: AnySnapshot = Snapshot.load(path, key)
+        snapshot: AnySnapshot = Snapshot.load(path, key, unsealed=unsealed)
         if not isinstance(snapshot.fingerprint, str) or not all(0 <= i < snapshot.n_total for i in snapshot.forgotten):
             raise ValueError("its rows are not rows of its dataset")
         f"{snapshot.scope} {snapshot.threat_model} {float(snapshot.stationarity)}"
@@ -57,10 +61,10 @@ def load_snapshot(path: Path, key: DigestKey | None = None) -> AnySnapshot:
 
 
 def known_key(places: Places, ledger: Ledger | None) -> DigestKey:
-    """The key of the digests.
+    """The key of the digests, once the ledger (if there is one) is known to be what its owner wrote.
 
     Raises:
-        MismatchError: it is not the one that sealed the ledger's receipts.
+        MismatchError: it is not the one that sealed the ledger's receipts; CorruptFileError: they were changed or forged.
     """
     key = DigestKey.load(places.key)
     last = ledger.last() if ledger is not None else None
@@ -70,7 +74,14 @@ def known_key(places: Places, ledger: Ledger | None) -> DigestKey:
             f"{last['key_id']}. Restore the key file from a backup, or, if that key is lost for good, delete this file and run "
             "`muter refresh --recover_key true`."
         )
+    if ledger is not None:
+        check_ledger(places, ledger, key)
     return key
+
+
+def vouched(ledger: Ledger | None) -> bool:
+    """Whether the snapshot at hand is the one that a ledger, verified by now, names by its hash."""
+    return ledger is not None and len(ledger) > 0
 
 
 @contextlib.contextmanager
@@ -141,7 +152,7 @@ def receipt_content(
         "scope": str(told.get("scope", snapshot.scope)),
         "forgotten": [int(index) for index in told.get("forgotten", [])],
         "users": list(users),
-        "n_retained": int(snapshot.n_total - len(snapshot.forgotten)),
+        "n_retained": int(snapshot.n_retained),
         "checkpoint": {
             "fingerprint_before": before,
             "fingerprint_after": told.get("fingerprint_after", weight_fingerprint(model.state_dict())),

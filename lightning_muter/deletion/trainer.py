@@ -33,6 +33,7 @@ from lightning_muter.deletion.request_flow import (
     report,
     report_dry_run,
     snapshot_key,
+    vouched,
 )
 from lightning_muter.deletion.requests import ForgetConfig, asked_digest, checked_request_id, refuse_forgotten, resolve
 from lightning_muter.deletion.training_data import load_into, threat_of, trades_beta_of, trained_decay, training_data
@@ -42,6 +43,7 @@ from lightning_muter.forgotten.modules import recorded_in, remember, remember_in
 from lightning_muter.forgotten.rows import Forgotten
 from lightning_muter.scope.head_methods import Method
 from lightning_muter.scope.wide_taking import take_wide_snapshot
+from lightning_muter.snapshot.part import snapshot_of_rows
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot
 from lightning_muter.snapshot.summary import decay_text
 from lightning_muter.snapshot.take import refresh, take_snapshot
@@ -131,9 +133,11 @@ class MuterTrainer(L.Trainer):
                     threat_model, attack = threat_of(self, model, threat_model)
                     wide = scope != "head"
                     take: Callable[..., Snapshot | WideSnapshot] = take_wide_snapshot if wide else take_snapshot
-                    snapshot = take(
+                    snapshot = snapshot_of_rows(
+                        take,
                         model,
                         data.dataset,
+                        data.rows(),
                         threat_model=threat_model,
                         attack=attack,
                         scope=scope,
@@ -165,6 +169,7 @@ class MuterTrainer(L.Trainer):
         method: Method | None = None,
         solver: str | Solver = "auto",
         refine: int = 0,
+        within: float | None = None,
         certify: bool = True,
         loss: Callable[..., torch.Tensor] | None = None,
         batch_size: int = 1024,
@@ -183,6 +188,8 @@ class MuterTrainer(L.Trainer):
             method: how; the constraint-aware MUter by default.
             solver: how the linear system is solved: auto, cholesky, cg, neumann, schur or a Solver.
             refine: further steps with the retained data, each closer to retraining (beyond the head: of Newton-CG).
+            within: refine until the certified distance to retraining is below this, else refuse. `muter publish` needs it;
+                choose it before you see any request, and keep to it.
             certify: measure the result on the retained data: stationarity, and a certificate for linear models. It
                 costs about one pass over the data; without it the retained data are not read (unless refined, or the
                 scope is wider than the head, where every request reads them).
@@ -207,7 +214,7 @@ class MuterTrainer(L.Trainer):
             asked = asked_digest("unlearn", {"indices": rows.indices})
             if ledger is not None and repeated(here, ledger, request_id, asked):
                 return
-            snapshot = load_snapshot(here.snapshot, key)
+            snapshot = load_snapshot(here.snapshot, key, unsealed=vouched(ledger))
             record_of(here, ledger)
             refuse_forgotten(rows.indices, forgotten_rows(snapshot, ledger))
             load_into(model, checkpoint, here.checkpoint)
@@ -220,8 +227,9 @@ class MuterTrainer(L.Trainer):
                 data=data.dataset,
                 method=method,
                 solver=solver,
-                retain=data.dataset if refine or certify else None,
+                retain=data.dataset if refine or certify or within is not None else None,
                 refine=refine,
+                within=within,
                 dry_run=dry_run,
                 loss=loss,
                 collate=data.collate,
@@ -229,6 +237,8 @@ class MuterTrainer(L.Trainer):
             )
             content = receipt_content("unlearn", request_id, snapshot, before, model, result, rows.digests(key))
             if dry_run:
+                for line in rows.per_user(forget.show_ids):
+                    print(line)
                 report_dry_run(here, content)
                 return
             assert ledger is not None
@@ -278,7 +288,7 @@ class MuterTrainer(L.Trainer):
                     old = under_new_key(places, model, data, key, loss, batch_size)
                     remember_instead(model, Forgotten.of(old))
                 else:
-                    old = load_snapshot(places.snapshot, key)
+                    old = load_snapshot(places.snapshot, key, unsealed=vouched(ledger))
                     remember(model, record_of(places, ledger)[0])
                 snapshot = refresh(model, old, data.dataset, loss=loss, collate=data.collate, batch_size=batch_size)
                 snapshot.warnings += [warning for warning in old.warnings if warning not in snapshot.warnings]

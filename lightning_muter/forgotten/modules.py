@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from lightning_muter.errors import CorruptFileError, MismatchError, RequestError
 from lightning_muter.forgotten.rows import Forgotten
+from lightning_muter.model.rows import collate_of
 
 if TYPE_CHECKING:
     from lightning_muter.snapshot.snapshot import Stored
@@ -121,5 +122,5 @@ def _start_fit(module: Any) -> None:
                 f"train_dataloader: {recalled(module).count} rows were forgotten, and it cannot be told whether they are among "
                 f"those of a {type(dataset).__name__}. Train on a map-style dataset (with __getitem__ and __len__)."
             )
-        refuse_forgotten_rows(recalled(module), dataset, getattr(loader, "collate_fn", None))
+        refuse_forgotten_rows(recalled(module), dataset, collate_of(loader))
     type(module).on_fit_start(module)

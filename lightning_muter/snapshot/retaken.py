@@ -64,7 +64,7 @@ def positions_to_leave_out(record: Forgotten, dataset: Dataset[Any], collate: An
     """
     gone = record.located(dataset, collate)
     length = len(dataset)  # type: ignore[arg-type]
-    expected = list(record.positions) if length == record.n_total else []
+    expected = record.placed(dataset)
     if gone != expected:
         moved = sorted(set(gone) - set(expected))
         raise RequestError(
@@ -75,11 +75,11 @@ def positions_to_leave_out(record: Forgotten, dataset: Dataset[Any], collate: An
     return gone
 
 
-def spread(part: Any, n_total: int, gone: Sequence[int], weight: Tensor | None) -> Any:
+def spread(part: Any, n_total: int, gone: Sequence[int], weight: Tensor | None, absent: Sequence[int] = ()) -> Any:
     """A snapshot of the retained rows, with positions counted in the full training set again."""
-    out = set(gone)
+    out = {*gone, *absent}
     kept = [i for i in range(n_total) if i not in out]
-    part.n_total, part.forgotten, part.sample_weight = n_total, list(gone), weight
+    part.n_total, part.forgotten, part.absent, part.sample_weight = n_total, list(gone), list(absent), weight
     part.digests = _spread(part.digests, kept, n_total)
     if getattr(part, "starts", None) is not None:
         part.starts = _spread(part.starts, kept, n_total)
@@ -90,7 +90,7 @@ def part_of(snapshot: Snapshot, kept: list[int]) -> Snapshot:
     """A snapshot as if it had been taken of these rows alone (for its maximisers; its sums are those of before)."""
     starts = None if snapshot.starts is None else snapshot.starts[kept]
     return replace(
-        snapshot, n_total=len(kept), forgotten=[], digests=snapshot.digests[kept], starts=starts, base_starts=None,
+        snapshot, n_total=len(kept), forgotten=[], absent=[], digests=snapshot.digests[kept], starts=starts, base_starts=None,
         sample_weight=None,
     )  # fmt: skip
 

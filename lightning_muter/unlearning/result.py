@@ -15,6 +15,7 @@ class UnlearnResult:
         step_norm: |w_u - w|.        solver: status, residual, iterations.
         stationarity_before, stationarity_after: of the retained objective at w and w_u (with ``retain``).
         bound: certified distance of w_u to the retrained optimum, or None (``warnings`` says why).
+        within: the distance that was asked for, or None.      parameters: names of those that were changed.
         refine: stationarity after each refine step.
     """
 
@@ -33,6 +34,8 @@ class UnlearnResult:
     fingerprint_after: str = ""
     dry_run: bool = False
     refine: list[float] = field(default_factory=list)
+    within: float | None = None
+    parameters: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
