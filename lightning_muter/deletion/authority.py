@@ -17,7 +17,7 @@ from lightning_muter.deletion.ledger import Ledger
 from lightning_muter.deletion.ledger_access import reading, weights_before_removals
 from lightning_muter.deletion.request_flow import AnySnapshot, load_snapshot
 from lightning_muter.errors import MismatchError, MuterError, RequestError
-from lightning_muter.forgotten.digests import sample_digests
+from lightning_muter.forgotten.digests import check_digests, sample_digests
 from lightning_muter.forgotten.modules import entries_of, recorded_in, refuse_forgotten_rows
 from lightning_muter.forgotten.rows import Forgotten, known_keys, remember_key
 from lightning_muter.model.dataset import SampleSource
@@ -57,8 +57,8 @@ def record_of(places: Places, ledger: Ledger | None) -> tuple[Forgotten, AnySnap
     return known | listed, snapshot
 
 
-def refuse_older(path: Path, checkpoint: dict[str, Any], record: Forgotten, ledgers: Iterable[Ledger | None]) -> None:
-    """A checkpoint from before a deletion must not become current again.
+def current(path: Path, checkpoint: dict[str, Any], record: Forgotten, ledgers: Iterable[Ledger | None]) -> Forgotten:
+    """What is known once a checkpoint is named too; one from before a deletion must not become current again.
 
     Raises:
         RequestError: a ledger knows its weights as those from before a removal, or it lists fewer forgotten rows.
@@ -76,6 +76,7 @@ def refuse_older(path: Path, checkpoint: dict[str, Any], record: Forgotten, ledg
             f"{path}: it is from before rows were forgotten: of {record.count} it does not list all. Name the current "
             "checkpoint (<name>.muter.ckpt), or one trained on the retained rows."
         )
+    return record | recorded_in(checkpoint, str(path))
 
 
 def older(checkpoint: dict[str, Any], record: Forgotten) -> bool:
@@ -127,15 +128,19 @@ def key_of(record: Forgotten, *places: Places) -> DigestKey:
     return key
 
 
-def refuse_what_cannot_follow(
-    record: Forgotten, snapshot: AnySnapshot | None, dataset: Dataset[Any], collate: Collate
-) -> None:
-    """Insist that a training set of another length is a successor of the one that rows were forgotten from: it holds none of
-    them, and some that were retained, as they were (in another form nothing would be known again).
+def refuse_other_rows(record: Forgotten, snapshot: AnySnapshot | None, dataset: Dataset[Any], collate: Collate) -> None:
+    """Insist that a training set is the one that rows were forgotten from, or, of another length, a successor of it: it holds
+    none of them, and some that were retained, as they were (in another form nothing would be known again).
 
     Raises:
-        RequestError: it is not, or it cannot be told.
+        RequestError: it is not, or it cannot be told; MismatchError: it has the length, but retained rows are others.
     """
+    if not record:
+        return
+    if len(dataset) == record.n_total:  # type: ignore[arg-type]
+        if snapshot is not None:
+            check_digests(snapshot, dataset, snapshot.retained_positions, "train_dataloader", collate)
+        return
     refuse_forgotten_rows(record, dataset, collate)
     n = len(dataset)  # type: ignore[arg-type]
     known = False

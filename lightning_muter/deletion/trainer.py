@@ -15,7 +15,7 @@ import torch
 
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.curvature.response.choose import Response
-from lightning_muter.deletion.authority import key_of, record_of, refuse_older, refuse_what_cannot_follow
+from lightning_muter.deletion.authority import current, key_of, record_of, refuse_other_rows
 from lightning_muter.deletion.chain import ANEW
 from lightning_muter.deletion.checkpoints import checkpoint_fingerprint, load_checkpoint
 from lightning_muter.deletion.files import Places
@@ -38,8 +38,7 @@ from lightning_muter.deletion.request_flow import (
 from lightning_muter.deletion.requests import ForgetConfig, asked_digest, checked_request_id, refuse_forgotten, resolve
 from lightning_muter.deletion.training_data import load_into, threat_of, trades_beta_of, trained_decay, training_data
 from lightning_muter.deletion.transactions import exclusive
-from lightning_muter.forgotten.digests import check_digests
-from lightning_muter.forgotten.modules import recorded_in, remember, remember_instead
+from lightning_muter.forgotten.modules import remember, remember_instead
 from lightning_muter.forgotten.rows import Forgotten
 from lightning_muter.scope.head_methods import Method
 from lightning_muter.scope.wide_taking import take_wide_snapshot
@@ -112,21 +111,17 @@ class MuterTrainer(L.Trainer):
             checkpoint = load_checkpoint(path)
             before = checkpoint_fingerprint(checkpoint)
             record, old = _lineage(source, places, there, ledger)
-            refuse_older(path, checkpoint, record, (ledger, there))
-            record = record | recorded_in(checkpoint, str(path))
+            record = current(path, checkpoint, record, (ledger, there))
             data = training_data(self, model, datamodule)
             load_into(model, checkpoint, path)
             with snapshot_key(places, ledger, lambda: key_of(record, places, source) if record else None) as key:
                 remember(model, record)
                 same_rows = record and len(data.dataset) == record.n_total
-                if record and not same_rows:
-                    refuse_what_cannot_follow(record, old, data.dataset, data.collate)
+                refuse_other_rows(record, old, data.dataset, data.collate)
                 if old is not None and same_rows and scope in ("head", old.scope):
                     # Trained further, on what is retained: the list of forgotten rows stays, and so do the settings.
                     snapshot = refresh(model, old, data.dataset, loss=loss, collate=data.collate, batch_size=batch_size)
                 else:
-                    if old is not None and same_rows:
-                        check_digests(old, data.dataset, old.retained_positions, "train_dataloader", data.collate)
                     decay, read = (
                         trained_decay(checkpoint, model) if weight_decay == "auto" else (weight_decay, "given")
                     )
