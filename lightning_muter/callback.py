@@ -33,6 +33,7 @@ from lightning_muter.forgotten.rows import Forgotten, known_keys
 from lightning_muter.lightning_names import Callback
 from lightning_muter.model.losses import Loss
 from lightning_muter.model.read_step import read_objective
+from lightning_muter.model.reading import Reading
 from lightning_muter.model.rows import collate_of
 from lightning_muter.preflight.checks import DEFAULT_CAP, inspect_fit
 from lightning_muter.preflight.findings import enforce
@@ -194,16 +195,7 @@ class MUterCallback(Callback):
         collate = collate_of(loader)
         try:
             rows = self._rows.positions()
-            reading = read_objective(
-                pl_module,
-                loader.dataset,
-                positions=rows,
-                loss=self.loss,
-                collate=collate,
-                inputs=self.inputs,
-                label=self.label,
-                rows_per_step=getattr(loader, "batch_size", None),
-            )
+            reading = self._read(pl_module, loader, rows)
         except (UnsuitableError, MismatchError) as error:
             self._skip = str(error)
             rank_zero_warn(self._skip)
@@ -249,6 +241,19 @@ class MUterCallback(Callback):
         stem = self._stem(trainer)
         if stem is not None and trainer.is_global_zero:
             self._write(snapshot, pl_module, written, stem, trained)
+
+    def _read(self, pl_module: pl.LightningModule, loader: Any, rows: list[int] | None) -> Reading:
+        """What the step minimises, as the module stands now."""
+        return read_objective(
+            pl_module,
+            loader.dataset,
+            positions=rows,
+            loss=self.loss,
+            collate=collate_of(loader),
+            inputs=self.inputs,
+            label=self.label,
+            rows_per_step=getattr(loader, "batch_size", None),
+        )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self.snapshot is None:
