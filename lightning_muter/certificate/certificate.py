@@ -38,6 +38,7 @@ from lightning_muter.curvature.objective.base import Evaluation
 from lightning_muter.curvature.objective.head import RobustObjective
 from lightning_muter.curvature.problem.head import HeadProblem
 from lightning_muter.curvature.response.choose import NoResponse
+from lightning_muter.solvers.eigen import symmetric_eigh
 
 #: Heads of up to this many parameters have the eigenvalues of P taken.
 _DENSE = 2000
@@ -80,7 +81,7 @@ def certified_distance_in_metric(
     rounding = 64 * torch.finfo(hessian.dtype).eps * float(hessian.diagonal().sum())
     matrix = kappa / 2 * hessian
     matrix.diagonal().add_(penalty - rounding)
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = symmetric_eigh(matrix)
     if not float(values[0]) > 0:
         return math.inf
     along = (vectors.T @ g).square()
@@ -122,7 +123,7 @@ def _certify(objective: RobustObjective, theta: Tensor, evaluation: Evaluation) 
     if mixed.kinks is not None:  # of the mixture at fixed shares
         hessian -= mixed.kinks.stiffness()
     for _ in range(3):
-        kappa = _kappa(found.curvature * math.sqrt(2) * bound * found.reach)
+        kappa = kappa_of(found.curvature * math.sqrt(2) * bound * found.reach)
         nearer = certified_distance_in_metric(mixed.gradient, objective.decay, objective.count, gap, hessian, kappa)
         bound = min(bound, nearer)
         if kappa > 0.8 or nearer > bound:
@@ -130,7 +131,7 @@ def _certify(objective: RobustObjective, theta: Tensor, evaluation: Evaluation) 
     return bound
 
 
-def _kappa(omega: float) -> float:
+def kappa_of(omega: float) -> float:
     exact = 1 - omega / 3 if omega < 1e-4 else 2 * (math.expm1(-omega) + omega) / omega**2
     return exact * (1 - 1e-9)
 

@@ -82,6 +82,8 @@ def inspect_fit(
             out += inspect_outside(module, names, trainer.optimizers)
     threat = threat_model or (adversary.threat if adversary is not None else None)
     if threat is not None:
+        if (doubt := threat.doubt()) is not None:
+            out.append(Finding("warning", doubt))
         out += _caught(lambda: storable(as_response(response, threat)))
     if readable:
         x, y = (t.to(module.device) for t in example_batch(loaders[0]))
@@ -120,7 +122,7 @@ def inspect_trainer(trainer: pl.Trainer, callback: pl.Callback | None = None) ->
     advice = "Unlearning weighs every sample of the dataset once; train on a Subset instead."
     overfit = trainer.overfit_batches  # type: ignore[attr-defined]
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
-        out.append(Finding("warning", "fast_dev_run trains on a few batches only.", advice))
+        out.append(Finding("skip", "fast_dev_run is a trial of the code.", "Fit without it for a snapshot."))
     elif overfit:
         out.append(Finding("warning", f"overfit_batches={overfit} trains on a part only.", advice))
     elif trainer.limit_train_batches not in (1.0, None):
@@ -235,7 +237,7 @@ def inspect_loss(module: nn.Module, loss: Loss | None, x: Tensor, y: Tensor) -> 
 
 
 def inspect_model(module: nn.Module, x: Tensor, scope: str | list[str] = "head") -> tuple[list[Finding], Head | None]:
-    """The head, and layers that behave differently in eval mode or have no second derivative."""
+    """The head, and layers that behave differently in eval mode."""
     out: list[Finding] = []
     head: Head | None = None
     if scope == "head":
@@ -246,7 +248,6 @@ def inspect_model(module: nn.Module, x: Tensor, scope: str | list[str] = "head")
     kinds: dict[str, tuple[Level, Any, str]] = {
         "BatchNorm": ("note", nn.modules.batchnorm._BatchNorm, "uses its running statistics, which are not unlearned"),
         "Dropout": ("note", nn.modules.dropout._DropoutNd, "is switched off while curvature is computed"),
-        "Hardsigmoid": ("warning", (nn.Hardsigmoid, nn.Hardswish), "has no second derivative in PyTorch"),
         "RNN": ("warning", nn.RNNBase, "fails under vmapped derivatives"),
     }
     for kind, (level, types, behaviour) in kinds.items():

@@ -18,6 +18,7 @@ from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards
 from lightning_muter.snapshot.snapshot import Snapshot
 from lightning_muter.solvers.base import Border, Solution, Solver
+from lightning_muter.solvers.eigen import symmetric_eigh
 
 
 @dataclass
@@ -148,7 +149,7 @@ class MUter(Method):
             return None
         f = problem.backbone.width
         eye = torch.eye(f, dtype=problem.dtype, device=problem.device)
-        values, vectors = torch.linalg.eigh(gram.times(eye[None])[0])
+        values, vectors = symmetric_eigh(gram.times(eye[None])[0])
         keep = values.abs() > 1e-12 * values.abs().max()
         values, vectors = values[keep], vectors[:, keep]
         if batch.weight is not None:

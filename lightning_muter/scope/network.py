@@ -40,6 +40,7 @@ from lightning_muter.snapshot.trained import Decay, decay_by_name, trained_threa
 from lightning_muter.solvers.base import Solver
 from lightning_muter.solvers.cg import CG, TruncatedCG
 from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
+from lightning_muter.unlearning.commit import adopter, commit
 from lightning_muter.unlearning.positions import checked_positions
 from lightning_muter.unlearning.result import UnlearnResult
 
@@ -105,7 +106,7 @@ def unlearn_wide(
     record = recalled(model)
     before = sorted({*(int(i) for i in forgotten), *positions_to_leave_out(record, data, collate)})
     n_total = len(data)  # type: ignore[arg-type]
-    stand_in: Any = SimpleNamespace(n_total=n_total, forgotten=before, n_retained=n_total - len(set(before)))
+    stand_in: Any = SimpleNamespace(n_total=n_total, forgotten=before, absent=[], n_retained=n_total - len(set(before)))
     positions = checked_positions(forget, stand_in)
     gone = {*positions, *before}
     objective = wide_objective(
@@ -129,7 +130,7 @@ def unlearn_wide(
     )
     deadline = None if seconds is None else began + seconds
     result, new = _carry_out(objective, scope, positions, steps, damping, cg, tolerance, deadline, progress)
-    _commit(objective.problem, new, result, dry_run, lambda: None)
+    _commit(objective.problem, new, result, dry_run, lambda fingerprint: None)
     if not dry_run:
         key = known_keys().get(record.key_id) or DigestKey.generate()
         remember_key(key)
@@ -203,11 +204,7 @@ def unlearn_stored(
     assert result.stationarity_after is not None
     after.stationarity = result.stationarity_after
 
-    def adopt() -> None:
-        after.fingerprint = result.fingerprint_after
-        snapshot.adopt(after)
-
-    _commit(objective.problem, new, result, dry_run, adopt)
+    _commit(objective.problem, new, result, dry_run, adopter(snapshot, after))
     if not dry_run:
         remember(model, Forgotten.of(snapshot))
     result.seconds = time.perf_counter() - began
@@ -371,22 +368,11 @@ def left_outside(model: nn.Module, names: Iterable[str]) -> str | None:
     )
 
 
-def _commit(problem: WideProblem, new: Tensor, result: UnlearnResult, dry_run: bool, adopt: Callable[[], None]) -> None:
-    """Write the weights and take the fingerprint; on any failure (or a dry run) the weights go back."""
+def _commit(
+    problem: WideProblem, new: Tensor, result: UnlearnResult, dry_run: bool, adopt: Callable[[str], None]
+) -> None:
     result.dry_run = dry_run
     for note in result.warnings:  # before anything is changed: a warning may be an error
         warning_module.warn(note, stacklevel=3)
     named = dict(problem.module.named_parameters())
-    before = {n: named[n].detach().clone() for n in problem.names}
-    done = False
-    try:
-        problem.write(new)
-        result.fingerprint_after = weight_fingerprint(problem.module.state_dict())
-        if not dry_run:
-            adopt()
-            done = True
-    finally:
-        if not done:
-            with torch.no_grad():
-                for name, value in before.items():
-                    named[name].copy_(value)
+    commit(problem.module, [named[n] for n in problem.names], lambda: problem.write(new), adopt, result)

@@ -43,8 +43,6 @@ from lightning_muter.storage.fingerprint import DigestKey, versions, weight_fing
 
 KIND = "snapshot"
 VERSION = 2
-#: Entry of an unlearned checkpoint that lists the forgotten rows.
-CHECKPOINT_KEY = "lightning_muter"
 #: Samples at a time where derivatives of a whole network are taken.
 WIDE_BATCH = 256
 
@@ -54,7 +52,8 @@ class Stored(ABC):
     """What every stored state of a trained model shares, whatever it covers: whose it is, of which data, what was forgotten.
 
     Attributes:
-        forgotten: positions removed so far, in order.     n_total: samples at the start.
+        forgotten: positions removed so far, in order.     n_total: samples of the dataset that positions count in.
+        absent: positions that were never trained on (the part of a split, say): in no sum, nothing to forget.
         fingerprint: of the model's whole state dict as it should be now.
         digests: keyed digest of every sample (n, 16); rows of forgotten samples are zeroed.
         stationarity: |grad F| / sum |grad phi_i| for the samples at hand when it was measured.
@@ -74,6 +73,7 @@ class Stored(ABC):
     fingerprint: str
     stationarity: float
     sample_weight: Tensor | None = None
+    absent: list[int] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=versions)
@@ -87,11 +87,11 @@ class Stored(ABC):
 
     @property
     def n_retained(self) -> int:
-        return self.n_total - len(self.forgotten)
+        return self.n_total - len(self.forgotten) - len(self.absent)
 
     @property
     def retained_positions(self) -> list[int]:
-        gone = set(self.forgotten)
+        gone = {*self.forgotten, *self.absent}
         return [i for i in range(self.n_total) if i not in gone]
 
     @property
@@ -127,7 +127,8 @@ class Stored(ABC):
         if found != self.fingerprint:
             raise MismatchError(
                 f"model: its weights have fingerprint {found[:16]}…, the snapshot belongs to {self.fingerprint[:16]}…. "
-                "Load the weights that were saved with this snapshot (<name>.muter.ckpt), or take a new snapshot of these."
+                "Load the weights that were saved with this snapshot (<name>.muter.ckpt), or take a new snapshot of these. (Buffers "
+                "count: one that changes outside training, a counter say, is registered with persistent=False.)"
             )
 
     def adopt(self, other: Stored) -> None:
@@ -144,7 +145,8 @@ class Stored(ABC):
     def writer(self) -> Writer:
         """Writes the container file (see :mod:`lightning_muter.storage.container`)."""
         fields, tensors = self.encoded()
-        return container_writer(KIND, {"version": VERSION, "record": type(self).__name__, "fields": fields}, tensors)
+        meta = {"version": VERSION, "record": type(self).__name__, "fields": fields}
+        return container_writer(KIND, meta, tensors, self.key)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the snapshot atomically, and the key of its digests beside it (`<path without suffix>.key`, mode 0600)."""
@@ -161,14 +163,32 @@ class Stored(ABC):
             raise
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], key: DigestKey | None = None) -> Any:
+    def load(cls, path: str | os.PathLike[str], key: DigestKey | None = None, *, unsealed: bool = False) -> Any:
         """Read a snapshot, a `Snapshot` or (beyond the head) a `WideSnapshot`; its key is looked for beside it.
 
+        Args:
+            unsealed: take a file without a seal, as releases before seals wrote them: whoever could write to its folder may
+                have made it.
+
         Raises:
-            CorruptFileError: damaged, altered or of an unknown version; MismatchError: another key, or a class (of a response,
-            say) that was not imported.
+            CorruptFileError: damaged, altered, without seal or of an unknown version; MismatchError: another key, or a class
+            (of a response, say) that was not imported.
         """
-        meta, tensors = read_container(path, KIND)
+        if key is None and os.access(key_path(path), os.R_OK):  # an auditor may not read it
+            key = DigestKey.load(key_path(path))
+        snapshot = cls.read(path, key, unsealed=unsealed)
+        if key is not None and key.key_id != snapshot.key_id:
+            raise MismatchError(
+                f"{path}: its digests were made with key {snapshot.key_id}, the key at hand is {key.key_id}. Restore "
+                f"{key_path(path).name} from a backup."
+            )
+        snapshot.key = key
+        return snapshot
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str], key: DigestKey | None = None, *, unsealed: bool = False) -> Any:
+        """As :meth:`load`, with no other key than this one (None: neither seal nor samples can be checked)."""
+        meta, tensors = read_container(path, KIND, key, unsealed=unsealed)
         if meta.get("version") not in (1, VERSION):
             raise CorruptFileError(
                 f"{path}: snapshot version {meta.get('version')!r}; this release reads versions 1 to {VERSION}. Take a new "
@@ -187,21 +207,13 @@ class Stored(ABC):
                 f"{path}: its content does not describe a snapshot ({type(error).__name__}: {error}). Restore it from a "
                 "backup, or take a new one with `muter snapshot`."
             ) from error
-        if key is None and os.access(key_path(path), os.R_OK):  # an auditor may not read it
-            key = DigestKey.load(key_path(path))
-        if key is not None and key.key_id != snapshot.key_id:
-            raise MismatchError(
-                f"{path}: its digests were made with key {snapshot.key_id}, the key at hand is {key.key_id}. Restore "
-                f"{key_path(path).name} from a backup."
-            )
-        snapshot.key = key
         return snapshot
 
     def check(self) -> None:
         """Raise `ValueError` unless the fields, right in themselves, fit together."""
-        n, gone = self.n_total, self.forgotten
+        n, gone = self.n_total, [*self.forgotten, *self.absent]
         if len(set(gone)) != len(gone) or not all(0 <= i < n for i in gone):
-            raise ValueError("forgotten rows are not rows of the dataset")
+            raise ValueError("forgotten or absent rows are not rows of the dataset")
         if tuple(self.digests.shape) != (n, 16) or self.digests.dtype != torch.uint8:
             raise ValueError(f"digests are {tuple(self.digests.shape)} {self.digests.dtype}, not {(n, 16)} bytes")
         if self.sample_weight is not None and len(self.sample_weight) != n:

@@ -249,7 +249,7 @@ def refresh(
         progress=progress,
     )
     part.barred = snapshot.barred
-    return spread(part, snapshot.n_total, snapshot.forgotten, snapshot.sample_weight)
+    return spread(part, snapshot.n_total, snapshot.forgotten, snapshot.sample_weight, snapshot.absent)
 
 
 def _by_name(snapshot: Snapshot, model: nn.Module) -> dict[str, float]:

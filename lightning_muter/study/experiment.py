@@ -91,6 +91,7 @@ def build_world(config: DictConfig, cache: Cache, begin: Callable[[str], None] =
 
 def run_job(config: DictConfig, folder: Path, *, sweep: bool = False) -> list[Row]:
     """One job: all rows, written to ``folder/results.csv`` as they come."""
+    config = resolvers.with_numbers(config)
     key = job_key(config, __version__)
     finished = FinishedJobs(config.cache_dir)
     taken: list[Row] | None = None

@@ -41,6 +41,12 @@ def checked_positions(forget: Iterable[int], snapshot: Stored) -> list[int]:
             f"forget: positions {again[:5]} were forgotten before; allowed: positions not yet forgotten. Leave them out; "
             "nothing remains to be done for them."
         )
+    never = sorted(set(positions) & set(snapshot.absent))
+    if never:
+        raise RequestError(
+            f"forget: positions {never[:5]} were never trained on (the training loader's sampler did not reach them); "
+            f"allowed: the {snapshot.n_retained} positions that were. Leave them out; there is nothing to forget."
+        )
     if len(positions) >= snapshot.n_retained:
         raise RequestError(
             f"forget: all {snapshot.n_retained} samples that are left; allowed: fewer. Delete the model instead."

@@ -30,7 +30,7 @@ from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot
 from lightning_muter.snapshot.take import bar, outside_head
 from lightning_muter.solvers.base import Solver
 from lightning_muter.solvers.choose import as_solver
-from lightning_muter.storage.fingerprint import weight_fingerprint
+from lightning_muter.unlearning.commit import adopter, commit
 from lightning_muter.unlearning.positions import checked_positions
 from lightning_muter.unlearning.result import UnlearnResult
 from lightning_muter.unlearning.within import check_within, refine_within
@@ -160,7 +160,9 @@ def unlearn(
     outside = outside_head(model, problem)
     if outside:  # before anything is changed: a warning may be an error
         warning_module.warn(outside, stacklevel=3)
-    _commit(model, problem, snapshot, after, theta, result, dry_run)
+    commit(
+        model, problem.head.linear.parameters(), lambda: problem.write_theta(theta), adopter(snapshot, after), result
+    )
     if not dry_run:
         remember(model, Forgotten.of(snapshot))
     result.seconds = time.perf_counter() - began
@@ -273,29 +275,3 @@ def _warnings(
     if result.solver["status"] != "converged":
         notes.append(f"The system ended with status {result.solver['status']!r}, accepted on request.")
     return notes
-
-
-def _commit(
-    model: nn.Module,
-    problem: HeadProblem,
-    snapshot: Snapshot,
-    after: Snapshot,
-    theta: Tensor,
-    result: UnlearnResult,
-    dry_run: bool,
-) -> None:
-    """Write the weights, take the fingerprint, switch the snapshot; on any failure (or a dry run) the weights go back."""
-    linear = problem.head.linear
-    before = {name: p.detach().clone() for name, p in linear.named_parameters()}
-    done = False
-    try:
-        problem.write_theta(theta)
-        result.fingerprint_after = after.fingerprint = weight_fingerprint(model.state_dict())
-        if not dry_run:
-            snapshot.adopt(after)
-            done = True
-    finally:
-        if not done:
-            with torch.no_grad():
-                for name, p in linear.named_parameters():
-                    p.copy_(before[name])

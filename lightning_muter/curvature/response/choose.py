@@ -28,6 +28,7 @@ from lightning_muter.curvature.response.pullback import DenseGram, Gram, HeadGra
 from lightning_muter.curvature.response.sketch import choose_directions, rademacher
 from lightning_muter.errors import ArgumentError
 from lightning_muter.extension import Extensible
+from lightning_muter.solvers.eigen import symmetric_eigenvalues, symmetric_eigh
 
 
 class Response(Extensible, ABC):
@@ -131,10 +132,10 @@ class Unconstrained(Response):
 
 
 def _count_series(hess: Tensor, weight: Tensor, counts: Counter[str]) -> None:
-    values, vectors = torch.linalg.eigh(hess)
+    values, vectors = symmetric_eigh(hess)
     root = vectors * values.clamp(min=0.0).sqrt()[:, None, :]
     inner = root.mT @ (weight @ weight.T) @ root
-    counts["series diverges"] += int((torch.linalg.eigvalsh(inner)[:, -1] > 2).sum())
+    counts["series diverges"] += int((symmetric_eigenvalues(inner)[:, -1] > 2).sum())
     counts["rank-deficient"] += len(hess) if weight.shape[1] >= weight.shape[0] else 0
 
 
@@ -187,7 +188,8 @@ class _Boundary(Response):
         return None if motion is None else DenseGram(motion.conjugated(jacobian))
 
     def _gauss_newton(self, local: LocalPoint) -> bool:
-        return local.problem.backbone.piecewise_linear or local.x.shape[1] > self.max_exact
+        backbone = local.problem.backbone
+        return backbone.piecewise_linear or not backbone.curved or local.x.shape[1] > self.max_exact
 
     def _sketched(self, local: LocalPoint, directions: int, counts: Counter[str]) -> Gram | None:
         """G from random directions: to first order in the input curvature where that will do, else around its root."""
@@ -239,7 +241,7 @@ class _Boundary(Response):
         scaled = local.root * inv[:, :, None]
         if normal is not None:
             scaled = scaled - normal[:, :, None] * (normal[:, None, :] @ scaled)
-        b, v = torch.linalg.eigh(scaled.mT @ scaled)
+        b, v = symmetric_eigh(scaled.mT @ scaled)
         counts["not a strict maximum"] += int((b[:, -1] >= 1).sum())
         counts["damped"] += int((b[:, -1] > 1 - self.damping).sum())
         gain = (1 - b).clamp(min=self.damping).reciprocal()
@@ -252,13 +254,14 @@ class _Boundary(Response):
         if normal is not None:
             projector = projector - normal[:, :, None] * normal[:, None, :]
         full = torch.diag_embed(a) - local.problem.input_hessian(local.theta, local.at, local.y)
-        values, vectors = torch.linalg.eigh(projector @ full @ projector)
+        values, vectors = symmetric_eigh(projector @ full @ projector)
         inside = ((projector @ vectors) * vectors).sum(1) > 0.5
         scale = values.abs().amax(1, keepdim=True)
         floor = self.damping * torch.where(a.amax(1, keepdim=True) > 0, a.amax(1, keepdim=True), scale)
         # nothing pushes and nothing curves (a head at zero): the maximiser is not determined
         inside = inside & (torch.maximum(scale, floor) > torch.finfo(a.dtype).tiny)
-        low = inside & (values < 1e-12 * scale)
+        rounding = 1e-12 if local.delta.dtype == torch.float64 else 1e-6
+        low = inside & (values < rounding * scale)
         counts["not a strict maximum"] += int(low.any(1).sum())
         values = torch.where(low, floor, values)
         inverse = torch.where(inside, values, torch.ones_like(values)).reciprocal() * inside
