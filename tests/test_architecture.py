@@ -67,6 +67,7 @@ TO_SHORTEN = {
     "scope.network.unlearn_stored",
     "scope.network.wide_objective",
     "unlearning.unlearn.unlearn",
+    "callback.MUterCallback.__init__",
     "minimise.polish.polish",
 }
 
