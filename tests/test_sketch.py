@@ -15,12 +15,13 @@ from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.curvature.objective.head import RobustObjective
 from lightning_muter.curvature.problem.head import Backbone, HeadProblem
 from lightning_muter.curvature.problem.point import LocalPoint
-from lightning_muter.curvature.response.choose import L2Response, LinfResponse, first_order
+from lightning_muter.curvature.response.boundary import first_order
+from lightning_muter.curvature.response.choose import L2Response, LinfResponse
 from lightning_muter.curvature.response.operators import LowRankMotion
 from lightning_muter.curvature.response.sketch import choose_directions, rademacher
 from lightning_muter.errors import ArgumentError
 from lightning_muter.model.dataset import SampleSource
-from tests.test_matrix_free import EXACT, data, relu_net
+from tests.networks import EXACT, data, relu_net
 
 
 @pytest.mark.parametrize("width", [1, 31, 32, 33, 100])

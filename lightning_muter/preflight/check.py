@@ -27,7 +27,7 @@ from lightning_muter.snapshot.take import take_snapshot
 
 #: Rows of the two trials, and passes over the data that a polish usually takes.
 _FEW, _MORE, _PASSES = 16, 64, 15
-_OPTIONS = ("scope", "threat_model", "response", "loss", "weight_decay")
+_OPTIONS = ("scope", "threat_model", "response", "loss", "weight_decay", "inputs", "label")
 
 
 @dataclass
@@ -77,7 +77,7 @@ def check(
         data: training DataLoader or LightningDataModule, as for ``trainer.fit``.
         callbacks: those of the fit: ``AdversarialTraining`` and ``MUterCallback``, whose options are then taken.
         trainer: the trainer of the fit, if it exists already (its callbacks count).
-        options: scope, threat_model, response, loss, weight_decay where no ``MUterCallback`` is given.
+        options: scope, threat_model, response, loss, weight_decay, inputs, label where no ``MUterCallback`` is given.
 
     Returns:
         a :class:`Check`; ``print`` it.
@@ -169,9 +169,6 @@ def _trial(
 ) -> tuple[float, int]:
     """Seconds and passes of a snapshot of the first rows, without polishing."""
     threat: ThreatModel | None = options.get("threat_model") or (adversary.threat if adversary is not None else None)
-    loss = options.get("loss")
-    if loss is None and adversary is not None:
-        loss = adversary.loss
     scope = options.get("scope", "head")
     take: Any = take_snapshot if scope == "head" else take_wide_snapshot
     more: dict[str, Any] = {} if scope == "head" else {"batch_size": WIDE_BATCH}
@@ -184,7 +181,9 @@ def _trial(
         threat_model=threat,
         scope=scope,
         response=options.get("response", "auto"),
-        loss=loss,
+        loss=options.get("loss"),
+        inputs=options.get("inputs"),
+        label=options.get("label"),
         weight_decay=options.get("weight_decay", "auto"),
         optimizers=optimizers,
         polish=0,

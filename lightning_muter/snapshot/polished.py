@@ -73,8 +73,8 @@ def _robust(
             z = logits(found)
             losses = per_sample(loss, z, y)
             share = accuracy(loss, z, y)
-        weights = 1.0 if batch.weight is None else batch.weight.to(losses.dtype)
+        weights = 1.0 if batch.weight is None else batch.weight.to(losses)
         total += float((losses * weights).sum())
         right = None if share is None or right is None else right + float(share) * len(x)
     decay = 0.5 * float((objective.decay * theta.square()).sum())
-    return None if right is None else right / len(chosen), total / len(chosen) + decay
+    return None if right is None else right / len(chosen), total / source.total(chosen) + decay

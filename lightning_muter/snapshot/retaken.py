@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Subset
 
 from lightning_muter.errors import MismatchError, RequestError
 from lightning_muter.forgotten.modules import recalled
-from lightning_muter.forgotten.rows import Forgotten, known_keys
+from lightning_muter.forgotten.rows import Forgotten, known_keys, remember_key
 from lightning_muter.snapshot.snapshot import Snapshot, Stored
 
 Take = TypeVar("Take", bound=Callable[..., Any])
@@ -33,6 +33,7 @@ def leaves_out_forgotten(take: Take) -> Take:
         record = recalled(model) | (Forgotten.of(like) if like is not None else Forgotten())
         if not record:
             return cast(Stored, take(model, dataset, **options))
+        remember_key(options.get("key"))
         gone = positions_to_leave_out(record, dataset, options.get("collate"))
         key = options.get("key") or known_keys().get(record.key_id)
         if key is not None and record.key_id and key.key_id != record.key_id:
@@ -48,7 +49,7 @@ def leaves_out_forgotten(take: Take) -> Take:
             weight = options.get("sample_weight")
             options["sample_weight"] = None if weight is None else torch.as_tensor(weight)[kept]
             options |= {"like": part_of(like, kept)} if like is not None else {}
-            snapshot = spread(take(model, Subset(dataset, kept), **options), n, gone, weight)
+            snapshot = spread(take(model, Subset(dataset, kept), **options), n, gone)
         snapshot.barred = snapshot.barred | record.barred
         return cast(Stored, snapshot)
 
@@ -63,7 +64,7 @@ def positions_to_leave_out(record: Forgotten, dataset: Dataset[Any], collate: An
     """
     gone = record.located(dataset, collate)
     length = len(dataset)  # type: ignore[arg-type]
-    expected = list(record.positions) if length == record.n_total else []
+    expected = record.placed(dataset)
     if gone != expected:
         moved = sorted(set(gone) - set(expected))
         raise RequestError(
@@ -74,14 +75,15 @@ def positions_to_leave_out(record: Forgotten, dataset: Dataset[Any], collate: An
     return gone
 
 
-def spread(part: Any, n_total: int, gone: Sequence[int], weight: Tensor | None, absent: Sequence[int] = ()) -> Any:
+def spread(part: Any, n_total: int, gone: Sequence[int], absent: Sequence[int] = ()) -> Any:
     """A snapshot of the retained rows, with positions counted in the full training set again."""
     out = {*gone, *absent}
     kept = [i for i in range(n_total) if i not in out]
-    part.n_total, part.forgotten, part.absent, part.sample_weight = n_total, list(gone), list(absent), weight
-    part.digests = _spread(part.digests, kept, n_total)
-    if getattr(part, "starts", None) is not None:
-        part.starts = _spread(part.starts, kept, n_total)
+    part.n_total, part.forgotten, part.absent = n_total, list(gone), list(absent)
+    for name in ("digests", "starts", "sample_weight", "mass"):
+        rows = getattr(part, name, None)
+        if rows is not None:
+            setattr(part, name, _spread(rows, kept, n_total))
     return part
 
 
@@ -90,7 +92,7 @@ def part_of(snapshot: Snapshot, kept: list[int]) -> Snapshot:
     starts = None if snapshot.starts is None else snapshot.starts[kept]
     return replace(
         snapshot, n_total=len(kept), forgotten=[], absent=[], digests=snapshot.digests[kept], starts=starts, base_starts=None,
-        sample_weight=None,
+        sample_weight=None, mass=None,
     )  # fmt: skip
 
 
