@@ -69,7 +69,6 @@ TO_SHORTEN = {
     "unlearning.unlearn.unlearn",
     "callback.MUterCallback.__init__",
     "minimise.polish.polish",
-    "deletion.transactions.commit_request",
 }
 
 
