@@ -84,7 +84,9 @@ def test_torchattacks_on_images_and_the_mixin(tmp_path):
     assert listing(tmp_path) == before  # in memory, until it is saved
     muter.save()
     after = listing(tmp_path)
-    assert {name for name in after if after[name] != before[name]} == {"model.muter.snapshot"}
+    changed = {name for name in before if after[name] != before[name]}
+    assert changed == {"model.muter.ckpt", "model.muter.snapshot"}  # one transaction, entered in the ledger
+    assert "model.muter.ledger" in after
 
 
 def test_files_and_logs(tmp_path):
