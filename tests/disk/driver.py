@@ -33,8 +33,8 @@ from lightning_muter.deletion.ledger import Ledger
 from lightning_muter.deletion.purge import purge_command
 from lightning_muter.deletion.transactions import exclusive
 from lightning_muter.snapshot.snapshot import Snapshot
+from tests.world import command, plain_checkpoint, unlearned
 
-from ..world import command, plain_checkpoint, unlearned
 from .power import Disk, read_log
 
 Action = Callable[[Path], object]
