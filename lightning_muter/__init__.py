@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from lightning_muter.scope.head_methods import Method, MUter
     from lightning_muter.scope.network import unlearn_wide
     from lightning_muter.scope.wide_taking import take_wide_snapshot
-    from lightning_muter.snapshot.old_snapshot import Snapshot
+    from lightning_muter.snapshot.snapshot import Snapshot, WideSnapshot
     from lightning_muter.snapshot.take import refresh, take_snapshot
-    from lightning_muter.snapshot.wide_snapshot import WideSnapshot
     from lightning_muter.solvers.choose import Solver
     from lightning_muter.unlearning.unlearn import UnlearnResult, unlearn
 
@@ -57,8 +56,8 @@ _HOME = {
     "take_snapshot": "snapshot.take",
     "take_wide_snapshot": "scope.wide_taking",
     "refresh": "snapshot.take",
-    "Snapshot": "snapshot.old_snapshot",
-    "WideSnapshot": "snapshot.wide_snapshot",
+    "Snapshot": "snapshot.snapshot",
+    "WideSnapshot": "snapshot.snapshot",
     "unlearn": "unlearning.unlearn",
     "unlearn_wide": "scope.network",
     "UnlearnResult": "unlearning.unlearn",

@@ -16,22 +16,24 @@ from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.adversarial.training import adversary_of
 from lightning_muter.curvature.hessian.direct import Curvature
 from lightning_muter.curvature.response.choose import Response
-from lightning_muter.errors import ArgumentError, RequestError, UnsuitableError
+from lightning_muter.deletion.checkpoints import checkpoint_fingerprint, load_checkpoint
+from lightning_muter.errors import ArgumentError, MuterError, RequestError, UnsuitableError
+from lightning_muter.lightning_names import Callback
 from lightning_muter.model.losses import Loss
 from lightning_muter.preflight.checks import DEFAULT_CAP, inspect_fit
 from lightning_muter.preflight.findings import enforce
 from lightning_muter.scope.head_methods import Method
 from lightning_muter.scope.wide_taking import take_wide_snapshot
-from lightning_muter.snapshot.old_snapshot import CHECKPOINT_KEY, Snapshot, key_path
+from lightning_muter.snapshot.snapshot import CHECKPOINT_KEY, WIDE_BATCH, Snapshot, WideSnapshot, key_path
 from lightning_muter.snapshot.take import refresh, take_snapshot
-from lightning_muter.snapshot.wide_snapshot import WIDE_BATCH, WideSnapshot
 from lightning_muter.solvers.choose import Solver, as_solver
 from lightning_muter.storage.atomic import commit_files
 from lightning_muter.storage.fingerprint import DigestKey
+from lightning_muter.storage.plain import Plain, plain
 from lightning_muter.unlearning.unlearn import UnlearnResult, unlearn
 
 
-class MUterCallback(pl.Callback):
+class MUterCallback(Callback):
     """Keeps what is needed to unlearn training samples later.
 
     At fit start everything unsuitable is said in one list. At the end of the fit the head is polished until stationary
@@ -196,7 +198,10 @@ class MUterCallback(pl.Callback):
         return DigestKey.load_or_create(key_path(f"{stem}.muter.snapshot"))
 
     def _write(self, trainer: pl.Trainer, snapshot: Snapshot | WideSnapshot, stem: Path) -> None:
-        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
+        dumped = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
+        weights = dumped.pop("state_dict")  # keeps its metadata
+        written = plain(dumped)
+        checkpoint = {**written.value, "state_dict": weights}
         self.paths = {
             "checkpoint": Path(f"{stem}.muter.ckpt"),
             "snapshot": Path(f"{stem}.muter.snapshot"),
@@ -209,11 +214,36 @@ class MUterCallback(pl.Callback):
                 self.paths["snapshot"]: snapshot.writer(),
             }
         )
+        self._read_back(snapshot, written)
         if self.verbose:
             rank_zero_info(
                 f"MUter: snapshot of {snapshot.n_total} samples, stationarity {snapshot.stationarity:.1e}, "
                 f"{snapshot.nbytes / 2**20:.1f} MiB: {self.paths['snapshot']} (weights: {self.paths['checkpoint'].name})"
             )
+
+    def _read_back(self, snapshot: Snapshot | WideSnapshot, written: Plain) -> None:
+        """What was written must be what the command line can read; said now, not when the first request comes."""
+        written.left_out.pop("hparams_type", None)  # of OmegaConf: a class
+        notes = []
+        if written.changed and self.verbose:
+            shown = ", ".join(f"{name} ({kind})" for name, kind in written.changed.items())
+            rank_zero_info(f"MUter: written as plain dicts and tensors, and so they come back: {shown}")
+        if written.left_out:
+            shown = ", ".join(f"{name} ({kind})" for name, kind in written.left_out.items())
+            notes.append(
+                f"{self.paths['checkpoint'].name} was written without {shown}: reading such objects would run code. "
+                "Pass them again where the checkpoint is loaded: load_from_checkpoint(path, name=value), or in the "
+                "command line's configuration."
+            )
+        try:
+            found = checkpoint_fingerprint(load_checkpoint(self.paths["checkpoint"]))
+            if found != snapshot.fingerprint:
+                notes.append(f"{self.paths['checkpoint']} does not hold the weights of the snapshot ({found[:16]}…).")
+        except MuterError as error:
+            notes.append(f"Requests from the command line will not work: {error}")
+        for note in notes:
+            rank_zero_warn(note)
+        snapshot.warnings += notes
 
     def _log(self, trainer: pl.Trainer, snapshot: Snapshot | WideSnapshot) -> None:
         figures: dict[str, float] = {

@@ -40,6 +40,7 @@ deletion requests (need the model, the training data and a checkpoint):
 
 files (need neither model nor data):
   audit     --ckpt_path CKPT [--verify]        state of a checkpoint; with --verify the chain of receipts is checked
+            --ckpt_path CKPT --expect HEAD     whether a head that was printed earlier is still in the history
   purge     --ckpt_path CKPT [--yes]           list (delete) what still holds removed influence
 
 example:
@@ -48,9 +49,11 @@ example:
   muter audit    --ckpt_path last.ckpt --verify
 
 Files beside last.ckpt: last.muter.ckpt (the checkpoint that requests change), last.muter.snapshot, last.muter.ledger,
-last.muter.receipts/, last.muter.key (mode 0600; keep a copy elsewhere: without it samples cannot be recognised).
+last.muter.receipts/, last.muter.pub (give it to auditors), last.muter.key (mode 0600; keep a copy elsewhere: without it
+samples cannot be recognised).
 exit codes: 0 done, 1 refused with a reason (nothing was changed unless it says so), 2 wrong usage
-environment: MUTER_TRACEBACK=1 shows the Python traceback of a refusal too
+environment: MUTER_TRACEBACK=1 shows the Python traceback of a refusal too; MUTER_WITNESS names a command that is told every new
+head of the ledger (in place of {head}, and on its standard input)
 """
 
 
@@ -108,7 +111,7 @@ _LESS_MEMORY = (
 
 
 def _run_lightning(arguments: list[str]) -> int:
-    from lightning_muter.deletion.trainer import run
+    from lightning_muter.deletion.command_line import run
 
     return run(arguments)
 
@@ -117,7 +120,16 @@ def _run_files(command: str, arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"muter {command}", description=_FILE_HELP[command])
     parser.add_argument("--ckpt_path", required=True, help="the checkpoint, <name>.ckpt or <name>.muter.ckpt")
     if command == "audit":
-        parser.add_argument("--verify", action="store_true", help="check the chain of receipts, seals and files too")
+        parser.add_argument(
+            "--verify", action="store_true", help="check the chain of receipts, signatures and files too"
+        )
+        parser.add_argument(
+            "--expect", metavar="HEAD",
+            help="a head that an earlier audit printed; exit code 1 unless it is this ledger's head or in its history",
+        )  # fmt: skip
+        parser.add_argument(
+            "--public_key", metavar="FILE", help="your own copy of <name>.muter.pub, for the one here may be replaced"
+        )
     else:
         parser.add_argument("--yes", action="store_true", help="delete what is listed (otherwise only list it)")
         parser.add_argument(
@@ -133,7 +145,9 @@ def _run_files(command: str, arguments: list[str]) -> int:
     if command == "audit":
         from lightning_muter.deletion.audit import audit_command
 
-        return audit_command(options.ckpt_path, verify=options.verify)
+        return audit_command(
+            options.ckpt_path, verify=options.verify, expect=options.expect, public_key=options.public_key
+        )
     from lightning_muter.deletion.purge import purge_command
 
     return purge_command(options.ckpt_path, yes=options.yes, roots=options.root, also=options.also, wait=options.wait)

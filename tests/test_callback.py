@@ -324,7 +324,7 @@ def test_files_of_a_fit_appear_together_or_not_at_all(tmp_path, monkeypatch):
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise OSError(28, "No space left on device (injected)")
 
-    monkeypatch.setattr("lightning_muter.snapshot.old_snapshot.Snapshot.writer", lambda self: fail)
+    monkeypatch.setattr("lightning_muter.snapshot.snapshot.Snapshot.writer", lambda self: fail)
     with pytest.raises(OSError, match="injected"):
         _trainer(tmp_path, muter, epochs=1).fit(Mixed().double(), _loader(data))
     assert listing(tmp_path / "files") == before

@@ -25,7 +25,7 @@ from lightning_muter.deletion.files import Places
 from lightning_muter.deletion.ledger import Ledger
 from lightning_muter.deletion.transactions import exclusive
 from lightning_muter.errors import RequestError
-from lightning_muter.snapshot.old_snapshot import Snapshot
+from lightning_muter.snapshot.snapshot import Snapshot
 from lightning_muter.storage.fingerprint import DigestKey
 
 from .faults import listing
@@ -113,7 +113,7 @@ def test_a_request_leaves_an_ordinary_checkpoint_and_a_verified_chain(folder, ca
     assert muter("audit", "--verify") == 0
     out = capsys.readouterr().out
     assert "120 trained on, 2 forgotten" in out
-    assert "2 receipts: chain, seals and files checked" in out
+    assert "2 receipts: chain, signatures and files checked" in out
     assert "muter refresh" in out
     assert cli.main(["test", "--config", "config.yaml", "--ckpt_path", "last.muter.ckpt"]) == 0
     assert "accuracy" in capsys.readouterr().out
@@ -145,7 +145,7 @@ def test_what_the_callback_left_after_fit_is_unlearned(folder, capsys):
     assert cli.main([*request, "--refine", "1", "--request_id", "t"]) == 0
     assert "bound: " in capsys.readouterr().out
     assert cli.main(["audit", "--ckpt_path", str(made), "--verify"]) == 0
-    assert "1 receipts: chain, seals and files checked" in capsys.readouterr().out
+    assert "1 receipts: chain, signatures and files checked" in capsys.readouterr().out
     assert cli.main(["refresh", "--config", "config.yaml", "--ckpt_path", str(made)]) == 0
 
 
@@ -305,8 +305,9 @@ def test_damaged_and_lost_files_are_found_by_requests_and_audits(name, folder, c
     assert message in err
     assert "Traceback" not in err
     assert fixed(folder) == before
-    assert muter("audit", "--verify") == 1
-    assert "PROBLEM" in capsys.readouterr().out
+    if name != "key lost":  # an auditor has none
+        assert muter("audit", "--verify") == 1
+        assert "PROBLEM" in capsys.readouterr().out
 
 
 def test_an_edited_receipt_is_found(folder, capsys):

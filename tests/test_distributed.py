@@ -20,7 +20,7 @@ from lightning_muter.curvature.response.choose import as_response
 from lightning_muter.errors import UnsuitableError
 from lightning_muter.model.distributed import Shards, refuse_sharded_parameters
 from lightning_muter.scope.network import unlearn_wide
-from lightning_muter.snapshot.old_snapshot import Snapshot
+from lightning_muter.snapshot.snapshot import Snapshot
 from lightning_muter.snapshot.take import take_snapshot
 from lightning_muter.unlearning.unlearn import unlearn
 from tests.cases import equal_maxima, several_maxima

@@ -35,7 +35,7 @@ from lightning_muter.deletion.checkpoints import checkpoint_fingerprint, load_ch
 from lightning_muter.deletion.files import Places
 from lightning_muter.deletion.ledger import Ledger
 from lightning_muter.deletion.transactions import STAGES
-from lightning_muter.snapshot.old_snapshot import Snapshot
+from lightning_muter.snapshot.snapshot import Snapshot
 from lightning_muter.storage import atomic as files
 from lightning_muter.storage.fingerprint import DigestKey
 

@@ -20,6 +20,7 @@ from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.adversarial.training import AdversarialTraining
 from lightning_muter.errors import UnsuitableError
 from lightning_muter.model.head import find_head
+from lightning_muter.model.weight_decay import read_weight_decay
 from lightning_muter.preflight.checks import (
     inspect_fit,
     inspect_loss,
@@ -30,7 +31,7 @@ from lightning_muter.preflight.checks import (
 )
 from lightning_muter.preflight.data import example_batch, inspect_loaders
 from lightning_muter.preflight.findings import Finding, enforce, skip_reason
-from lightning_muter.preflight.optimizers import inspect_optimizers, read_weight_decay
+from lightning_muter.preflight.optimizers import inspect_optimizers
 
 PGD = functools.partial(torchattacks.PGD, eps=0.1, steps=2)
 

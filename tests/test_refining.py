@@ -14,7 +14,7 @@ from torch.utils.data import Subset, TensorDataset
 
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.curvature.objective.head import RobustObjective
-from lightning_muter.snapshot.old_snapshot import Snapshot
+from lightning_muter.snapshot.snapshot import Snapshot
 from lightning_muter.snapshot.take import take_snapshot
 from lightning_muter.unlearning import unlearn as unlearning
 from lightning_muter.unlearning.unlearn import unlearn

@@ -14,8 +14,8 @@ from torch.utils.data import TensorDataset
 
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError
-from lightning_muter.snapshot.old_snapshot import Snapshot
 from lightning_muter.snapshot.resume import Resumable
+from lightning_muter.snapshot.snapshot import Snapshot
 from lightning_muter.snapshot.take import take_snapshot
 from lightning_muter.storage.fingerprint import DigestKey
 from tests.cases import several_maxima

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_muter.curvature.response.choose import Response, Unconstrained
+from lightning_muter.curvature.response.choose import NoResponse, Unconstrained
 from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError, MuterError
-from lightning_muter.snapshot.old_snapshot import KIND, Snapshot, key_path
+from lightning_muter.snapshot.snapshot import KIND, Snapshot, key_path
 from lightning_muter.snapshot.take import take_snapshot
 from lightning_muter.storage import atomic as files
 from lightning_muter.storage.container import read_container, write_container
@@ -31,12 +32,12 @@ CASES = [
 
 
 def _same(a: Snapshot, b: Snapshot) -> None:
-    first, second = a._tensors(), b._tensors()
+    (fields, first), (others, second) = a.encoded(), b.encoded()
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         assert tensor.dtype == second[name].dtype, name
         assert torch.equal(tensor, second[name]), name
-    assert a._meta() == b._meta()
+    assert fields == others
 
 
 @pytest.mark.parametrize(("name", "kwargs"), CASES)
@@ -106,28 +107,42 @@ def _meta(**new: Any) -> Any:
     return lambda meta, tensors: meta.update(new)
 
 
+def _fields(**new: Any) -> Any:
+    return lambda meta, tensors: meta["fields"].update(new)
+
+
+def _response(name: Any, module: str = "lightning_muter", **settings: Any) -> Any:
+    return _fields(response={"name": name, "module": module, "settings": settings})
+
+
 TAMPERED = {
     "weights of another shape": _tensor("theta_ref", lambda t: t[:, :-1]),
     "weights not finite": _tensor("theta_ref", lambda t: t * torch.nan),
-    "blocks missing": _tensor("hessian", lambda t: t[:-1]),
-    "hessian not finite": _tensor("hessian", lambda t: t / 0),
+    "blocks missing": _tensor("hessian.blocks", lambda t: t[:-1]),
+    "hessian not finite": _tensor("hessian.blocks", lambda t: t / 0),
     "gradient of another shape": _tensor("gradient", lambda t: t.flatten()),
     "negative decay": _tensor("decay", lambda t: -t),
     "digests too few": _tensor("digests", lambda t: t[:-1]),
-    "forgotten rows out of range": _tensor("forgotten", lambda t: torch.tensor([99])),
-    "forgotten rows twice": _tensor("forgotten", lambda t: torch.tensor([1, 1])),
+    "forgotten rows out of range": _fields(forgotten=[99]),
+    "forgotten rows twice": _fields(forgotten=[1, 1]),
+    "forgotten rows that are none": _fields(forgotten=[True]),
     "no weights": lambda meta, tensors: tensors.pop("theta_ref"),
-    "no threat model": lambda meta, tensors: meta.pop("threat_model"),
-    "another norm": _meta(threat_model={"norm": "l7", "eps": 0.1, "box": None}),
-    "negative eps": _meta(threat_model={"norm": "l2", "eps": -0.1, "box": None}),
-    "unknown response": _meta(response={"name": "os.system"}),
-    "response with other arguments": _meta(response={"name": "l2", "path": "/"}),
-    "unknown curvature": _meta(curvature="kfac"),
-    "another scope": _meta(scope="all"),
-    "a count that is none": _meta(n_total="many"),
-    "another count": _meta(n_total=3),
-    "inner options unknown": _meta(inner={"shell": "true"}),
-    "figures that are none": _meta(figures=3),
+    "a tensor that nothing names": lambda meta, tensors: tensors.update(more=torch.zeros(1)),
+    "one tensor named twice": _fields(gradient={"$tensor": "decay"}),
+    "no threat model": lambda meta, tensors: meta["fields"].pop("threat_model"),
+    "another norm": _fields(threat_model={"norm": "l7", "eps": 0.1, "box": None}),
+    "negative eps": _fields(threat_model={"norm": "l2", "eps": -0.1, "box": None}),
+    "half a box": _fields(threat_model={"norm": "l2", "eps": 0.1, "box": [0.0]}),
+    "no response": _fields(response="l2"),
+    "response with other arguments": _response("l2", path="/"),
+    "unknown curvature": _fields(curvature="kfac"),
+    "another record": _meta(record="WideSnapshot"),
+    "an unknown record": _meta(record="os.system"),
+    "a field that is none": _fields(shell="true"),
+    "a count that is none": _fields(n_total="many"),
+    "another count": _fields(n_total=3),
+    "inner options unknown": _fields(inner={"shell": "true"}),
+    "figures that are none": _fields(figures=3),
     "a later version": _meta(version=99),
 }
 
@@ -143,7 +158,7 @@ def test_tampered_content_with_a_valid_hash_is_refused(stored, tmp_path, alter):
         Snapshot.load(target)
 
 
-@pytest.mark.parametrize("name", ["theta_ref", "theta_base", "gradient", "hessian", "decay", "digests"])
+@pytest.mark.parametrize("name", ["theta_ref", "theta_base", "gradient", "hessian.blocks", "decay", "digests"])
 def test_other_dtypes_than_were_written_are_refused(stored, tmp_path, name):
     _, _, path = stored
     meta, tensors = read_container(path, KIND)
@@ -209,20 +224,36 @@ def test_a_first_save_that_fails_leaves_nothing(stored, tmp_path, monkeypatch):
     assert listing(tmp_path) == {}
 
 
-def test_own_responses_are_not_saved_silently(tmp_path):
-    class Mine(Response):
-        name = "mine"
+def test_a_response_that_was_not_imported_is_named_with_its_module(stored, tmp_path):
+    _, _, path = stored
+    meta, tensors = read_container(path, KIND)
+    _response("mine", "their.project")(meta, tensors)
+    target = tmp_path / "a.muter.snapshot"
+    write_container(target, KIND, meta, tensors)
+    with pytest.raises(MismatchError, match=r"response: 'mine' is not known.*l2.*'their\.project': import"):
+        Snapshot.load(target)
 
-        def gram(self, local: Any, counts: Any) -> None:
-            return None
 
-        def motion(self, local: Any, counts: Any) -> None:
-            return None
+def test_a_response_that_cannot_be_restored_is_not_saved(tmp_path):
+    class Nameless(Unconstrained):
+        pass
 
-    one = case("linear-softmax-bias")
-    snapshot = snapshot_of(one, THREATS["l2"], response=Mine())
-    with pytest.raises(ArgumentError, match=r"response.*Mine.*no code"):
-        snapshot.save(tmp_path / "a.muter.snapshot")
+    class Forgetful(NoResponse):
+        name = "forgetful"
+
+        def __init__(self, power: float = 1.0) -> None:
+            pass
+
+    class Function(NoResponse):
+        name = "function"
+
+        def __init__(self, function: Any = abs) -> None:
+            self.function = function
+
+    snapshot = snapshot_of(case("linear-softmax-bias"), THREATS["l2"])
+    for response, why in ((Nameless(), "name of its own"), (Forgetful(), "attributes.*power"), (Function(), "no code")):
+        with pytest.raises(ArgumentError, match=rf"response.*{why}"):
+            dataclasses.replace(snapshot, response=response).save(tmp_path / "a.muter.snapshot")
     assert listing(tmp_path) == {}
 
 

@@ -84,7 +84,7 @@ def state(places):
     assert places.checkpoint.read_bytes() == b"checkpoint %d" % count
     assert places.snapshot.read_bytes() == b"snapshot %d" % count
     names = {path.name for path in places.folder.iterdir()}
-    assert names <= {f"last.muter.{e}" for e in ("ckpt", "snapshot", "ledger", "receipts")} | {places.lock.name}
+    assert names <= {f"last.muter.{e}" for e in ("ckpt", "snapshot", "ledger", "receipts", "pub")} | {places.lock.name}
     assert len(list(places.receipts.iterdir())) == 2 * count
     return count
 
@@ -156,7 +156,7 @@ def test_a_kill_at_any_call_is_finished_or_undone_and_said(places, tmp_path, ste
         # The next request goes through from wherever the last one was left.
         request(places, counts[-1] + 1)
         assert state(places) == counts[-1] + 1
-    assert min(counts.count(1), counts.count(2)) >= 25 / step
+    assert min(counts.count(1), counts.count(2)) >= 18 / step
     assert counts == sorted(counts)
     assert {"undone, ask for it again", "finished now, it counts"} <= sayings
 

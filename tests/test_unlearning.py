@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, TensorDataset
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.curvature.response.choose import Unconstrained
 from lightning_muter.errors import ArgumentError, MismatchError, MuterError, RequestError, SolveError, UnsuitableError
-from lightning_muter.snapshot.old_snapshot import Snapshot
+from lightning_muter.snapshot.snapshot import Snapshot
 from lightning_muter.snapshot.take import refresh, take_snapshot
 from lightning_muter.solvers.choose import CG, Neumann, Schur
 from lightning_muter.unlearning.unlearn import UnlearnResult, unlearn
@@ -44,10 +44,11 @@ def state(model: nn.Module, snapshot: Snapshot) -> tuple[dict[str, bytes], dict[
     def plain(tensors: dict[str, Tensor]) -> dict[str, bytes]:
         return {k: v.detach().cpu().contiguous().numpy().tobytes() for k, v in tensors.items()}
 
+    fields, tensors = snapshot.encoded()
     return (
         plain(dict(model.state_dict())),
-        plain(snapshot._tensors()),
-        repr(snapshot._meta()),
+        plain(tensors),
+        repr(fields),
         [m.training for m in model.modules()],
     )
 
@@ -431,7 +432,7 @@ def test_an_undecayed_bias_is_fine_or_refused_but_never_wrong():
         "lightning_muter.unlearning.unlearn.weight_fingerprint",
         "lightning_muter.unlearning.unlearn.certify",
         "lightning_muter.unlearning.unlearn.refined",
-        "lightning_muter.snapshot.old_snapshot.Snapshot.adopt",
+        "lightning_muter.snapshot.snapshot.Snapshot.adopt",
         "lightning_muter.curvature.problem.head.HeadProblem.write_theta",
         "lightning_muter.scope.head_methods.MUter.step",
     ],

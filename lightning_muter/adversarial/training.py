@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lightning_muter.adversarial.adversary import Adversary, LossAttack
@@ -23,6 +22,7 @@ from lightning_muter.adversarial.steps import (
 )
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.errors import RequestError, UnsuitableError
+from lightning_muter.lightning_names import MODULES, Callback, is_overridden
 from lightning_muter.model.losses import Loss
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class AdversarialTrainingMixin:
             if provider is None or getattr(vars(provider)[name], MARK, False):
                 continue
             if name in STEPS:
-                if provider is pl.LightningModule:  # no step at all: Lightning must keep seeing that
+                if provider in MODULES:  # no step at all: Lightning must keep seeing that
                     continue
                 if _wanted(cls, name):
                     refuse_unwrappable(name, vars(provider)[name], provider.__name__)
@@ -143,7 +143,7 @@ def _build_for_mixin(module: Any) -> Adversary | None:
 
 def _checked(module: Any, adversary: Adversary) -> Adversary:
     """Refuse what would train otherwise than asked."""
-    if isinstance(module, pl.LightningModule):
+    if isinstance(module, MODULES):
         trains = is_overridden("training_step", module)
         if trains and not getattr(module.training_step, MARK, False) and module._compiler_ctx is None:
             raise UnsuitableError(
@@ -162,7 +162,7 @@ def _checked(module: Any, adversary: Adversary) -> Adversary:
     return adversary
 
 
-class AdversarialTraining(pl.Callback):
+class AdversarialTraining(Callback):
     """Adversarial training for a module that knows nothing of it: wraps its steps for the time of a run.
 
     Args:

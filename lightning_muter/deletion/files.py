@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning_muter.deletion.ledger import Ledger
-from lightning_muter.deletion.receipts import canonical, markdown, receipt_name
+from lightning_muter.deletion.receipts import markdown, readable, receipt_name
 from lightning_muter.errors import ArgumentError, CorruptFileError
-from lightning_muter.storage.atomic import commit_files
+from lightning_muter.storage.atomic import STAGE, beside, fsync_folder, write_new
 from lightning_muter.storage.container import parse_json
+from lightning_muter.storage.signing import read_public_keys, write_public_keys
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ class Places:
         return self._named("key")
 
     @property
+    def public_key(self) -> Path:
+        """What checks the signatures of the receipts (PEM)."""
+        return self._named("pub")
+
+    @property
     def receipts(self) -> Path:
         """The folder of the receipt files."""
         return self._named("receipts")
@@ -89,16 +95,44 @@ def pending_request(places: Places) -> str | None:
         return None
 
 
+def pending_process(places: Places) -> int | None:
+    """The process whose request is under way, if it still lives (or one that got its number)."""
+    try:
+        with open(places.pending, "rb") as file:
+            process = int(parse_json(file.read(1 << 20)).get("pid", 0))
+        os.kill(process, 0) if process > 0 else None
+    except PermissionError:  # somebody else's
+        return process
+    except (OSError, OverflowError, CorruptFileError, TypeError, ValueError):
+        return None
+    return process if process > 0 else None
+
+
 def write_receipts(places: Places, ledger: Ledger) -> list[Path]:
-    """Write those receipts of the ledger that have no files; returns the new JSON files."""
+    """Write those receipts of the ledger that have no files, and the public key; returns the new JSON files."""
+    there = set(os.listdir(places.receipts)) if places.receipts.is_dir() else set()
     new = []
-    for receipt in ledger.receipts():
-        name = receipt_name(receipt)
-        path = places.receipts / f"{name}.json"
-        if not path.exists() or not path.with_suffix(".md").exists():
+    for number, request_id in ledger.names():
+        name = receipt_name({"number": number, "id": request_id})
+        if not there >= {f"{name}.json", f"{name}.md"} and (receipt := ledger.find(request_id)) is not None:
             _write_receipt(places, receipt)
-            new.append(path)
+            new.append(receipt_path(places, receipt))
+    if new:
+        fsync_folder(places.receipts)
+    _publish_key(places, ledger)
     return new
+
+
+def _publish_key(places: Places, ledger: Ledger) -> None:
+    last = ledger.last()
+    if last is None or "public_key" not in last:
+        return
+    try:
+        known = read_public_keys(places.public_key)[-1].hex
+    except CorruptFileError:  # lost or damaged: written anew
+        known = None
+    if known != last["public_key"]:
+        write_public_keys(places.public_key, ledger.public_keys())
 
 
 def receipt_path(places: Places, receipt: Mapping[str, Any]) -> Path:
@@ -107,8 +141,11 @@ def receipt_path(places: Places, receipt: Mapping[str, Any]) -> Path:
 
 
 def _write_receipt(places: Places, receipt: Mapping[str, Any]) -> None:
+    """Both files appear complete or not at all; what a dead process leaves lies beside the model's other leftovers."""
     places.receipts.mkdir(exist_ok=True)
     path = receipt_path(places, receipt)
-    text, page = canonical(receipt), markdown(receipt).encode()
-    page_path = path.parent / f"{receipt_name(receipt)}.md"
-    commit_files({path: lambda file: file.write(text), page_path: lambda file: file.write(page)})
+    page = path.parent / f"{receipt_name(receipt)}.md"
+    for target, text in ((path, readable(receipt)), (page, markdown(receipt).encode())):
+        stage = beside(places.receipts, STAGE)
+        write_new(stage, lambda file, text=text: file.write(text))  # type: ignore[misc]
+        os.replace(stage, target)

@@ -1,6 +1,7 @@
 """The ledger of one trained model: every request that changed it, in an SQLite file beside the checkpoint.
 
-Tables (schema version 1, kept in `user_version`; WAL, foreign keys on, every commit synced):
+Tables (schema version 1, kept in `user_version`; a rollback journal, so that the one file is all of it; foreign keys on,
+every commit synced, and its folder too):
 
     requests   number, id, kind, time, method, scope, status, fingerprints, metrics, versions, and the receipt itself
     forgotten  position (primary key: no row of the training set can be forgotten twice), request
@@ -14,7 +15,6 @@ process. When its files are in place it is `done`.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,13 +22,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_muter.deletion.receipts import GENESIS, canonical, make_receipt, parse_receipt
+from lightning_muter.deletion.chain import Entry, chain_problems, columns
+from lightning_muter.deletion.receipts import GENESIS, make_receipt, parse_receipt
 from lightning_muter.errors import CorruptFileError, RequestError
+from lightning_muter.storage.atomic import STAGE, beside, fsync_file, fsync_folder
 from lightning_muter.storage.fingerprint import DigestKey
+from lightning_muter.storage.signing import PublicKey
 
 SCHEMA = 1
 _BUSY_SECONDS = 10.0
 _APPLICATION = 0x4D757465  # "Mute", in the file's header
+_IDENTITY = ("user_version", "application_id")
 _TABLES = (
     """CREATE TABLE requests (
     number INTEGER PRIMARY KEY,
@@ -86,39 +90,104 @@ class Ledger:
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, path: Path, *, create: bool = False) -> Iterator[Ledger]:
+    def open(cls, path: Path, *, create: bool = False, readonly: bool = False) -> Iterator[Ledger]:
         """Open (or create) a ledger.
+
+        Args:
+            readonly: only look: no file is made or changed, and none need be writable.
 
         Raises:
             RequestError: there is none and `create` is off.
             CorruptFileError: not an SQLite file, not a ledger, of a newer schema, or damaged.
         """
-        if not create and not path.exists():
-            raise RequestError(f"{path}: no ledger here. `muter snapshot --ckpt_path …` starts one.")
-        connection = _connect(path)
+        if not path.exists():
+            if not create:
+                raise RequestError(f"{path}: no ledger here. `muter snapshot --ckpt_path …` starts one.")
+            _make(path)
+        ledger = cls(path, _opened(path, readonly))
         try:
-            with _readable(path):
-                # Nothing that the file's own schema says is run: no triggers, views or functions of somebody else's.
-                connection.execute("PRAGMA trusted_schema = OFF")
-                connection.execute("PRAGMA foreign_keys = ON")
-                connection.execute("PRAGMA synchronous = FULL")
-                _check_schema(connection, path, create)
-            yield cls(path, connection)
+            yield ledger
         finally:
-            connection.close()
+            ledger._connection.close()
+
+    def reopen(self) -> None:
+        """Begin anew with what the disk holds: after an error nobody but the disk knows what counts.
+
+        Raises:
+            RequestError, CorruptFileError, OSError: the disk does not say, or does not hold for sure what it says.
+        """
+        self._connection.close()
+        self._connection = _opened(self.path, readonly=False)
+        fsync_file(self.path)
+        fsync_folder(self.path.parent)
+
+    @staticmethod
+    def unborn(path: Path) -> bool:
+        """Whether the file was begun but nothing was ever entered: its process died before its tables were in it."""
+        if not path.exists():
+            return False
+        with contextlib.closing(_connect(path, readonly=True)) as connection:
+            try:
+                numbers = [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in _IDENTITY]
+                return not any(numbers) and not connection.execute("SELECT 1 FROM sqlite_master").fetchall()
+            except sqlite3.Error:
+                return False  # damaged, or somebody else's: opening says so
+
+    @classmethod
+    def discard_unborn(cls, path: Path) -> bool:
+        """Remove such a file; the caller holds the model's lock. Returns whether there was one."""
+        if not cls.unborn(path):
+            return False
+        cls.remove(path)
+        return True
+
+    @staticmethod
+    def remove(path: Path) -> None:
+        """Remove a ledger in which nothing is entered; its logs first, which a new file of its name would take for its own."""
+        for ending in ("-wal", "-shm", "-journal", ""):
+            Path(f"{path}{ending}").unlink(missing_ok=True)
 
     def __len__(self) -> int:
-        return self._one("SELECT count(*) FROM requests")[0]
+        return self._one("SELECT coalesce(max(number), 0) FROM requests")[0]
+
+    def head(self) -> str:
+        """The hash of the last receipt, which all before it are chained to; 64 zeros when there is none."""
+        rows = self._all("SELECT sha256 FROM requests ORDER BY number DESC LIMIT 1")
+        return str(rows[0][0]) if rows else GENESIS
+
+    def public_keys(self) -> list[PublicKey]:
+        """The keys that signed the receipts, oldest first (receipts of format 1 name none)."""
+        found = dict.fromkeys(receipt.get("public_key") for receipt in self.receipts())
+        return [PublicKey(name) for name in found if name is not None]
 
     def receipts(self) -> list[dict[str, Any]]:
         """All receipts, oldest first."""
         rows = self._all("SELECT number, receipt FROM requests ORDER BY number")
         return [parse_receipt(text, f"{self.path}, receipt {number}") for number, text in rows]
 
-    def last(self) -> dict[str, Any] | None:
-        """The latest receipt, if there is any."""
-        rows = self._all("SELECT number, receipt FROM requests ORDER BY number DESC LIMIT 1")
+    def last(self, kind: str | None = None) -> dict[str, Any] | None:
+        """The latest receipt (of this kind), if there is any."""
+        where, values = ("WHERE kind = ?", (kind,)) if kind is not None else ("", ())
+        rows = self._all(f"SELECT number, receipt FROM requests {where} ORDER BY number DESC LIMIT 1", values)
         return parse_receipt(rows[0][1], f"{self.path}, receipt {rows[0][0]}") if rows else None
+
+    def contains(self, head: str) -> bool:
+        """Whether this hash is a receipt's: the head, or one in its history."""
+        return bool(self._all("SELECT 1 FROM requests WHERE sha256 = ?", (head,)))
+
+    def kinds(self) -> dict[int, str]:
+        """The kind of every request, by its number."""
+        return dict(self._all("SELECT number, kind FROM requests ORDER BY number"))
+
+    def texts(self) -> list[tuple[int, str, bytes]]:
+        """Number, id and canonical receipt text of every request."""
+        return self._all("SELECT number, id, receipt FROM requests ORDER BY number")
+
+    def names(self) -> list[tuple[int, str]]:
+        """Number and id of every request, oldest first."""
+        return [
+            (int(number), str(name)) for number, name in self._all("SELECT number, id FROM requests ORDER BY number")
+        ]
 
     def find(self, request_id: str) -> dict[str, Any] | None:
         """The receipt of the request with this id, if it was carried out."""
@@ -134,6 +203,10 @@ class Ledger:
         """The forgotten rows of the training set, and the id of the request that removed each."""
         query = "SELECT position, id FROM forgotten JOIN requests ON request = number ORDER BY position"
         return dict(self._all(query))
+
+    def forgotten_by(self) -> dict[int, int]:
+        """The forgotten rows, and the number of the request that removed each."""
+        return dict(self._all("SELECT position, request FROM forgotten"))
 
     def unfinished(self) -> list[tuple[dict[str, Any], list[Switch]]]:
         """Committed requests whose files are not all in place yet (at most one, unless the file was tampered with)."""
@@ -162,20 +235,11 @@ class Ledger:
         with self._transaction():
             last = self.last()
             receipt = make_receipt(content, last["number"] + 1 if last else 1, last["sha256"] if last else GENESIS, key)
-            number, checkpoint = receipt["number"], receipt["checkpoint"]
+            number = receipt["number"]
+            row = columns(receipt)
             self._connection.execute(
                 "INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?, 'committed', ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    number,
-                    *(receipt[name] for name in ("id", "kind", "time", "method", "scope")),
-                    asked,
-                    checkpoint["fingerprint_before"],
-                    checkpoint["fingerprint_after"],
-                    json.dumps(receipt["metrics"], sort_keys=True),
-                    json.dumps(receipt["versions"], sort_keys=True),
-                    canonical(receipt),
-                    receipt["sha256"],
-                ),
+                (*row[:6], asked, *row[6:]),
             )
             insert = self._connection.executemany
             insert("INSERT INTO forgotten VALUES (?, ?)", [(position, number) for position in receipt["forgotten"]])
@@ -193,42 +257,27 @@ class Ledger:
     def copy_to(self, path: Path) -> None:
         """A copy of the whole ledger in a new file (for a model that goes on under another name)."""
         with contextlib.closing(sqlite3.connect(path)) as copy, _readable(path):
+            copy.execute("PRAGMA journal_mode = OFF")
             self._connection.backup(copy)
-            copy.execute("PRAGMA journal_mode = DELETE")  # everything in the one file, durable when this returns
+            copy.execute("PRAGMA journal_mode = DELETE")
+        fsync_file(path)
 
-    def verify(self, key: DigestKey | None) -> list[str]:
-        """Everything that is wrong with the ledger in itself, one line each: damage, a broken chain, a false seal.
+    def verify(self, key: DigestKey | None, trusted: Sequence[PublicKey] = ()) -> list[str]:
+        """Everything that is wrong with the ledger in itself, one line each: damage, a broken chain, a false signature.
 
-        Without a key seals are not checked.
+        Args:
+            key: must have signed the last receipt; it checks the seals of receipts from before signatures too.
+            trusted: without the key, public keys one of which must have; none: any may have.
         """
         problems = [f"SQLite: {row[0]}" for row in self._all("PRAGMA integrity_check") if row[0] != "ok"]
         problems += [f"SQLite: dangling row in {row[0]}" for row in self._all("PRAGMA foreign_key_check")]
-        previous, forgotten = GENESIS, {}
+        users: dict[int, set[str]] = {}
+        for number, digest in self._all("SELECT request, digest FROM users"):
+            users.setdefault(number, set()).add(digest)
         query = """SELECT number, id, kind, time, method, scope, fingerprint_before, fingerprint_after, metrics,
             versions, receipt, sha256 FROM requests ORDER BY number"""
-        for expected, row in enumerate(self._all(query), start=1):
-            try:
-                receipt = parse_receipt(row[10], f"receipt {row[0]}")
-            except CorruptFileError as error:
-                problems.append(str(error))
-                previous = row[11]
-                continue
-            if receipt["previous"] != previous or receipt["number"] != expected or row[0] != expected:
-                problems.append(f"receipt {row[0]}: the chain is broken here: one before it was changed or removed")
-            if row != _row(receipt):
-                problems.append(f"receipt {row[0]}: the ledger's columns and the receipt differ")
-            users = {digest for (digest,) in self._all("SELECT digest FROM users WHERE request = ?", (row[0],))}
-            if users != set(receipt["users"]):
-                problems.append(f"receipt {row[0]}: the ledger's users and the receipt's differ")
-            if key is not None and receipt["key_id"] != key.key_id:
-                problems.append(f"receipt {row[0]}: sealed with key {receipt['key_id']}, the key here is {key.key_id}")
-            elif key is not None and receipt["seal"] != key.seal(receipt["sha256"].encode()):
-                problems.append(f"receipt {row[0]}: its seal is false: it was not made with this key")
-            previous = receipt["sha256"]
-            forgotten.update(dict.fromkeys(receipt["forgotten"], receipt["id"]))
-        if forgotten != self.forgotten():
-            problems.append("the ledger's forgotten rows and the receipts' differ")
-        return problems
+        entries = [Entry(row, users.get(row[0], set())) for row in self._all(query)]
+        return problems + chain_problems(entries, self.forgotten(), key, trusted)
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -250,45 +299,69 @@ class Ledger:
         return self._all(query)[0]
 
 
-def _row(receipt: Mapping[str, Any]) -> tuple[Any, ...]:
-    """A receipt as the columns that repeat it."""
-    return (
-        *(receipt[name] for name in ("number", "id", "kind", "time", "method", "scope")),
-        receipt["checkpoint"].get("fingerprint_before"),
-        receipt["checkpoint"].get("fingerprint_after"),
-        json.dumps(receipt["metrics"], sort_keys=True),
-        json.dumps(receipt["versions"], sort_keys=True),
-        canonical(receipt),
-        receipt["sha256"],
-    )
+def _opened(path: Path, readonly: bool) -> sqlite3.Connection:
+    """A connection to a file that was checked to be a ledger."""
+    with _readable(path):
+        connection = _connect(path, readonly)
+        try:
+            # Nothing that the file's own schema says is run: no triggers, views or functions of somebody else's.
+            connection.execute("PRAGMA trusted_schema = OFF")
+            connection.execute("PRAGMA foreign_keys = ON")
+            connection.execute("PRAGMA synchronous = EXTRA")  # the folder too, once the journal is gone
+            _check_schema(connection, path)
+            if not readonly and connection.execute("PRAGMA journal_mode").fetchone() == ("wal",):
+                connection.execute("PRAGMA journal_mode = DELETE")  # a ledger of an earlier release
+        except BaseException:
+            connection.close()
+            raise
+    return connection
 
 
-def _connect(path: Path) -> sqlite3.Connection:
-    """A connection; where nothing can be written, one that does not try (WAL would want its own files beside)."""
-    if not path.exists() or (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)):
+def _make(path: Path) -> None:
+    """An empty ledger, complete before it has its name: whoever dies in between leaves none."""
+    half = beside(path, STAGE)
+    try:
+        with contextlib.closing(sqlite3.connect(half, isolation_level=None)) as connection, _readable(path):
+            connection.execute("PRAGMA journal_mode = OFF")
+            for table in _TABLES:
+                connection.execute(table)
+            connection.execute(f"PRAGMA user_version = {SCHEMA}")
+            connection.execute(f"PRAGMA application_id = {_APPLICATION}")
+        fsync_file(half)
+        os.replace(half, path)
+    except BaseException:
+        half.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def _connect(path: Path, readonly: bool) -> sqlite3.Connection:
+    """A connection; where nothing may be written, one that does not try."""
+    if not readonly and os.access(path, os.W_OK) and os.access(path.parent, os.W_OK):
         return sqlite3.connect(path, isolation_level=None, timeout=_BUSY_SECONDS)
-    wal = Path(f"{path}-wal")
-    if wal.exists() and wal.stat().st_size:
-        raise RequestError(
-            f"{path}: changes wait in {wal.name}, and the folder cannot be written to. Copy all elsewhere."
-        )
-    return sqlite3.connect(f"{path.absolute().as_uri()}?immutable=1", uri=True, isolation_level=None)
+    mode = "mode=ro"
+    if _is_wal(path):  # of an earlier release: even looking wants files of its own beside it
+        wal = Path(f"{path}-wal")
+        if wal.exists() and wal.stat().st_size:
+            raise RequestError(f"{path}: changes wait in {wal.name}. Any `muter` command that writes takes them in.")
+        mode = "immutable=1"
+    uri = f"{path.absolute().as_uri()}?{mode}"
+    return sqlite3.connect(uri, uri=True, isolation_level=None, timeout=_BUSY_SECONDS)
 
 
-def _check_schema(connection: sqlite3.Connection, path: Path, create: bool) -> None:
-    """Create the tables in an empty file; else insist on exactly the tables of this version."""
+def _is_wal(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(20)[18:] == b"\2\2"
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read ({error.strerror}).") from error
+
+
+def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
+    """Insist on exactly the tables of this version."""
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     found = [row[0] for row in connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY rowid")]
-    if not found and version == 0 and create:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("BEGIN IMMEDIATE")
-        for table in _TABLES:
-            connection.execute(table)
-        connection.execute(f"PRAGMA user_version = {SCHEMA}")
-        connection.execute(f"PRAGMA application_id = {_APPLICATION}")
-        connection.execute("COMMIT")
-        return
     if application != _APPLICATION or version == 0:
         raise CorruptFileError(f"{path}: an SQLite file, but not a ledger of lightning_muter. {_ADVICE}")
     if version > SCHEMA:

@@ -7,7 +7,6 @@ import functools
 import os
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from lightning_muter.deletion.files import Places, pending_request
@@ -18,18 +17,17 @@ from lightning_muter.storage.atomic import STAGE, beside, file_sha256, fsync_fol
 
 @contextlib.contextmanager
 def open_ledger(places: Places) -> Iterator[Ledger]:
-    """The model's ledger; a new one goes again unless a request is entered in it."""
-    is_new, empty = not places.ledger.exists(), False
+    """The model's ledger; it goes again unless a request is entered in it."""
+    empty = False
     try:
         with Ledger.open(places.ledger, create=True) as ledger:
             try:
                 yield ledger
             finally:
-                empty = is_new and len(ledger) == 0
+                empty = len(ledger) == 0
     finally:
         if empty:
-            for ending in ("", "-wal", "-shm"):
-                Path(f"{places.ledger}{ending}").unlink(missing_ok=True)
+            Ledger.remove(places.ledger)
 
 
 @contextlib.contextmanager
@@ -41,7 +39,8 @@ def reading(places: Places) -> Iterator[Ledger | None]:
     """
     waiting = pending_request(places)
     with contextlib.ExitStack() as stack:
-        ledger = stack.enter_context(Ledger.open(places.ledger)) if places.ledger.exists() else None
+        begun = places.ledger.exists() and not Ledger.unborn(places.ledger)
+        ledger = stack.enter_context(Ledger.open(places.ledger, readonly=True)) if begun else None
         if ledger is not None and (unfinished := ledger.unfinished()):
             waiting = unfinished[0][0]["id"]
         if waiting is not None:

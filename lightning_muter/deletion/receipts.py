@@ -1,9 +1,16 @@
-"""Receipts: what one request did, as JSON that is chained by hash to the one before and sealed with the digest key.
+"""Receipts: what one request did, as JSON that is chained by hash to the one before and signed.
 
-A receipt is a JSON object. Its `sha256` is the hash of the canonical JSON text (sorted keys, two spaces of indentation,
-UTF-8, a final newline) of everything but `sha256` and `seal`; `previous` is the `sha256` of the receipt before (or 64
-zeros). So an edited, missing or reordered receipt breaks the chain. Who could rewrite the whole chain is caught
-by `seal`, an HMAC of `sha256` under the key that also made the sample digests: nobody makes it without the key file.
+A receipt is a JSON object. Its `sha256` is the hash of the canonical JSON text (UTF-8, sorted keys, no white space between
+tokens) of everything but `sha256` and `signature`; `previous` is the `sha256` of the receipt before (or 64 zeros). So an
+edited, missing or reordered receipt breaks the chain. Who could rewrite the whole chain is caught by `signature`: Ed25519,
+under a key derived from the digest key, over
+
+    b"lightning_muter receipt\n" + sha256 (64 hexadecimal digits, ASCII)
+
+whose public half, 64 hexadecimal digits, is `public_key` and lies beside the ledger as `<name>.muter.pub` (PEM).
+
+Receipts of format 1 (read, not written any more) have canonical text with two spaces of indentation and a final newline, and
+instead of a signature a `seal`: an HMAC of `sha256` under the digest key, which the key's owner alone can check.
 """
 
 from __future__ import annotations
@@ -12,29 +19,43 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_muter.errors import CorruptFileError
 from lightning_muter.storage.container import parse_json
 from lightning_muter.storage.fingerprint import DigestKey
+from lightning_muter.storage.signing import PublicKey
 
-FORMAT = "lightning_muter receipt 1"
+FORMAT = "lightning_muter receipt 2"
+SEALED_FORMAT = "lightning_muter receipt 1"  # before signatures
+SIGNED_PREFIX = b"lightning_muter receipt\n"
 GENESIS = "0" * 64
-_MAX_BYTES = 64 << 20
 _ADVICE = "The ledger keeps the original: delete the file, and the next request writes it anew."
-_REQUIRED = {
+_ENVELOPE = ("sha256", "seal", "signature")  # outside of the hash
+_COMMON = {
     "format": str, "number": int, "id": str, "kind": str, "time": str, "method": str, "scope": str, "forgotten": list,
     "users": list, "key_id": str, "n_retained": int, "checkpoint": dict, "snapshot": dict, "metrics": dict,
-    "warnings": list, "versions": dict, "previous": str, "sha256": str, "seal": str,
+    "warnings": list, "versions": dict, "previous": str, "sha256": str,
 }  # fmt: skip
+_REQUIRED = {
+    FORMAT: {**_COMMON, "public_key": str, "signature": str},
+    SEALED_FORMAT: {**_COMMON, "seal": str},
+}
 
 
-def canonical(value: Mapping[str, Any]) -> bytes:
-    """The one JSON text of a receipt's content; numbers that JSON has not become text ("inf", "nan")."""
-    text = json.dumps(_plain(value), sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
-    return (text + "\n").encode()
+def canonical(receipt: Mapping[str, Any]) -> bytes:
+    """The one JSON text of a receipt, or of its content; numbers that JSON has not become text ("inf", "nan")."""
+    if receipt.get("format") == SEALED_FORMAT:
+        return readable(receipt)
+    return json.dumps(
+        _plain(receipt), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
+
+
+def readable(receipt: Mapping[str, Any]) -> bytes:
+    """The text of a receipt file: the same JSON, indented."""
+    return (json.dumps(_plain(receipt), sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _plain(value: Any) -> Any:
@@ -48,53 +69,65 @@ def _plain(value: Any) -> Any:
 
 
 def content_sha256(receipt: Mapping[str, Any]) -> str:
-    """SHA-256 of a receipt's content (everything but `sha256` and `seal`)."""
-    content = {key: value for key, value in receipt.items() if key not in ("sha256", "seal")}
+    """SHA-256 of a receipt's content (everything but its hash, seal and signature)."""
+    content = {key: value for key, value in receipt.items() if key not in _ENVELOPE}
     return hashlib.sha256(canonical(content)).hexdigest()
 
 
 def make_receipt(content: Mapping[str, Any], number: int, previous: str, key: DigestKey) -> dict[str, Any]:
-    """Complete `content` to a receipt: number, link to the one before, hash, seal."""
-    receipt = {**_plain(content), "format": FORMAT, "number": number, "previous": previous, "key_id": key.key_id}
+    """Complete `content` to a receipt: number, link to the one before, hash, signature."""
+    who = {"key_id": key.key_id, "public_key": key.public_key.hex}
+    receipt = {**_plain(content), "format": FORMAT, "number": number, "previous": previous, **who}
     digest = content_sha256(receipt)
-    return {**receipt, "sha256": digest, "seal": key.seal(digest.encode())}
+    return {**receipt, "sha256": digest, "signature": key.sign(SIGNED_PREFIX + digest.encode())}
+
+
+def seal_problem(receipt: Mapping[str, Any], key: DigestKey | None, trusted: Sequence[PublicKey]) -> str | None:
+    """What is wrong with a receipt's signature or seal, as far as it can be checked with what is at hand.
+
+    Args:
+        key: the secret key, where it is at hand.
+        trusted: public keys that may have signed; none: whatever key the receipt names.
+    """
+    if receipt["format"] == SEALED_FORMAT:
+        if key is None:
+            return None
+        if receipt["key_id"] != key.key_id:
+            return f"sealed with key {receipt['key_id']}, the key here is {key.key_id}"
+        return None if receipt["seal"] == key.seal(receipt["sha256"].encode()) else "its seal is false"
+    signer = PublicKey(receipt["public_key"])
+    if trusted and signer not in trusted:
+        return f"signed with key {signer.hex[:16]}…, which is not one of the public keys here"
+    if not signer.verifies(receipt["signature"], SIGNED_PREFIX + receipt["sha256"].encode()):
+        return "its signature is false: it was not made with the key that it names"
+    return None
 
 
 def parse_receipt(text: bytes, origin: str = "receipt") -> dict[str, Any]:
     """A receipt from untrusted bytes.
 
     Raises:
-        CorruptFileError: it is not JSON, lacks a field, has one of another type, is not in canonical form, or its
-            content does not match its own hash.
+        CorruptFileError: it is not JSON, lacks a field, has one of another type, or its content does not match its own
+            hash.
     """
     try:
         receipt = parse_json(text)
     except CorruptFileError as error:
         raise CorruptFileError(f"{origin}: {error}. {_ADVICE}") from None
-    wrong = sorted(
-        name for name, kind in _REQUIRED.items() if name not in receipt or type(receipt[name]) is not kind
-    ) + sorted(set(receipt) - set(_REQUIRED))
-    if wrong or receipt["format"] != FORMAT:
-        raise CorruptFileError(
-            f"{origin}: not a receipt of this format (check {', '.join(wrong) or 'format'}). {_ADVICE}"
-        )
+    required = _REQUIRED.get(receipt["format"]) if isinstance(receipt.get("format"), str) else None
+    if required is None:
+        raise CorruptFileError(f"{origin}: not a receipt of a format known here (check format). {_ADVICE}")
+    wrong = sorted(name for name, kind in required.items() if name not in receipt or type(receipt[name]) is not kind)
+    if wrong or len(receipt) != len(required):
+        wrong += sorted(set(receipt) - set(required))
+        raise CorruptFileError(f"{origin}: not a receipt of this format (check {', '.join(wrong)}). {_ADVICE}")
     try:
-        intact = content_sha256(receipt) == receipt["sha256"] and canonical(receipt) == text
+        intact = content_sha256(receipt) == receipt["sha256"]
     except (ValueError, RecursionError):  # lone surrogates and the like
         intact = False
     if not intact:
         raise CorruptFileError(f"{origin}: its content does not match its hash: damaged or edited. {_ADVICE}")
     return receipt
-
-
-def read_receipt(path: Path) -> dict[str, Any]:
-    """As :func:`parse_receipt`, from a file."""
-    try:
-        with open(path, "rb") as file:
-            text = file.read(_MAX_BYTES)
-    except OSError as error:
-        raise CorruptFileError(f"{path}: cannot be read ({error.strerror}). {_ADVICE}") from error
-    return parse_receipt(text, str(path))
 
 
 def receipt_name(receipt: Mapping[str, Any]) -> str:

@@ -15,8 +15,7 @@ from lightning_muter.deletion.files import Places, receipt_path
 from lightning_muter.deletion.ledger import Ledger
 from lightning_muter.deletion.transactions import commit_request
 from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError, MuterError, RequestError
-from lightning_muter.snapshot.old_snapshot import CHECKPOINT_KEY, Snapshot
-from lightning_muter.snapshot.wide_snapshot import WideSnapshot
+from lightning_muter.snapshot.snapshot import CHECKPOINT_KEY, Snapshot, WideSnapshot
 from lightning_muter.storage.atomic import Writer
 from lightning_muter.storage.fingerprint import DigestKey, versions, weight_fingerprint
 from lightning_muter.unlearning.unlearn import UnlearnResult
@@ -218,6 +217,7 @@ def report(places: Places, receipt: Mapping[str, Any], source: Places) -> None:
         print(f"note: {warning}")
     print(f"checkpoint: {places.checkpoint}")
     print(f"receipt: {receipt_path(places, receipt)}")
+    print(f"head {receipt['sha256']}")
     if kind == "unlearn":
         print(f"older files may still hold what was removed: muter purge --ckpt_path {places.checkpoint}")
 

@@ -6,15 +6,12 @@ They are methods of a Trainer, as LightningCLI wants it; each is one transaction
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.cli import LightningCLI
 
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.curvature.response.choose import Response
@@ -37,13 +34,13 @@ from lightning_muter.deletion.request_flow import (
     snapshot_key,
 )
 from lightning_muter.deletion.requests import ForgetConfig, asked_digest, checked_request_id, refuse_forgotten, resolve
-from lightning_muter.deletion.training_data import load_into, threat_of, trades_beta_of, training_data
+from lightning_muter.deletion.training_data import load_into, threat_of, trades_beta_of, trained_decay, training_data
 from lightning_muter.deletion.transactions import exclusive
 from lightning_muter.scope.head_methods import Method
 from lightning_muter.scope.wide_taking import take_wide_snapshot
-from lightning_muter.snapshot.old_snapshot import Snapshot
+from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot
+from lightning_muter.snapshot.summary import decay_text
 from lightning_muter.snapshot.take import refresh, take_snapshot
-from lightning_muter.snapshot.wide_snapshot import WIDE_BATCH, WideSnapshot
 from lightning_muter.solvers.choose import Solver
 from lightning_muter.unlearning.unlearn import unlearn
 
@@ -84,7 +81,8 @@ class MuterTrainer(L.Trainer):
             response: how the attack reacts to the weights: auto, none, unconstrained, l2, linf or a Response.
             curvature: the direct part: hessian, ggn or fisher; by default hessian for the head, ggn beyond it.
             loss: the training loss, callable(logits, y, reduction="none"); the module's criterion or cross-entropy.
-            weight_decay: the optimiser's weight decay; read off configure_optimizers() when "auto".
+            weight_decay: the optimiser's weight decay; "auto" reads it off the optimiser that the checkpoint holds, and
+                off configure_optimizers() where it holds none.
             polish: steps of further minimisation until stationary (beyond the head "auto" takes none); 0 never touches
                 the weights.
             batch_size: samples at a time.
@@ -116,6 +114,7 @@ class MuterTrainer(L.Trainer):
                 snapshot = refresh(model, old, data.dataset, loss=loss, collate=data.collate, batch_size=batch_size)
             else:
                 threat_model, attack = threat_of(self, model, threat_model)
+                decay, read = trained_decay(checkpoint, model) if weight_decay == "auto" else (weight_decay, "given")
                 wide = scope != "head"
                 take: Callable[..., Snapshot | WideSnapshot] = take_wide_snapshot if wide else take_snapshot
                 snapshot = take(
@@ -127,7 +126,7 @@ class MuterTrainer(L.Trainer):
                     response=response,
                     curvature=curvature or ("ggn" if wide else "hessian"),
                     loss=loss,
-                    weight_decay=weight_decay,
+                    weight_decay=decay,
                     polish=polish,
                     collate=data.collate,
                     batch_size=min(batch_size, WIDE_BATCH) if wide else batch_size,
@@ -135,6 +134,8 @@ class MuterTrainer(L.Trainer):
                     key=key,
                     **({"trades_beta": trades_beta_of(self, model)} if wide else {}),
                 )
+                snapshot.figures["weight_decay_read"] = read
+                print(f"weight_decay: {decay_text(snapshot)}, {read}")
             content = receipt_content("snapshot", request_id, snapshot, before, model)
             receipt = commit(places, ledger, content, checkpoint, model, snapshot, asked, key)
             report(places, receipt, source)
@@ -258,49 +259,6 @@ class MuterTrainer(L.Trainer):
             content = receipt_content("refresh", request_id, snapshot, before, model)
             receipt = commit(places, ledger, content, checkpoint, model, snapshot, asked, key)
             report(places, receipt, places)
-
-
-class MuterCLI(LightningCLI):
-    """LightningCLI with the three subcommands above, for any LightningModule and LightningDataModule by class path."""
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """All subcommands; only the one asked for when the command line begins with it, which is much quicker."""
-        own = {name: {"model", "datamodule"} for name in ("snapshot", "unlearn", "refresh")}
-        every = {**LightningCLI.subcommands(), **own}
-        asked = sys.argv[1] if len(sys.argv) > 1 else ""
-        return {asked: every[asked]} if asked in every else every
-
-    def _parse_ckpt_path(self) -> None:
-        # Lightning takes the model's arguments from the checkpoint here. Requests load it themselves; and without the
-        # model's class in it (trained by a script, not by a LightningCLI) the arguments alone cannot be parsed.
-        subcommand = self.config.get("subcommand")
-        if subcommand in ("snapshot", "unlearn", "refresh"):
-            return
-        path = self.config[subcommand].get("ckpt_path") if subcommand else None
-        if path and Path(path).is_file() and "_class_path" not in load_checkpoint(path).get("hyper_parameters", {}):
-            return
-        super()._parse_ckpt_path()
-
-
-def run(arguments: Sequence[str]) -> int:
-    """Run a subcommand with these arguments; returns the exit code, or raises what the command raised."""
-    # Between Lightning and jsonargparse; nothing that users of either could act on.
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    saved_argv, saved_path = sys.argv, list(sys.path)
-    sys.argv = ["muter", *arguments]
-    # An installed command does not look for modules in the current folder, where users have theirs; `python -m` does.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        # A fixed seed unless the configuration has one: the same request gives the same result.
-        # A name of our own for the saved configuration: without a logger it lands in the current folder, where
-        # users have their config.yaml.
-        saved = {"config_filename": "muter-config.yaml", "overwrite": True}
-        MuterCLI(trainer_class=MuterTrainer, save_config_kwargs=saved, seed_everything_default=0)
-    finally:
-        sys.argv, sys.path = saved_argv, saved_path
-    return 0
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader
 
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.errors import MismatchError, UnsuitableError
+from lightning_muter.model.stored_decay import stored_decay
+from lightning_muter.snapshot.trained import Decay
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,18 @@ def threat_of(
         if getattr(callback, "threat_model", None) is not None or attack is not None:
             return callback.threat_model, attack
     return None, None
+
+
+def trained_decay(checkpoint: dict[str, Any], model: L.LightningModule) -> tuple[Decay, str]:
+    """The weight decay that a checkpoint was trained with, and where it was read: its own optimisers before today's code.
+
+    Raises:
+        UnsuitableError: the checkpoint's optimisers cannot be read (:func:`lightning_muter.model.stored_decay.stored_decay`).
+    """
+    found = stored_decay(checkpoint, model)
+    if found is None:
+        return "auto", "of configure_optimizers() as it is today: the checkpoint holds no optimiser state"
+    return found, "of the optimiser in the checkpoint"
 
 
 def trades_beta_of(trainer: L.Trainer, model: L.LightningModule) -> float | None:

@@ -26,6 +26,7 @@ from typing import Any
 
 from lightning_muter.deletion.files import Places, pending_request, write_receipts
 from lightning_muter.deletion.ledger import Ledger, Switch
+from lightning_muter.deletion.witness import tell_witness
 from lightning_muter.errors import ArgumentError, CorruptFileError, MuterError, RequestError
 from lightning_muter.storage import atomic as files
 from lightning_muter.storage.atomic import Writer, file_sha256, fsync_folder, recover_folder, try_lock, write_new
@@ -77,12 +78,14 @@ def exclusive(places: Places, *, wait: float = 0.0, say: Say = print) -> Iterato
 def recover(places: Places) -> list[str]:
     """Finish or undo what a dead process left; the caller holds the lock. Returns one line per action."""
     said = recover_folder(places.folder)
-    if places.receipts.is_dir():
-        recover_folder(places.receipts)  # receipt files are written anew from the ledger anyway
     pending = pending_request(places)
+    if Ledger.discard_unborn(places.ledger):
+        said.append("a process died while it began the ledger: removed, nothing had been entered")
     if places.ledger.exists():
         with Ledger.open(places.ledger) as ledger:
-            for receipt, switches in ledger.unfinished():
+            if unfinished := ledger.unfinished():
+                fsync_folder(places.folder)  # that it counts must be on the disk before anything is done about it
+            for receipt, switches in unfinished:
                 _switch(places, ledger, receipt, switches)
                 said.append(
                     f"request {receipt['id']!r} was interrupted after the ledger had taken it: finished now, it counts"
@@ -90,6 +93,8 @@ def recover(places: Places) -> list[str]:
                 pending = None if pending == receipt["id"] else pending
             if pending is not None and ledger.find(pending) is not None:
                 pending = None  # all done but for the pending file itself
+        # Opening has rolled back what was to be; a journal that is still there was cut short and means nothing.
+        Path(f"{places.ledger}-journal").unlink(missing_ok=True)
     for stage in _stages(places):
         stage.unlink(missing_ok=True)
     if pending is not None:
@@ -156,10 +161,11 @@ def commit_request(
         try:
             receipt = ledger.commit(content, asked, switches, key)
         except BaseException as error:
-            # The disk may have it all the same; only the ledger knows.
+            # The disk may have it all the same; only a ledger that was read from it anew knows.
             try:
+                ledger.reopen()
                 found = ledger.find(content["id"])
-            except MuterError:
+            except (MuterError, OSError):
                 decided = False
                 raise RequestError(
                     f"request {content['id']!r}: {places.ledger} cannot be used any more ({error}), so it is not known "
@@ -188,6 +194,8 @@ def commit_request(
             ) from error
         if not isinstance(error, (MuterError, OSError)):
             raise  # an interrupt: the request is complete, the wish to stop is respected
+    if problem := tell_witness(receipt["sha256"]):
+        print(f"note: {problem}")
     return receipt
 
 
@@ -233,12 +241,15 @@ def _remove_pending(places: Places) -> None:
     fsync_folder(places.folder)
 
 
-def _stage_name(target: str) -> re.Pattern[str]:
-    return re.compile(rf"\.{re.escape(target[-150:])}\.[0-9a-f]{{16}}{re.escape(files.STAGE)}")
+def _stage_name(target: str, *endings: str) -> re.Pattern[str]:
+    ending = "|".join(map(re.escape, endings or (files.STAGE,)))
+    return re.compile(rf"\.{re.escape(target[-150:])}\.[0-9a-f]{{16}}({ending})")
 
 
 def _stages(places: Places) -> list[Path]:
-    patterns = [_stage_name(path.name) for path in (places.checkpoint, places.snapshot, places.ledger, places.key)]
+    """What a dead process left beside this model's files; a killed write of a key leaves its secret."""
+    own = (places.checkpoint, places.snapshot, places.ledger, places.key, places.receipts)
+    patterns = [_stage_name(path.name, files.STAGE, files.TEMP) for path in own]
     with os.scandir(places.folder) as entries:
         return [Path(entry.path) for entry in entries if any(pattern.fullmatch(entry.name) for pattern in patterns)]
 

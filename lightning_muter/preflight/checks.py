@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_muter.adversarial.adversary import Adversary, check_box
@@ -15,11 +14,12 @@ from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.adversarial.training import adversary_of
 from lightning_muter.curvature.problem.network import parameters_in
 from lightning_muter.errors import ArgumentError, UnsuitableError
+from lightning_muter.lightning_names import is_overridden
 from lightning_muter.model.head import Head, eval_mode, find_head
 from lightning_muter.model.losses import Loss, per_sample, resolve_loss
 from lightning_muter.preflight.data import example_batch, inspect_loaders
 from lightning_muter.preflight.findings import Finding, Level, enforce, skip_reason
-from lightning_muter.preflight.optimizers import inspect_optimizers, read_weight_decay
+from lightning_muter.preflight.optimizers import inspect_optimizers
 
 __all__ = [
     "Finding",
@@ -29,7 +29,6 @@ __all__ = [
     "inspect_loss",
     "inspect_model",
     "predict_bytes",
-    "read_weight_decay",
     "skip_reason",
 ]
 

@@ -17,7 +17,7 @@ from lightning_muter.curvature.problem.point import LocalPoint
 from lightning_muter.errors import MismatchError
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards
-from lightning_muter.snapshot.old_snapshot import Snapshot
+from lightning_muter.snapshot.snapshot import Snapshot
 from lightning_muter.solvers.choose import Border, Solution, Solver
 
 

@@ -31,10 +31,9 @@ from lightning_muter.minimise.levenberg_marquardt import Found, LevenbergMarquar
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards, refuse_sharded_parameters
 from lightning_muter.model.losses import Loss, resolve_loss
-from lightning_muter.snapshot.old_snapshot import loss_name
+from lightning_muter.snapshot.snapshot import WIDE_BATCH, WideSnapshot, loss_name
 from lightning_muter.snapshot.take import check_digests
 from lightning_muter.snapshot.trained import Decay, decay_by_name, trained_threat
-from lightning_muter.snapshot.wide_snapshot import WIDE_BATCH, WideSnapshot
 from lightning_muter.solvers.choose import CG, Solver
 from lightning_muter.solvers.truncated import TruncatedCG
 from lightning_muter.storage.fingerprint import weight_fingerprint

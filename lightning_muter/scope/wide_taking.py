@@ -20,10 +20,9 @@ from lightning_muter.errors import ArgumentError, UnsuitableError
 from lightning_muter.minimise.levenberg_marquardt import LevenbergMarquardt
 from lightning_muter.model.losses import Loss, resolve_loss
 from lightning_muter.scope.network import DAMPING, left_outside, stored_objective, wide_decay, wide_objective
-from lightning_muter.snapshot.old_snapshot import loss_name, sample_digests
+from lightning_muter.snapshot.snapshot import WIDE_BATCH, WideSnapshot, loss_name, sample_digests
 from lightning_muter.snapshot.take import check_digests
 from lightning_muter.snapshot.trained import Decay, trained_threat
-from lightning_muter.snapshot.wide_snapshot import WIDE_BATCH, WideSnapshot
 from lightning_muter.solvers.truncated import TruncatedCG
 from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
 

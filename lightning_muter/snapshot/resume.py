@@ -22,7 +22,8 @@ from lightning_muter.curvature.objective.base import Met
 from lightning_muter.curvature.objective.sharded import ShardedObjective
 from lightning_muter.curvature.response.choose import Response
 from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError
-from lightning_muter.snapshot.old_snapshot import loss_name, sample_digests
+from lightning_muter.snapshot.codec import encode
+from lightning_muter.snapshot.snapshot import loss_name, sample_digests
 from lightning_muter.storage.container import read_container, write_container
 from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
 
@@ -104,29 +105,26 @@ def _identity(
     objective: ShardedObjective, theta: Tensor, response: Response, curvature: Curvature, positions: list[int]
 ) -> str:
     """Hash of everything the sums depend on but the samples."""
-    smoothing = objective.smoothing
     optional = {
         "delta": objective.delta,
         "rivals": objective.rivals,
         "prior": objective.prior,
-        "anchor": smoothing.anchor,
         "weight": objective.source.weight,
     }
+    tensors: dict[str, Tensor] = {name: t for name, t in optional.items() if t is not None}
+    settings = {
+        "threat": objective.threat,
+        "response": response,
+        "inner": objective.inner,
+        "smoothing": objective.smoothing,
+    }
+    settings = encode(settings, "settings", tensors)
     parts: dict[str, Any] = {
         "weights": weight_fingerprint(objective.problem.module.state_dict()),
-        "tensors": weight_fingerprint(
-            {
-                "theta": theta,
-                "positions": torch.tensor(positions),
-                **{name: t for name, t in optional.items() if t is not None},
-            }
-        ),
-        "threat": objective.threat.to_dict(),
-        "response": repr(response),
+        "settings": settings,
+        "tensors": weight_fingerprint({"theta": theta, "positions": torch.tensor(positions), **tensors}),
         "curvature": curvature,
         "loss": loss_name(objective.problem.loss),
-        "inner": repr(objective.inner),
-        "smoothing": [smoothing.strength, smoothing.bandwidth, smoothing.temperature],
         "batch": objective.source.batch_size,
         "process": [objective.shards.rank, objective.shards.world],
     }

@@ -1,14 +1,23 @@
-"""What every stored state of a trained model shares, whatever it holds: whose it is, of which data, and what was forgotten.
+"""Snapshot: what is stored of a trained model so that samples can be removed later. One record, one file format.
 
-`Snapshot`      the head: dense sums, requests need the forgotten samples alone
-`WideSnapshot`  any subset of the parameters: no sums, requests read the retained samples
+`Snapshot`      of the head: sums at its weights; a request reads the samples to forget alone
+
+    M = sum D2 phi_i  (without lambda) at w_ref,      g = sum d phi_i  at w_base,      lambda, n, what was forgotten
+
+`WideSnapshot`  of any subset of the parameters: nothing of the size p x p is stored; a request reads the retained samples
+
+w_base is w_ref until a refinement moves it. Everything a stored term depends on (threat model, smoothing, tolerances,
+starting points of the maximisers) is frozen here, so that a sample is subtracted exactly as it was added. A field with a
+default may be added: files keep every field, and one that an older file lacks takes its default.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,35 +26,60 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from lightning_muter.adversarial.threat_model import ThreatModel
-from lightning_muter.curvature.response.choose import L2Response, LinfResponse, NoResponse, Response, Unconstrained
-from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError
+from lightning_muter.curvature.hessian.direct import Curvature
+from lightning_muter.curvature.hessian.sums import BlockSymmetric
+from lightning_muter.curvature.inner.maximiser import InnerSolver, Smoothing
+from lightning_muter.curvature.objective.network import WideCurvature
+from lightning_muter.curvature.problem.network import parameters_in
+from lightning_muter.curvature.response.choose import Response
+from lightning_muter.errors import CorruptFileError, MismatchError
+from lightning_muter.snapshot.codec import decode, encode
+from lightning_muter.snapshot.format_1 import from_format_1
 from lightning_muter.storage.atomic import Writer, atomic_write
 from lightning_muter.storage.container import container_writer, read_container
-from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
+from lightning_muter.storage.fingerprint import DigestKey, versions, weight_fingerprint
 
 KIND = "snapshot"
-VERSION = 1
-_RESPONSES = (NoResponse, Unconstrained, L2Response, LinfResponse)
+VERSION = 2
+#: Entry of an unlearned checkpoint that lists the forgotten rows.
+CHECKPOINT_KEY = "lightning_muter"
+#: Samples at a time where derivatives of a whole network are taken.
+WIDE_BATCH = 256
 
 
+@dataclass(kw_only=True)
 class Stored(ABC):
-    """Bookkeeping of a dataclass with these fields; :meth:`save` and :meth:`load` are its files."""
+    """What every stored state of a trained model shares, whatever it covers: whose it is, of which data, what was forgotten.
 
-    scope: Any  # text; a field or a property
+    Attributes:
+        forgotten: positions removed so far, in order.     n_total: samples at the start.
+        fingerprint: of the model's whole state dict as it should be now.
+        digests: keyed digest of every sample (n, 16); rows of forgotten samples are zeroed.
+        stationarity: |grad F| / sum |grad phi_i| for the samples at hand when it was measured.
+    """
+
     n_total: int
     forgotten: list[int]
     threat_model: ThreatModel
     response: Response
     loss_name: str
+    input_shape: tuple[int, ...]
+    smoothing: Smoothing
+    inner: InnerSolver
     digests: Tensor
     key_id: str
     fingerprint: str
     stationarity: float
-    sample_weight: Tensor | None
-    warnings: list[str]
-    figures: dict[str, Any]
-    versions: dict[str, str]
-    key: DigestKey | None
+    sample_weight: Tensor | None = None
+    warnings: list[str] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=versions)
+    key: DigestKey | None = field(default=None, repr=False, metadata={"stored": False})
+
+    @property
+    @abstractmethod
+    def scope(self) -> str:
+        """What may change, as text."""
 
     @property
     def n_retained(self) -> int:
@@ -59,7 +93,7 @@ class Stored(ABC):
     @property
     def nbytes(self) -> int:
         """Bytes of the stored tensors."""
-        return sum(t.numel() * t.element_size() for t in self._tensors().values())
+        return sum(t.numel() * t.element_size() for t in self.encoded()[1].values())
 
     def retained(self, dataset: Dataset[Any]) -> Subset[Any]:
         """The part of the training dataset that may still be trained on.
@@ -93,15 +127,15 @@ class Stored(ABC):
 
     # -- files -------------------------------------------------------------------------------------------------------
 
-    @abstractmethod
-    def _tensors(self) -> dict[str, Tensor]: ...
-
-    @abstractmethod
-    def _meta(self) -> dict[str, Any]: ...
+    def encoded(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Every stored field, as JSON values and tensors."""
+        tensors: dict[str, Tensor] = {}
+        return encode(self, "", tensors), tensors
 
     def writer(self) -> Writer:
         """Writes the container file (see :mod:`lightning_muter.storage.container`)."""
-        return container_writer(KIND, {"version": VERSION, **self._meta()}, self._tensors())
+        fields, tensors = self.encoded()
+        return container_writer(KIND, {"version": VERSION, "record": type(self).__name__, "fields": fields}, tensors)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the snapshot atomically, and the key of its digests beside it (`<path without suffix>.key`, mode 0600)."""
@@ -122,26 +156,29 @@ class Stored(ABC):
         """Read a snapshot, a `Snapshot` or (beyond the head) a `WideSnapshot`; its key is looked for beside it.
 
         Raises:
-            CorruptFileError: damaged, altered or of an unknown version.
+            CorruptFileError: damaged, altered or of an unknown version; MismatchError: another key, or a class (of a response,
+            say) that was not imported.
         """
-        from lightning_muter.snapshot.old_snapshot import Snapshot
-        from lightning_muter.snapshot.wide_snapshot import WideSnapshot
-
         meta, tensors = read_container(path, KIND)
-        if meta.get("version") != VERSION:
+        if meta.get("version") not in (1, VERSION):
             raise CorruptFileError(
-                f"{path}: snapshot version {meta.get('version')!r}; this release reads version {VERSION}. Take a new one "
-                "with `muter snapshot`, or use the release that wrote it."
+                f"{path}: snapshot version {meta.get('version')!r}; this release reads versions 1 to {VERSION}. Take a new "
+                "one with `muter snapshot`, or use the release that wrote it."
             )
-        kind: type[Stored] = Snapshot if meta.get("scope") == "head" else WideSnapshot
         try:
-            snapshot = kind._restore(meta, tensors)
+            if meta["version"] == 1:
+                meta, tensors = from_format_1(meta, tensors)
+            kind = {k.__name__: k for k in (Snapshot, WideSnapshot)}[meta["record"]]
+            snapshot: Stored = decode(kind, meta["fields"], tensors)
+            if tensors:
+                raise ValueError(f"tensors that no field names: {sorted(tensors)[:3]}")
+            snapshot.check()
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
             raise CorruptFileError(
                 f"{path}: its content does not describe a snapshot ({type(error).__name__}: {error}). Restore it from a "
                 "backup, or take a new one with `muter snapshot`."
             ) from error
-        if key is None and key_path(path).exists():
+        if key is None and os.access(key_path(path), os.R_OK):  # an auditor may not read it
             key = DigestKey.load(key_path(path))
         if key is not None and key.key_id != snapshot.key_id:
             raise MismatchError(
@@ -151,48 +188,131 @@ class Stored(ABC):
         snapshot.key = key
         return snapshot
 
-    @classmethod
-    @abstractmethod
-    def _restore(cls, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Stored: ...
+    def check(self) -> None:
+        """Raise `ValueError` unless the fields, right in themselves, fit together."""
+        n, gone = self.n_total, self.forgotten
+        if len(set(gone)) != len(gone) or not all(0 <= i < n for i in gone):
+            raise ValueError("forgotten rows are not rows of the dataset")
+        if tuple(self.digests.shape) != (n, 16) or self.digests.dtype != torch.uint8:
+            raise ValueError(f"digests are {tuple(self.digests.shape)} {self.digests.dtype}, not {(n, 16)} bytes")
+        if self.sample_weight is not None and len(self.sample_weight) != n:
+            raise ValueError(f"sample_weight has {len(self.sample_weight)} rows, not {n}")
+        if self.smoothing.anchor is not None:
+            _check_numbers("anchor", self.smoothing.anchor)
 
 
-def described(response: Response) -> dict[str, Any]:
-    """A response as JSON values."""
-    if type(response) not in _RESPONSES:
-        raise ArgumentError(
-            "response",
-            type(response).__name__,
-            "one of this package's responses for a snapshot that is saved",
-            "A class of your own cannot be restored from a file that holds no code.",
-        )
-    return {"name": response.name, **vars(response)}
+@dataclass(kw_only=True)
+class Snapshot(Stored):
+    """Statistics of one trained head, tied to its weights, data and threat model.
 
-
-def response_from(description: Mapping[str, Any]) -> Response:
-    options = dict(description)
-    kind: Any = {r.name: r for r in _RESPONSES}[options.pop("name")]
-    made: Response = kind(**options)
-    return made
-
-
-def restored_rows(n: int, tensors: Mapping[str, Tensor]) -> list[int]:
-    """The forgotten positions of a file, checked against its ``n`` rows, its digests and its sample weights.
-
-    Raises:
-        ValueError: they do not fit together.
+    Attributes:
+        theta_ref: weights [W | b], (K, q), at which ``hessian`` was summed; theta_base: where ``gradient`` was.
+        hessian: M of the samples that are left, without weight decay.     decay: lambda per entry, (K, q).
+        starts, base_starts: where the maximisers at theta_ref and theta_base start, (n, 1 + m, D + 1) in float16: positions in
+            units of eps and weights of the local maxima (nonlinear backbones).
     """
-    forgotten = [int(i) for i in tensors["forgotten"].tolist()]
-    if len(set(forgotten)) != len(forgotten) or not all(0 <= i < n for i in forgotten):
-        raise ValueError("forgotten rows are not rows of the dataset")
-    if tuple(tensors["digests"].shape) != (n, 16):
-        raise ValueError(f"digests has shape {tuple(tensors['digests'].shape)}, not {(n, 16)}")
-    if tensors["digests"].dtype != torch.uint8:
-        raise ValueError(f"digests have dtype {tensors['digests'].dtype}")
-    if "sample_weight" in tensors and len(tensors["sample_weight"]) != n:
-        raise ValueError(f"sample_weight has {len(tensors['sample_weight'])} rows, not {n}")
-    return forgotten
+
+    theta_ref: Tensor
+    theta_base: Tensor
+    gradient: Tensor
+    hessian: BlockSymmetric
+    decay: Tensor
+    head_name: str
+    curvature: Curvature
+    starts: Tensor | None = None
+    base_starts: Tensor | None = None
+
+    @property
+    def scope(self) -> str:
+        return "head"
+
+    def check(self) -> None:
+        super().check()
+        k, q = self.theta_ref.shape
+        tensors = {name: getattr(self, name) for name in ("theta_ref", "theta_base", "gradient", "decay")}
+        for name, tensor in tensors.items():
+            _check_numbers(name, tensor, (k, q))
+        blocks = self.hessian.blocks
+        if (self.hessian.n_logits, self.hessian.width) != (k, q):
+            raise ValueError("hessian is of another head")
+        _check_numbers("hessian", blocks, (k * (k + 1) // 2, q, q))
+        if bool((self.decay < 0).any()):
+            raise ValueError("decay is negative")
+        for name in ("starts", "base_starts"):
+            rows = getattr(self, name)
+            if rows is not None:
+                _check_numbers(name, rows, (self.n_total, *rows.shape[1:]), (torch.float16,))
+
+
+@dataclass(kw_only=True)
+class WideSnapshot(Stored):
+    """The objective of a training, tied to weights and data; parameters by name instead of sums.
+
+    Attributes:
+        patterns: the scope as it was given, ``["all"]`` or patterns over parameter names; parameters: what it covers.
+        decay: lambda by parameter name.       trades_beta: of TRADES, None for plain adversarial training.
+        curvature: direct part, "ggn" or "hessian".
+    """
+
+    patterns: list[str]
+    parameters: list[str]
+    decay: dict[str, float]
+    curvature: WideCurvature
+    trades_beta: float | None = None
+
+    @property
+    def scope(self) -> str:
+        return ", ".join(self.patterns)
+
+    def check_parameters(self, model: nn.Module) -> None:
+        """Raise `MismatchError` unless the scope means the parameters it meant when the snapshot was taken."""
+        found = parameters_in(model, self.patterns)
+        if found != self.parameters:
+            other = sorted(set(found) ^ set(self.parameters))[:3]
+            raise MismatchError(
+                f"model: its scope {self.scope!r} covers {len(found)} trainable parameters, the snapshot's "
+                f"{len(self.parameters)} (e.g. {other}). Freeze and unfreeze as in training, or take a new snapshot."
+            )
+
+    def check(self) -> None:
+        super().check()
+        if not self.patterns or set(self.decay) != set(self.parameters):
+            raise ValueError("scope, parameters and decay do not fit together")
+        if not all(0 <= v < float("inf") for v in self.decay.values()):
+            raise ValueError("decay is negative or not finite")
+
+
+def _check_numbers(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int, ...] | None = None,
+    dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32),
+) -> None:
+    if shape is not None and tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {shape}")
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} has dtype {tensor.dtype}")
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{name} is not finite")
 
 
 def key_path(path: str | os.PathLike[str]) -> Path:
     """Where the key of a snapshot lies: `a.muter.snapshot` -> `a.muter.key`."""
     return Path(path).with_suffix(".key")
+
+
+def loss_name(loss: Callable[..., Tensor]) -> str:
+    """A stable description of a loss, to tell two apart."""
+    if isinstance(loss, functools.partial):
+        keywords = ", ".join(f"{k}={v!r}" for k, v in sorted(loss.keywords.items()))
+        return f"{loss_name(loss.func)}({keywords})"
+    name = getattr(loss, "__qualname__", None)
+    return f"{loss.__module__}.{name}" if name is not None else repr(loss)
+
+
+def sample_digests(key: DigestKey, samples: Any, positions: Sequence[int]) -> Tensor:
+    """Keyed digests (n, 16) uint8 of ``positions`` of a :class:`lightning_muter.model.dataset.SampleSource`."""
+    rows = [
+        torch.frombuffer(bytearray(key.digest(x, y)), dtype=torch.uint8) for _, x, y in samples.raw_samples(positions)
+    ]
+    return torch.stack(rows) if rows else torch.zeros(0, 16, dtype=torch.uint8)

@@ -28,11 +28,9 @@ from lightning_muter.errors import ArgumentError, MismatchError, UnsuitableError
 from lightning_muter.minimise import polish as descent
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.losses import Loss, accuracy, resolve_loss
-from lightning_muter.snapshot.old_snapshot import Snapshot, loss_name, sample_digests
 from lightning_muter.snapshot.resume import Resumable
-from lightning_muter.snapshot.snapshot import Stored
+from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, Stored, WideSnapshot, loss_name, sample_digests
 from lightning_muter.snapshot.trained import Decay, head_decay, trained_threat
-from lightning_muter.snapshot.wide_snapshot import WIDE_BATCH, WideSnapshot
 from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
 
 #: Stationarity that polish aims at, by the dtype of the backbone.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.curvature.problem.head import HeadProblem
 from lightning_muter.errors import ArgumentError, UnsuitableError
-from lightning_muter.preflight.optimizers import no_decay_text, read_weight_decay
+from lightning_muter.model.weight_decay import no_decay_text, read_weight_decay, used_optimizers
 
 Decay = float | Mapping[str, float] | str
 
@@ -51,7 +51,7 @@ def decay_by_name(
     if isinstance(weight_decay, Mapping):
         values = {name: float(value) for name, value in weight_decay.items()}
     elif weight_decay == "auto":
-        values = read_weight_decay(_optimizers(model, optimizers), model.named_parameters())
+        values = read_weight_decay(used_optimizers(model, optimizers), model.named_parameters())
     elif isinstance(weight_decay, (int, float)) and not isinstance(weight_decay, bool):
         values = dict.fromkeys(names, float(weight_decay))
     else:
@@ -78,34 +78,3 @@ def head_decay(problem: HeadProblem, model: nn.Module, weight_decay: Decay, opti
     if float(decay[0, 0]) == 0.0:
         raise UnsuitableError(no_decay_text([names[0]]))
     return decay
-
-
-def _optimizers(model: nn.Module, optimizers: Iterable[Any] | None) -> list[Any]:
-    if optimizers is not None:
-        return list(optimizers)
-    configure: Any = getattr(model, "configure_optimizers", None)
-    if configure is None:
-        raise ArgumentError(
-            "weight_decay",
-            "auto",
-            "a number for a module without configure_optimizers",
-            "Pass the weight_decay that the optimiser used, e.g. weight_decay=5e-4.",
-        )
-    return _flat_optimizers(configure())
-
-
-def _flat_optimizers(found: Any) -> list[Any]:
-    """The optimisers in any of the forms that ``configure_optimizers`` may return."""
-    if isinstance(found, torch.optim.Optimizer):
-        return [found]
-    if isinstance(found, Mapping):
-        return _flat_optimizers(found["optimizer"])
-    if isinstance(found, (tuple, list)):
-        out = []
-        for item in found:
-            if isinstance(item, (torch.optim.Optimizer, Mapping)) or (
-                isinstance(item, (tuple, list)) and any(isinstance(i, torch.optim.Optimizer) for i in item)
-            ):
-                out += _flat_optimizers(item) if not (isinstance(item, Mapping) and "optimizer" not in item) else []
-        return out
-    return []

@@ -31,6 +31,7 @@ except ImportError:  # pragma: no cover
 Writer: TypeAlias = "Callable[[BinaryIO], object]"
 
 STAGE = ".muter-stage"  # new files of a request that the ledger has still to take in
+TEMP = ".muter-tmp"  # files that the first writer makes, keys for example
 _NEW, _OLD, _JOURNAL = ".muter-new", ".muter-old", ".muter-journal"
 # The first byte of a journal, rewritten in place (one byte is atomic), says what a recovery has to do.
 _WRITING, _SWITCHING, _COMMITTED = b"W", b"S", b"C"
@@ -57,6 +58,15 @@ def _stream_sha256(stream: BinaryIO) -> str:
     while chunk := stream.read(1 << 20):
         digest.update(chunk)
     return digest.hexdigest()
+
+
+def fsync_file(path: str | os.PathLike[str]) -> None:
+    """Make the bytes of a file durable that others than we wrote."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def fsync_folder(folder: str | os.PathLike[str]) -> None:
@@ -119,12 +129,15 @@ def write_new(path: Path, writer: Writer, *, like: Path | None = None, mode: int
 
 def create_once(path: Path, writer: Writer, *, mode: int = 0o666) -> None:
     """Write `path` unless somebody else was first; whoever sees it sees all of it, however many begin at once."""
-    temp = beside(path, ".muter-tmp")
+    temp = beside(path, TEMP)
     write_new(temp, writer, mode=mode)
     try:
         os.link(temp, path)
     except FileExistsError:
         pass
+    except FileNotFoundError:  # another process took it for a dead one's leftover: once more
+        if not path.exists():
+            create_once(path, writer, mode=mode)
     except OSError:  # no hard links here: the window between looking and renaming stays open
         if not path.exists():
             os.rename(temp, path)

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError
+from lightning_muter.storage import signing
 from lightning_muter.storage.atomic import create_once
+from lightning_muter.storage.signing import PublicKey
 
 KEY_BYTES, DIGEST_BYTES = 32, 16
 _PACKAGES = ("lightning-muter", "torch", "lightning", "torchattacks", "safetensors", "numpy")
@@ -62,7 +64,7 @@ class DigestKey:
 
     Unkeyed hashes of samples would let anybody who holds a sample, or can guess a user id, find out that it was in
     the training set. With the key kept apart (its file has mode 0600) the digests say nothing; without it nothing can
-    be compared any more. Samples and user ids are hashed in separate domains.
+    be compared any more. Samples, user ids, seals and the Ed25519 signing key are derived in separate domains.
     """
 
     def __init__(self, secret: bytes) -> None:
@@ -144,12 +146,24 @@ class DigestKey:
         """A keyed hash of `content`, 32 hexadecimal digits: only who has the key can make or check it."""
         return self._hmac(b"seal", content).hex()
 
+    def sign(self, content: bytes) -> str:
+        """An Ed25519 signature, 128 hexadecimal digits: only who has the key can make it, anybody can check it."""
+        return signing.sign(self._full_hmac(b"sign"), content)
+
+    @property
+    def public_key(self) -> PublicKey:
+        """What checks the signatures of this key; it does not reveal the key."""
+        return signing.public_half(self._full_hmac(b"sign"))
+
     def _hmac(self, domain: bytes, *parts: bytes) -> bytes:
+        return self._full_hmac(domain, *parts)[:DIGEST_BYTES]
+
+    def _full_hmac(self, domain: bytes, *parts: bytes) -> bytes:
         mac = hmac.new(self._secret, digestmod="sha256")
         for part in (domain, *parts):
             mac.update(struct.pack("<Q", len(part)))
             mac.update(part)
-        return mac.digest()[:DIGEST_BYTES]
+        return mac.digest()
 
 
 def _write_secret(path: Path, secret: bytes) -> None:

@@ -30,6 +30,7 @@ from lightning_muter.study.methods.sgd import Competitor
 from lightning_muter.study.report import tables
 from lightning_muter.study.report.report import wide_console, write_report
 from lightning_muter.study.report.rows import FILE, Row, append_rows, write_rows
+from lightning_muter.study.requests import Setting
 from lightning_muter.study.setup import train as groundwork
 from lightning_muter.study.setup.cache import Cache
 from lightning_muter.study.setup.problem import World
@@ -62,6 +63,7 @@ def methods_of(config: DictConfig) -> list[Competitor]:
 
 def build_world(config: DictConfig, cache: Cache, begin: Callable[[str], None] = lambda what: None) -> World:
     """Train the model of a configuration; see :mod:`lightning_muter.study.setup.train`."""
+    setting: Setting = instantiate(config.request, _convert_="all")
     L.seed_everything(config.seed, verbose=False)
     data = instantiate(config.dataset.module, _convert_="all")
     attack = None if config.attack.build is None else instantiate(config.attack.build, _convert_="all")
@@ -82,6 +84,7 @@ def build_world(config: DictConfig, cache: Cache, begin: Callable[[str], None] =
         cache=cache,
         begin=begin,
         snapshot_options=instantiate(config.model.snapshot, _convert_="all"),
+        prepare=lambda private: setting.prepare(private, config.forget_seed),
     )
 
 

@@ -41,6 +41,10 @@ class Scenario:
 class Setting(ABC):
     """Draws scenarios from a dataset; the same seed gives the same positions."""
 
+    def prepare(self, data: ArrayDataset, seed: int) -> ArrayDataset:
+        """The private part as it is to be trained on: a setting may put into it what is to be forgotten."""
+        return data
+
     @abstractmethod
     def scenarios(self, data: ArrayDataset, seed: int) -> list[Scenario]: ...
 
@@ -195,6 +199,11 @@ class Several(Setting):
 
     def __init__(self, settings: Sequence[Setting]) -> None:
         self.settings = list(settings)
+
+    def prepare(self, data: ArrayDataset, seed: int) -> ArrayDataset:
+        for setting in self.settings:
+            data = setting.prepare(data, seed)
+        return data
 
     def scenarios(self, data: ArrayDataset, seed: int) -> list[Scenario]:
         return [scenario for setting in self.settings for scenario in setting.scenarios(data, seed)]

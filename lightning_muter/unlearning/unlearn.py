@@ -20,10 +20,8 @@ from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards
 from lightning_muter.model.losses import Loss, resolve_loss
 from lightning_muter.scope.head_methods import Method, MUter, Request, Step, check_requirements
-from lightning_muter.snapshot.old_snapshot import Snapshot, loss_name
-from lightning_muter.snapshot.snapshot import Stored
+from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, Stored, WideSnapshot, loss_name
 from lightning_muter.snapshot.take import bar, check_digests, outside_head
-from lightning_muter.snapshot.wide_snapshot import WIDE_BATCH, WideSnapshot
 from lightning_muter.solvers.choose import Solver, as_solver
 from lightning_muter.storage.fingerprint import weight_fingerprint
 

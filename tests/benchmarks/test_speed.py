@@ -26,7 +26,7 @@ from lightning_muter.curvature.problem.network import WideProblem
 from lightning_muter.curvature.response.choose import L2Response, NoResponse, Unconstrained, as_response
 from lightning_muter.minimise.polish import descend, polish
 from lightning_muter.model.dataset import SampleSource
-from lightning_muter.snapshot.old_snapshot import Snapshot
+from lightning_muter.snapshot.snapshot import Snapshot
 from lightning_muter.snapshot.take import take_snapshot
 from lightning_muter.solvers.choose import definite_inverse
 from lightning_muter.unlearning.unlearn import unlearn

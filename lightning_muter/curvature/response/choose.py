@@ -27,12 +27,15 @@ from lightning_muter.curvature.response.operators import LowRankMotion, Motion, 
 from lightning_muter.curvature.response.pullback import DenseGram, Gram, HeadGram
 from lightning_muter.curvature.response.sketch import choose_directions, rademacher
 from lightning_muter.errors import ArgumentError
+from lightning_muter.extension import Extensible
 
 
-class Response(ABC):
-    """How the maximisers move with the weights. Extend by subclassing; ``counts`` collects what happened."""
+class Response(Extensible, ABC):
+    """How the maximisers move with the weights. ``counts`` collects what happened.
 
-    name: str
+    Extend by subclassing, with a ``name`` of its own and every argument of its constructor kept as an attribute: snapshots store
+    both, and whoever loads one imports the module of the subclass first.
+    """
 
     @property
     def forms_squares(self) -> bool:
@@ -53,10 +56,6 @@ class Response(ABC):
 
     #: Input gradients are asked for.
     uses_gradient: ClassVar[bool] = False
-
-    def __repr__(self) -> str:
-        fields = ", ".join(f"{k}={v!r}" for k, v in vars(self).items())
-        return f"{type(self).__name__}({fields})"
 
 
 class NoResponse(Response):

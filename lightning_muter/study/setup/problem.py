@@ -22,7 +22,7 @@ from lightning_muter.curvature.problem.head import HeadProblem
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards
 from lightning_muter.scope.head_methods import objective_of
-from lightning_muter.snapshot.old_snapshot import Snapshot
+from lightning_muter.snapshot.snapshot import Snapshot
 from lightning_muter.snapshot.take import take_snapshot
 from lightning_muter.storage.fingerprint import weight_fingerprint
 from lightning_muter.study.attacks import Evaluation, stacked

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.adversarial.training import AdversarialTraining
 from lightning_muter.study.attacks import Evaluation
+from lightning_muter.study.data.arrays import ArrayDataset
 from lightning_muter.study.data.base import SplitDataModule
 from lightning_muter.study.models.base import Classifier
 from lightning_muter.study.setup.cache import Cache, digest
@@ -130,11 +131,12 @@ def build(
     cache: Cache,
     begin: Callable[[str], None],
     snapshot_options: Mapping[str, Any] | None = None,
+    prepare: Callable[[ArrayDataset], ArrayDataset] = lambda private: private,
 ) -> World:
     """Backbone on the public part, head on the private part, both adversarially; then the head to stationarity.
 
     Without a public part the backbone keeps its initial (or pretrained) weights, since training it on the private part
-    would leave traces that head-scope unlearning cannot remove.
+    would leave traces that head-scope unlearning cannot remove. ``prepare`` makes of the private part what is trained on.
     """
     threat = threat_of(attack, data.threat_box)
     torch.manual_seed(seed)
@@ -159,7 +161,7 @@ def build(
         log.warning("No public part to train the backbone on: it keeps its initial weights (set public_fraction).")
     torch.manual_seed(seed)
     model = assembled(make_model, data, backbone)
-    private = data.private_dataset
+    private = prepare(data.private_dataset)
     begin("head on the private part")
     L.seed_everything(seed, verbose=False)
     loader = DataLoader(private, batch_size=data.batch_size, shuffle=True, num_workers=data.num_workers)
