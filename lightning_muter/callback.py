@@ -13,12 +13,13 @@ from torch.utils.data import Dataset, Subset
 
 from lightning_muter.adversarial.from_torchattacks import attack_note
 from lightning_muter.adversarial.threat_model import ThreatModel
-from lightning_muter.adversarial.training import adversary_of
+from lightning_muter.adversarial.training import adversary_of, examples_of
 from lightning_muter.curvature.hessian.direct import Curvature
 from lightning_muter.curvature.response.choose import Response
 from lightning_muter.deletion.checkpoints import checkpoint_fingerprint, load_checkpoint
 from lightning_muter.errors import ArgumentError, MuterError, RequestError, UnsuitableError
 from lightning_muter.lightning_names import Callback
+from lightning_muter.minimise.budget import Fit
 from lightning_muter.model.losses import Loss
 from lightning_muter.preflight.checks import DEFAULT_CAP, inspect_fit
 from lightning_muter.preflight.findings import enforce
@@ -27,6 +28,7 @@ from lightning_muter.scope.wide_taking import take_wide_snapshot
 from lightning_muter.snapshot.snapshot import CHECKPOINT_KEY, WIDE_BATCH, Snapshot, WideSnapshot, key_path
 from lightning_muter.snapshot.take import refresh, take_snapshot
 from lightning_muter.solvers.choose import Solver, as_solver
+from lightning_muter.stopping import stopped_by_sigterm
 from lightning_muter.storage.atomic import commit_files
 from lightning_muter.storage.fingerprint import DigestKey
 from lightning_muter.storage.plain import Plain, plain
@@ -49,6 +51,8 @@ class MUterCallback(Callback):
         threat_model: read off the adversarial training when None; ``ThreatModel("l2", 0.0)`` for standard training.
         loss: ``callable(logits, y, reduction="none")``; the module's ``criterion``, else cross-entropy.
         weight_decay: lambda, one number or by parameter name; "auto" reads it off the optimiser.
+        budget: of the end of the fit (polish and snapshot), in gradients per sample: "auto" is the larger of a tenth of the fit and
+            three of its epochs, a number a share of the fit, None no limit: until converged, or at the noise floor.
         polish: "auto", a number of passes (wider scopes: of Newton-CG steps, "auto" takes none), or 0 to leave the weights as
             they are.
         dirpath: folder of the files; None puts them beside the last checkpoint, and writes none where there is none.
@@ -70,10 +74,13 @@ class MUterCallback(Callback):
         verbose: bool = True,
         batch_size: int = 1024,
         size_cap: int = DEFAULT_CAP,
+        budget: float | str | None = "auto",
     ) -> None:
         if not scope or (isinstance(scope, str) and scope not in ("head", "all")):
             raise ArgumentError("scope", scope, "'head', 'all' or a list of patterns", "A pattern goes in a list.")
         as_solver(solver)
+        Fit().allowance(budget)
+        self.budget = budget
         self.scope, self.response, self.curvature, self.solver = scope, response, curvature, solver
         self.threat_model, self.loss, self.weight_decay, self.polish = threat_model, loss, weight_decay, polish
         self.dirpath = None if dirpath is None else Path(dirpath)
@@ -125,6 +132,10 @@ class MUterCallback(Callback):
                 "than the one they were forgotten from). Train on callback.retained(dataset)."
             )
 
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._skip is None and self.scope == "head" and self.polish != 0:
+            examples_of(pl_module).next_epoch()  # the last epoch's adversarial examples are where polish begins
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._skip is not None:
             return
@@ -132,12 +143,24 @@ class MUterCallback(Callback):
         if loader is None or trainer.global_step == 0:
             self._skip = "No snapshot was taken: the fit made no step. Use take_snapshot(model, dataset, ...)."
             return
+        with stopped_by_sigterm(trainer):
+            self._take(trainer, pl_module, loader)
+
+    def _take(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loader: Any) -> None:
+        """Polish, sums, files."""
         adversary = adversary_of(pl_module)
         threat = self.threat_model or (adversary.threat if adversary is not None else None)
         loss = self.loss if self.loss is not None else (adversary.loss if adversary is not None else None)
         wide = self.scope != "head"
         take: Callable[..., Snapshot | WideSnapshot] = take_wide_snapshot if wide else take_snapshot
         options: dict[str, Any] = {"trades_beta": adversary.trades_beta} if wide and adversary is not None else {}
+        if not wide:
+            gradients = 1 if adversary is None else adversary.gradients
+            options = {
+                "budget": self.budget,
+                "fit": Fit(trainer.current_epoch, gradients),
+                "examples": examples_of(pl_module).of,
+            }
         snapshot = take(
             pl_module,
             loader.dataset,

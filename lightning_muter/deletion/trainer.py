@@ -36,6 +36,7 @@ from lightning_muter.deletion.request_flow import (
 from lightning_muter.deletion.requests import ForgetConfig, asked_digest, checked_request_id, refuse_forgotten, resolve
 from lightning_muter.deletion.training_data import load_into, threat_of, trades_beta_of, trained_decay, training_data
 from lightning_muter.deletion.transactions import exclusive
+from lightning_muter.minimise.budget import Fit
 from lightning_muter.scope.head_methods import Method
 from lightning_muter.scope.wide_taking import take_wide_snapshot
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot
@@ -60,6 +61,7 @@ class MuterTrainer(L.Trainer):
         loss: Callable[..., torch.Tensor] | None = None,
         weight_decay: float | Literal["auto"] = "auto",
         polish: int | Literal["auto"] = "auto",
+        budget: float | Literal["auto"] | None = "auto",
         batch_size: int = 1024,
         out: str | None = None,
         request_id: str | None = None,
@@ -85,6 +87,8 @@ class MuterTrainer(L.Trainer):
                 off configure_optimizers() where it holds none.
             polish: steps of further minimisation until stationary (beyond the head "auto" takes none); 0 never touches
                 the weights.
+            budget: of polish and snapshot, in gradients per sample: auto, the larger of a tenth of the fit and three of its
+                epochs; a share of the fit; or null, no limit.
             batch_size: samples at a time.
             out: write under this name (<name>.ckpt) instead of beside the checkpoint.
             request_id: your own id of this request; the same id again returns the first receipt.
@@ -132,7 +136,11 @@ class MuterTrainer(L.Trainer):
                     batch_size=min(batch_size, WIDE_BATCH) if wide else batch_size,
                     device=self.strategy.root_device,
                     key=key,
-                    **({"trades_beta": trades_beta_of(self, model)} if wide else {}),
+                    **(
+                        {"trades_beta": trades_beta_of(self, model)}
+                        if wide
+                        else {"budget": budget, "fit": Fit(float(checkpoint.get("epoch", 0)))}
+                    ),
                 )
                 snapshot.figures["weight_decay_read"] = read
                 print(f"weight_decay: {decay_text(snapshot)}, {read}")

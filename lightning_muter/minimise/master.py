@@ -45,7 +45,7 @@ class Master:
     log_prior: Tensor
     weight: Tensor
     penalty: Tensor
-    temperature: float
+    temperature: Tensor
     add: Add
     _factors: tuple[Tensor, Tensor, Tensor, Tensor] | None = field(default=None, init=False, repr=False)
 
@@ -133,7 +133,10 @@ class Master:
         moved = self.rows @ direction.T
         lengths = torch.tensor(_LENGTHS, dtype=z.dtype, device=z.device)
         values = torch.stack(
-            [(self.weight * self._shares(self.problem.losses(z - t * moved, self.y))[1]).sum() for t in lengths.unbind()]
+            [
+                (self.weight * self._shares(self.problem.losses(z - t * moved, self.y))[1]).sum()
+                for t in lengths.unbind()
+            ]
         )
         inner, square = (self.penalty * theta * direction).sum(), (self.penalty * direction.square()).sum()
         values = self.add(values) - lengths * inner + lengths.square() * square / 2
