@@ -16,13 +16,15 @@ if TYPE_CHECKING:
     from lightning_muter.callback import MUterCallback
     from lightning_muter.curvature.inner.maximiser import Smoothing
     from lightning_muter.curvature.response.choose import Response
+    from lightning_muter.publication.publish import Publication, publish
     from lightning_muter.scope.head_methods import Method, MUter
     from lightning_muter.scope.network import unlearn_wide
     from lightning_muter.scope.wide_taking import take_wide_snapshot
     from lightning_muter.snapshot.snapshot import Snapshot, WideSnapshot
     from lightning_muter.snapshot.take import refresh, take_snapshot
-    from lightning_muter.solvers.choose import Solver
-    from lightning_muter.unlearning.unlearn import UnlearnResult, unlearn
+    from lightning_muter.solvers.base import Solver
+    from lightning_muter.unlearning.result import UnlearnResult
+    from lightning_muter.unlearning.unlearn import unlearn
 
 __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022 - in the order of the flow
@@ -39,6 +41,8 @@ __all__ = [  # noqa: RUF022 - in the order of the flow
     "unlearn",
     "unlearn_wide",
     "UnlearnResult",
+    "publish",
+    "Publication",
     "Method",
     "MUter",
     "Response",
@@ -60,11 +64,13 @@ _HOME = {
     "WideSnapshot": "snapshot.snapshot",
     "unlearn": "unlearning.unlearn",
     "unlearn_wide": "scope.network",
-    "UnlearnResult": "unlearning.unlearn",
+    "UnlearnResult": "unlearning.result",
+    "publish": "publication.publish",
+    "Publication": "publication.publish",
     "Method": "scope.head_methods",
     "MUter": "scope.head_methods",
     "Response": "curvature.response.choose",
-    "Solver": "solvers.choose",
+    "Solver": "solvers.base",
     "Smoothing": "curvature.inner.maximiser",
 }
 

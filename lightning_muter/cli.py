@@ -21,7 +21,7 @@ from lightning_muter.errors import MuterError
 DONE, REFUSED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 _LIGHTNING = ("fit", "validate", "test", "predict")
 _REQUESTS = ("snapshot", "unlearn", "refresh")
-_FILES = ("audit", "purge")
+_FILES = ("audit", "purge", "publish")
 
 HELP = """\
 usage: muter COMMAND [--config FILE] [options]        (muter COMMAND --help explains each command)
@@ -42,6 +42,7 @@ files (need neither model nor data):
   audit     --ckpt_path CKPT [--verify]        state of a checkpoint; with --verify the chain of receipts is checked
             --ckpt_path CKPT --expect HEAD     whether a head that was printed earlier is still in the history
   purge     --ckpt_path CKPT [--yes]           list (delete) what still holds removed influence
+  publish   --ckpt_path CKPT --out FILE        weights with noise, which hardly tell unlearning from retraining
 
 example:
   muter snapshot --config config.yaml --ckpt_path last.ckpt
@@ -130,6 +131,15 @@ def _run_files(command: str, arguments: list[str]) -> int:
         parser.add_argument(
             "--public_key", metavar="FILE", help="your own copy of <name>.muter.pub, for the one here may be replaced"
         )
+    elif command == "publish":
+        parser.add_argument("--out", required=True, help="where the weights with noise are written (a new file)")
+        parser.add_argument("--eps", type=float, default=1.0, help="of this release (default: 1)")
+        parser.add_argument("--delta", type=float, default=1e-5, help="of this release (default: 1e-5)")
+        parser.add_argument(
+            "--limit", type=float, default=None, help="refuse where all releases together exceed this eps"
+        )
+        parser.add_argument("--small", type=int, default=20, help="warn below so many rows since the last release")
+        parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for another process")
     else:
         parser.add_argument("--yes", action="store_true", help="delete what is listed (otherwise only list it)")
         parser.add_argument(
@@ -148,6 +158,13 @@ def _run_files(command: str, arguments: list[str]) -> int:
         return audit_command(
             options.ckpt_path, verify=options.verify, expect=options.expect, public_key=options.public_key
         )
+    if command == "publish":
+        from lightning_muter.deletion.publish import publish_command
+
+        return publish_command(
+            options.ckpt_path, options.out, eps=options.eps, delta=options.delta, limit=options.limit, small=options.small,
+            wait=options.wait,
+        )  # fmt: skip
     from lightning_muter.deletion.purge import purge_command
 
     return purge_command(options.ckpt_path, yes=options.yes, roots=options.root, also=options.also, wait=options.wait)
@@ -156,6 +173,9 @@ def _run_files(command: str, arguments: list[str]) -> int:
 _FILE_HELP = {
     "audit": "Say in what state a checkpoint is: whether snapshot and ledger match it, what was forgotten, how near to "
     "a minimum it was left, and whether something still holds removed influence. Exit code 1 if anything is wrong.",
+    "publish": "Write a copy of the weights with Gaussian noise, such that they can hardly be told from a retrained model's with "
+    "the same noise. The last request must have been made with --within. Checkpoint, snapshot and receipts stay private; the "
+    "ledger adds up what all releases are worth together.",
     "purge": "Find what still holds the influence of forgotten samples: older checkpoints, optimiser states, earlier "
     "snapshots, leftovers of interrupted writes. Files are unlinked; backups are not reached.",
 }

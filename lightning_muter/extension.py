@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from lightning_muter.errors import ArgumentError
@@ -23,15 +24,23 @@ class Extensible:
 
     name: ClassVar[str]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        name, root = vars(cls).get("name"), extension_point(cls)
+        for other in _below(root) if name is not None else ():
+            # one class that is imported again is no other class
+            if other is not cls and vars(other).get("name") == name and other.__qualname__ != cls.__qualname__:
+                raise ArgumentError(
+                    "name",
+                    name,
+                    f"a name that no other {root.__name__} has ({other.__module__}.{other.__qualname__} has it)",
+                    f"Files name a {root.__name__} by it: choose another.",
+                )
+
     @classmethod
     def known(cls) -> dict[str, Any]:
-        """The classes below this one that can be made, by name; of two with one name the later one."""
-        found: dict[str, Any] = {}
-        for kind in cls.__subclasses__():
-            found |= kind.known()
-            if "name" in vars(kind) and not inspect.isabstract(kind):
-                found[kind.name] = kind
-        return found
+        """The classes below this one that can be made, by name."""
+        return {kind.name: kind for kind in _below(cls) if "name" in vars(kind) and not inspect.isabstract(kind)}
 
     @classmethod
     def named(cls, name: str) -> Any:
@@ -55,8 +64,19 @@ class Extensible:
         return {name: getattr(self, name) for name in parameters_of(type(self))}
 
     def __repr__(self) -> str:
-        fields = ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
+        fields = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
         return f"{type(self).__name__}({fields})"
+
+
+def extension_point(kind: type[Extensible]) -> type[Extensible]:
+    """The extension point that a class belongs to."""
+    return next(k for k in kind.__mro__ if Extensible in k.__bases__)
+
+
+def _below(kind: type[Extensible]) -> Iterator[type[Extensible]]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from _below(child)
 
 
 def parameters_of(kind: type) -> dict[str, inspect.Parameter]:

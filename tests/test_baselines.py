@@ -12,15 +12,9 @@ from lightning_muter.errors import ArgumentError
 from lightning_muter.model.losses import per_sample
 from lightning_muter.study.attacks import PGD
 from lightning_muter.study.data import ArrayDataset, DigitsDataModule
-from lightning_muter.study.methods.sgd import (
-    SISA,
-    FineTune,
-    NegativeGradient,
-    Nothing,
-    RetrainCold,
-    RetrainWarm,
-    descend,
-)
+from lightning_muter.study.methods.retrain import Nothing, RetrainCold, RetrainWarm
+from lightning_muter.study.methods.sgd import FineTune, NegativeGradient, descend
+from lightning_muter.study.methods.sisa import SISA
 from lightning_muter.study.models import Classifier, LogisticRegression, SoftmaxRegression
 from lightning_muter.study.setup.problem import World, head_vector
 

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.filterwarnings(
 FORMAT_1 = Path(__file__).parent / "data" / "format_1"
 #: Arguments that are checked when the object is made, by name; all others are drawn from their type.
 ALLOWED = {
+    "norm": st.sampled_from(["l2", "linf"]),
     "eps": st.floats(0, 9),
     "box": st.none() | st.just((-2.5, 1.0)),
     "damping": st.floats(0.01, 0.99),
@@ -54,8 +55,13 @@ def made(kind: Any) -> st.SearchStrategy[Any]:
 def same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, Extensible) or dataclasses.is_dataclass(a):
-        return type(a) is type(b) and all(same(value, vars(b)[name]) for name, value in vars(a).items())
+    if isinstance(a, Extensible):
+        return type(a) is type(b) and same(a.settings(), b.settings())
+    if dataclasses.is_dataclass(a):
+        fields = dataclasses.fields(a)
+        return type(a) is type(b) and all(same(getattr(a, f.name), getattr(b, f.name)) for f in fields)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(value, b[name]) for name, value in a.items())
     return type(a) is type(b) and a == b
 
 

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torchattacks
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
 from lightning_muter.errors import ArgumentError
@@ -18,21 +17,15 @@ from lightning_muter.study import experiment
 from lightning_muter.study.attacks import Evaluation
 from lightning_muter.study.data import SplitDataModule
 from lightning_muter.study.hydra import resolvers
-from lightning_muter.study.methods.sgd import Competitor
+from lightning_muter.study.methods.base import Competitor
 from lightning_muter.study.models import Classifier
 from lightning_muter.study.requests import Setting
 from lightning_muter.study.setup.train import threat_of
-
-CONF = Path(experiment.config_dir())
+from tests.configs import CONF, composed
 
 
 def names(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-
-
-def composed(*overrides: str) -> DictConfig:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", overrides=list(overrides))
 
 
 def built(node: Any) -> Any:

@@ -16,7 +16,7 @@ from lightning_muter.curvature.objective.head import RobustObjective
 from lightning_muter.curvature.objective.soft_maximum import Kinks
 from lightning_muter.curvature.response.choose import as_response
 from lightning_muter.minimise.polish import descend_contested, polish
-from lightning_muter.solvers.choose import definite_inverse
+from lightning_muter.solvers.dense import definite_inverse
 from tests.cases import case, make
 
 WIDE = ThreatModel("l2", 0.9, None)

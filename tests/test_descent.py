@@ -13,7 +13,7 @@ from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.curvature.inner.maximiser import Smoothing
 from lightning_muter.curvature.response.choose import as_response
 from lightning_muter.minimise.polish import descend, polish
-from lightning_muter.solvers.choose import definite_inverse
+from lightning_muter.solvers.dense import definite_inverse
 from tests.cases import THREATS, case, make
 
 

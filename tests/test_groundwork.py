@@ -25,7 +25,7 @@ from lightning_muter.study.models import Classifier, LogisticRegression, SmallCN
 from lightning_muter.study.setup import train as groundwork
 from lightning_muter.study.setup.cache import Cache
 from lightning_muter.study.setup.problem import World, head_vector
-from tests.test_data import write_images
+from tests.images import write_images
 
 TRAINER = functools.partial(
     L.Trainer,
@@ -45,7 +45,7 @@ def build(
     data: SplitDataModule, model: Any = CNN, attack: Any = ATTACK, cache: Cache | None = None, **options: Any
 ) -> World:
     steps: list[str] = []
-    world = groundwork.build(
+    recipe = groundwork.Recipe(
         data,
         model,
         attack,
@@ -53,10 +53,9 @@ def build(
         **{"trades_beta": None, "backbone_epochs": 1, "head_epochs": 1, "seed": 3, "key": "cnn", **options},
         weight_decay=1e-2,
         evaluation=PGD(1),
-        cache=cache if cache is not None else Cache(None),
-        begin=steps.append,
         snapshot_options={"inner": InnerSolver(1e-4, 5), "polish": 3} if model is CNN else {},
     )
+    world = groundwork.build(recipe, cache if cache is not None else Cache(None), steps.append)
     assert len(steps) == groundwork.STEPS
     return world
 

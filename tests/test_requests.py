@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from lightning_muter.deletion.requests import ForgetConfig, Rows, checked_request_id, refuse_forgotten, resolve
+from lightning_muter.deletion.requests import ForgetConfig, Rows, User, checked_request_id, refuse_forgotten, resolve
 from lightning_muter.errors import ArgumentError, RequestError
 from lightning_muter.storage.fingerprint import DigestKey
 
@@ -19,7 +21,7 @@ def folder(tmp_path):
 
 def test_rows_of_users(folder):
     ids = str(folder / "users.txt")
-    expected = Rows([0, 1, 2], ["bob", "ann"])
+    expected = Rows([0, 1, 2], [User("bob", 1, [1]), User("ann", 3, [0, 2])])
     assert resolve(ForgetConfig(ids=ids, table=str(folder / "plain.csv")), 4) == expected
     assert resolve(ForgetConfig(ids=ids, table=str(folder / "headed.csv"), column="user"), 4) == expected
 
@@ -28,8 +30,11 @@ def test_rows_of_users(folder):
             return ["ann", "bob", "ann", "cid"]
 
     assert resolve(ForgetConfig(ids=ids), 4, Data()) == expected
-    (folder / "one.csv").write_text("user\nann\nbob\nann\ncid\n")  # one line more than samples: the first is a heading
-    assert resolve(ForgetConfig(ids=ids, table=str(folder / "one.csv")), 4) == expected
+    (folder / "windows.csv").write_bytes(b"user\r\nann\r\nbob\r\nann\r\ncid\r\n")
+    assert resolve(ForgetConfig(ids=ids, table=str(folder / "windows.csv"), column="user"), 4) == expected
+    assert expected.per_user() == ["user in line 1: 1 rows: 1", "user in line 3: 2 rows: 0, 2"]
+    assert expected.per_user(show_ids=True)[0] == "user in line 1 ('bob'): 1 rows: 1"
+    assert "bob" not in repr(expected)
     assert resolve(ForgetConfig(indices=[3, 0]), 4) == Rows([0, 3], [])
     digests = expected.digests(DigestKey(bytes(32)))
     assert len(digests) == 2
@@ -49,9 +54,18 @@ def test_rows_of_users(folder):
         ({"ids": "none.txt", "table": "plain.csv"}, "forget.ids", "No such file"),
         ({"ids": "empty.txt", "table": "plain.csv"}, "forget.ids", "nobody"),
         ({"ids": "users.txt"}, "forget.table", "sample_ids"),
-        ({"ids": "strangers.txt", "table": "plain.csv"}, "forget.ids", "'eve'"),
-        ({"ids": "users.txt", "table": "headed.csv", "column": "name"}, "forget.column", "'row', 'user'"),
+        ({"ids": "strangers.txt", "table": "plain.csv"}, "forget.ids", r"1 unknown ids \(lines 1 of the file\)"),
+        ({"ids": "users.txt", "table": "headed.csv", "column": "name"}, "forget.column", "of 2 columns"),
         ({"ids": "users.txt", "table": "short.csv"}, "forget.table", "2 rows"),
+        (
+            {"ids": "users.txt", "table": "one.csv"},
+            "forget.table",
+            "5 rows.*one row for each of the 4.*--forget.column",
+        ),
+        ({"ids": "users.txt", "table": "surplus.csv"}, "forget.table", "5 rows"),
+        ({"ids": "users.txt", "table": "surplus.csv", "column": "x"}, "forget.column", "of 1 columns"),
+        ({"ids": "users.txt", "table": "plain.csv", "column": "ann"}, "forget.table", "3 rows"),
+        ({"ids": "users.txt", "table": "return.csv"}, "forget.table", "CSV"),
         ({"ids": "users.txt", "table": "holes.csv"}, "forget.table", "row 1"),
         ({"ids": "users.txt", "table": "binary"}, "forget.table", "UTF-8"),
         ({"ids": "users.txt", "table": "quote.csv"}, "forget.table", "CSV"),
@@ -60,6 +74,9 @@ def test_rows_of_users(folder):
 def test_what_is_ambiguous_or_wrong_is_refused(folder, config, argument, message):
     (folder / "empty.txt").write_text("\n \n")
     (folder / "strangers.txt").write_text("eve\nann\n")
+    (folder / "one.csv").write_text("user\nann\nbob\nann\ncid\n")
+    (folder / "surplus.csv").write_text("eve\nann\nbob\nann\ncid\n")
+    (folder / "return.csv").write_bytes(b"ann\rbob\nann\ncid\ndan\n")
     (folder / "short.csv").write_text("ann\nbob\n")
     (folder / "holes.csv").write_text("ann\n \nann\ncid\n")
     (folder / "binary").write_bytes(b"\xff\xfe")
@@ -70,6 +87,20 @@ def test_what_is_ambiguous_or_wrong_is_refused(folder, config, argument, message
     with pytest.raises(ArgumentError, match=message) as caught:
         resolve(ForgetConfig(**config), 4)
     assert caught.value.argument == argument
+    asked = config.get("column")
+    assert not any(re.search(rf"\b{name}\b", str(caught.value)) for name in ("eve", "ann", "bob") if name != asked)
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e", "\u00a0"])
+def test_nothing_but_a_newline_separates_ids(tmp_path, separator):
+    odd = f"ann{separator}bob"
+    (tmp_path / "users.txt").write_text(f"{odd}\n", encoding="utf-8")
+    (tmp_path / "table.csv").write_text(f"{odd}\nann\nbob\n{separator}ann\n", encoding="utf-8")
+    found = resolve(ForgetConfig(ids=str(tmp_path / "users.txt"), table=str(tmp_path / "table.csv")), 4)
+    assert found == Rows([0], [User(odd, 1, [0])])
+    (tmp_path / "users.txt").write_text("ann\n", encoding="utf-8")
+    found = resolve(ForgetConfig(ids=str(tmp_path / "users.txt"), table=str(tmp_path / "table.csv")), 4)
+    assert found.indices == [1]
 
 
 def test_sample_ids_of_another_length_are_refused(folder):
@@ -81,12 +112,17 @@ def test_sample_ids_of_another_length_are_refused(folder):
         resolve(ForgetConfig(ids=str(folder / "users.txt")), 4, Data())
 
 
-def test_request_ids_and_repeated_rows():
+def test_request_ids_and_repeated_rows(capsys):
     assert checked_request_id("ticket-17", "unlearn") == "ticket-17"
     assert checked_request_id(None, "unlearn") != checked_request_id(None, "unlearn")
     for bad in ("", "../x", "a b", "x" * 101, "a\n"):
-        with pytest.raises(ArgumentError, match="request_id"):
+        with pytest.raises(ArgumentError, match="request_id") as caught:
             checked_request_id(bad, "unlearn")
+        assert len(bad) < 2 or bad not in str(caught.value)
+    assert capsys.readouterr().err == ""
+    assert checked_request_id("ann@example.org", "unlearn") == "ann@example.org"
+    assert "looks like an e-mail" in (said := capsys.readouterr().err)
+    assert "ann" not in said
     refuse_forgotten([1, 2], {3: "a"})
     with pytest.raises(RequestError, match=r"1 of the 2 rows .* 'a'.*: \[3\]\. Ask for the others"):
         refuse_forgotten([1, 3], {3: "a"})

@@ -7,7 +7,11 @@ import torch
 from torch import Tensor
 
 from lightning_muter.errors import ArgumentError, SolveError
-from lightning_muter.solvers.choose import CG, LU, Border, Cholesky, Neumann, Schur, Solver, as_solver, definite_inverse
+from lightning_muter.solvers.base import Border, Solver
+from lightning_muter.solvers.cg import CG
+from lightning_muter.solvers.choose import as_solver
+from lightning_muter.solvers.dense import LU, Cholesky, Schur, definite_inverse
+from lightning_muter.solvers.neumann import Neumann
 
 EXACT: list[Solver] = [Cholesky(), LU(), CG(), Neumann(tolerance=1e-12), Schur()]
 

@@ -16,9 +16,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from lightning_muter.errors import ArgumentError, CorruptFileError
+from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError
 from lightning_muter.storage import atomic as files
 from lightning_muter.storage import container as storage
+from lightning_muter.storage.fingerprint import DigestKey
 
 from .faults import WatchedOs, listing, no_space, run_killed
 
@@ -163,14 +164,39 @@ def test_hostile_containers_with_a_valid_hash(name, monkeypatch):
         storage.parse_container(with_table(table, data), "k")
 
 
+def test_a_sealed_container_opens_for_its_key_alone(tmp_path):
+    path, key = tmp_path / "a", DigestKey(bytes(32))
+    content = storage.container_bytes("k", META, tensors(), key)
+    path.write_bytes(content)
+    assert same(storage.read_container(path, "k", key)[1], tensors())
+    assert same(storage.read_container(path, "k")[1], tensors())  # whoever has no key checks the hash alone
+    with pytest.raises(MismatchError, match="sealed with key"):
+        storage.read_container(path, "k", DigestKey(bytes(range(32))))
+    other = storage.container_bytes("k", META, {"a": torch.ones(2)})
+    poisoned = bytearray(other + content[-24:])  # another content, its hash made to fit, the old seal
+    poisoned[8] = 2
+    path.write_bytes(bytes(poisoned))
+    assert same(storage.read_container(path, "k")[1], {"a": torch.ones(2)})
+    with pytest.raises(CorruptFileError, match="its seal is false"):
+        storage.read_container(path, "k", key)
+    for cut in (content[:-1], content[:80], content + b"x"):
+        path.write_bytes(cut)
+        with pytest.raises(CorruptFileError, match="cut short"):
+            storage.read_container(path, "k", key)
+    path.write_bytes(other)
+    with pytest.raises(CorruptFileError, match="it has no seal"):
+        storage.read_container(path, "k", key)
+    assert same(storage.read_container(path, "k", key, unsealed=True)[1], {"a": torch.ones(2)})
+
+
 def test_other_kinds_versions_and_files_are_named(tmp_path):
     path = tmp_path / "a"
     storage.write_container(path, "key", {}, {})
     with pytest.raises(CorruptFileError, match="'key', not a 'snapshot'"):
         storage.read_container(path, "snapshot")
     content = path.read_bytes()
-    path.write_bytes(content[:8] + struct.pack("<I", 2) + content[12:])
-    with pytest.raises(CorruptFileError, match="version 2, this release reads up to 1"):
+    path.write_bytes(content[:8] + struct.pack("<I", 3) + content[12:])
+    with pytest.raises(CorruptFileError, match="version 3, this release reads up to 2"):
         storage.read_container(path, "key")
     path.write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(CorruptFileError, match="not a file of lightning_muter"):

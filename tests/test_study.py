@@ -20,13 +20,14 @@ from lightning_muter.study import experiment
 from lightning_muter.study.attacks import PGD
 from lightning_muter.study.data import DigitsDataModule
 from lightning_muter.study.hydra.sweeps import FinishedJobs, add_failure, failures, job_key
-from lightning_muter.study.methods.sgd import Competitor, Nothing, Outcome, RetrainWarm, State
+from lightning_muter.study.methods.base import Competitor, Outcome, State
+from lightning_muter.study.methods.retrain import Nothing, RetrainWarm
 from lightning_muter.study.models import Classifier, SoftmaxRegression
 from lightning_muter.study.report.rows import Row, read_rows
 from lightning_muter.study.requests import Fractions, Scenario, Successive
 from lightning_muter.study.setup.cache import Cache
 from lightning_muter.study.setup.problem import World, head_vector
-from tests.test_configs import composed
+from tests.configs import composed
 
 ROW = Row("digits", "softmax", "pgd_l2", "", "", eps=0.1)
 

@@ -84,7 +84,8 @@ def state(places):
     assert places.checkpoint.read_bytes() == b"checkpoint %d" % count
     assert places.snapshot.read_bytes() == b"snapshot %d" % count
     names = {path.name for path in places.folder.iterdir()}
-    assert names <= {f"last.muter.{e}" for e in ("ckpt", "snapshot", "ledger", "receipts", "pub")} | {places.lock.name}
+    own = {f"last.muter.{ending}" for ending in ("ckpt", "snapshot", "ledger", "receipts", "pub")}
+    assert names <= own | {places.lock.name, places.verified.name}
     assert len(list(places.receipts.iterdir())) == 2 * count
     return count
 

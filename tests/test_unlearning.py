@@ -18,39 +18,14 @@ from lightning_muter.curvature.response.choose import Unconstrained
 from lightning_muter.errors import ArgumentError, MismatchError, MuterError, RequestError, SolveError, UnsuitableError
 from lightning_muter.snapshot.snapshot import Snapshot
 from lightning_muter.snapshot.take import refresh, take_snapshot
-from lightning_muter.solvers.choose import CG, Neumann, Schur
-from lightning_muter.unlearning.unlearn import UnlearnResult, unlearn
+from lightning_muter.solvers.cg import CG
+from lightning_muter.solvers.dense import Schur
+from lightning_muter.solvers.neumann import Neumann
+from lightning_muter.unlearning.unlearn import unlearn
 from tests.cases import THREATS, Case, case, make
+from tests.heads import forget_from, head_of, snapshot_of, state
 
 NONE = ThreatModel("l2", 0.0)
-
-
-def snapshot_of(one: Case, threat: ThreatModel = THREATS["l2-box"], **kwargs: Any) -> Snapshot:
-    options: dict[str, Any] = {"loss": one.loss, "weight_decay": one.decay, "sample_weight": one.weight}
-    options |= {"threat_model": threat, "progress": False} | kwargs
-    return take_snapshot(one.net, one.dataset, **options)
-
-
-def forget_from(one: Case, snapshot: Snapshot, forget: Any, **kwargs: Any) -> UnlearnResult:
-    options: dict[str, Any] = {"loss": one.loss, "progress": False} | kwargs
-    return unlearn(one.net, snapshot, forget, options.pop("data", one.dataset), **options)
-
-
-def head_of(one: Case) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in one.head.parameters()]).clone()
-
-
-def state(model: nn.Module, snapshot: Snapshot) -> tuple[dict[str, bytes], dict[str, bytes], str, list[bool]]:
-    def plain(tensors: dict[str, Tensor]) -> dict[str, bytes]:
-        return {k: v.detach().cpu().contiguous().numpy().tobytes() for k, v in tensors.items()}
-
-    fields, tensors = snapshot.encoded()
-    return (
-        plain(dict(model.state_dict())),
-        plain(tensors),
-        repr(fields),
-        [m.training for m in model.modules()],
-    )
 
 
 # -- the formula ------------------------------------------------------------------------------------------------------
@@ -429,7 +404,7 @@ def test_an_undecayed_bias_is_fine_or_refused_but_never_wrong():
         "lightning_muter.unlearning.unlearn._downdated",
         "lightning_muter.unlearning.unlearn._warnings",
         "lightning_muter.unlearning.unlearn._with_retained",
-        "lightning_muter.unlearning.unlearn.weight_fingerprint",
+        "lightning_muter.unlearning.commit.weight_fingerprint",
         "lightning_muter.unlearning.unlearn.certify",
         "lightning_muter.unlearning.unlearn.refined",
         "lightning_muter.snapshot.snapshot.Snapshot.adopt",

@@ -6,6 +6,7 @@ tabular data in L2 it gives no attack or a wrong one: there ``LossAttack`` climb
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,7 +26,7 @@ from lightning_muter.model.losses import Loss, is_cross_entropy, one_logit, per_
 class LossAttack:
     """Projected gradient ascent on the true loss, for any input rank, dtype and device.
 
-        delta_{t+1} = Proj_B(x) ( delta_t + alpha d_t ),   d_t = sign(g_t) (linf), g_t / ||g_t|| (l2)
+        delta_{t+1} = Proj_B(x) ( delta_t + alpha d_t ),   d_t = sign(g_t) (linf), g_t / ||g_t|| (l2), Ball.direction(g_t)
 
     with g_t the gradient of the loss at x + delta_t. The best iterate of each sample is returned, x itself being one of
     them: the loss never falls.
@@ -77,7 +78,7 @@ class LossAttack:
         best_value = torch.full((len(x),), -torch.inf, dtype=flat.dtype, device=x.device)
         if self.random_start:
             # from a start below the clean loss, a small step size might never climb back
-            start = self._random_start(flat)
+            start = self.threat.project(self.threat.ball.sample(flat, self.threat.eps), flat)
             best_value, _ = _value_and_gradient(model, x, flat, delta, objective, gradient=False)
             value, _ = _value_and_gradient(model, x, flat, start, objective, gradient=False)
             delta = torch.where((value > best_value)[:, None], start, delta)
@@ -87,28 +88,11 @@ class LossAttack:
             best = torch.where(better[:, None], delta, best)
             best_value = torch.where(better, value, best_value)
             if gradient is not None:
-                delta = self.threat.project(delta + self.alpha * self._direction(gradient), flat)
+                delta = self.threat.project(delta + self.alpha * self.threat.ball.direction(gradient), flat)
         found = flat + best
         if self.threat.box is not None:  # x + (hi - x) may round to just above hi
             found = found.clamp(*self.threat.box)
         return found.to(x.dtype).reshape(x.shape)
-
-    def _direction(self, gradient: Tensor) -> Tensor:
-        if self.threat.norm == "linf":
-            return gradient.sign()
-        # scaled first: squares of very large or very small slopes leave the range of float32
-        largest = gradient.abs().amax(1, keepdim=True)
-        scaled = torch.where(largest > 0, gradient / largest, gradient)
-        return torch.where(largest > 0, scaled / scaled.norm(dim=1, keepdim=True), scaled)
-
-    def _random_start(self, flat: Tensor) -> Tensor:
-        if self.threat.norm == "linf":
-            start = (2 * torch.rand_like(flat) - 1) * self.threat.eps
-        else:
-            direction = torch.randn_like(flat)
-            radius = torch.rand(len(flat), 1, dtype=flat.dtype, device=flat.device) * self.threat.eps
-            start = direction / direction.norm(dim=1, keepdim=True) * radius
-        return self.threat.project(start, flat)
 
 
 def _value_and_gradient(
@@ -238,7 +222,7 @@ class Adversary:
             self.why_own = "the model gives one logit, and torchattacks maximises cross-entropy over classes"
         elif self.trades_beta is None and (y.dim() != 1 or y.is_floating_point()):
             self.why_own = "the labels are no class indices"
-        elif self.threat.norm == "l2" and x.dim() != 4:
+        elif self.threat.ball.euclidean and x.dim() != 4:
             self.why_own = f"torchattacks' L2 attacks need images (N, C, H, W), the inputs are {x.dim()}-dimensional"
 
     def _climb(self, x: Tensor, y: Tensor) -> Tensor:
@@ -313,7 +297,7 @@ def _agree(attack: Any, threat: ThreatModel | None) -> ThreatModel:
         if getattr(attack, "normalization_used", None) is not None or getattr(attack, "targeted", False) is True:
             raise
         return threat
-    if (of_attack.norm, of_attack.eps) != (threat.norm, threat.eps):
+    if of_attack.norm != threat.norm or not math.isclose(of_attack.eps, threat.eps, rel_tol=1e-6):
         raise ArgumentError(
             "threat_model",
             threat,

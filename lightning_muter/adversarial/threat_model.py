@@ -1,44 +1,154 @@
 """Threat model: the set of perturbations an adversary may choose from, and its projections.
 
-B(x) = { delta : ||delta||_p <= eps,  lo <= x + delta <= hi }          p in {2, infinity}
+B(x) = { delta : ||delta|| <= eps,  lo <= x + delta <= hi }
+
+A norm is one subclass of :class:`Ball`; nothing else knows its name.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_muter.adversarial.from_torchattacks import Norm, read_ball
+from lightning_muter.adversarial.from_torchattacks import read_ball
+from lightning_muter.adversarial.scalars import as_number
 from lightning_muter.errors import ArgumentError
+from lightning_muter.extension import Extensible
+
+
+class Ball(Extensible, ABC):
+    """The ball of one norm, cut by the box; ``ThreatModel(norm=...)`` finds it by ``name``.
+
+    Tensors hold one flattened sample per row (n, D); lo, hi: range of every coordinate of delta, [-eps, eps] cut to the box.
+
+    Attributes:
+        response: name of the :class:`lightning_muter.Response` that knows how its maximisers move; "none": not known.
+        separable: it is the product of the ranges lo to hi: maximisers jump between its corners unless they are smoothed.
+        euclidean: it is the Euclidean ball of radius eps.
+    """
+
+    response: ClassVar[str] = "none"
+    separable: ClassVar[bool] = False
+    euclidean: ClassVar[bool] = False
+
+    @abstractmethod
+    def project(self, v: Tensor, lo: Tensor, hi: Tensor, eps: float) -> Tensor:
+        """The point of B nearest to v."""
+
+    def near(self, v: Tensor, lo: Tensor, hi: Tensor, eps: float) -> Tensor:
+        """A point of B near v, in a closed form that never waits for the device; v itself if it is in B."""
+        return self.project(v, lo, hi, eps)
+
+    @abstractmethod
+    def linear_maximiser(self, g: Tensor, lo: Tensor, hi: Tensor, eps: float) -> Tensor:
+        """argmax over B of <g, delta>; coordinates where g = 0 stay at 0."""
+
+    @abstractmethod
+    def direction(self, g: Tensor) -> Tensor:
+        """The step of length 1 in this norm along which the gradient g rises most."""
+
+    @abstractmethod
+    def sample(self, like: Tensor, eps: float) -> Tensor:
+        """A random point of the ball for every row of ``like`` (global random generator)."""
+
+    def length(self, v: Tensor) -> Tensor:
+        """How far a step v goes, to be compared with eps, (n, 1)."""
+        return v.norm(dim=1, keepdim=True)
+
+
+class L2Ball(Ball):
+    """||delta||_2 <= eps."""
+
+    name = "l2"
+    response = "l2"
+    euclidean = True
+
+    def project(self, v: Tensor, lo: Tensor, hi: Tensor, eps: float) -> Tensor:
+        """clip(v / (1 + nu), lo, hi) with the multiplier nu >= 0 of the ball."""
+        return _ball_box(v, lo, hi, eps, at_most_one=True)
+
+    def near(self, v: Tensor, lo: Tensor, hi: Tensor, eps: float) -> Tensor:
+        """Into the ball, then into the box (which holds 0)."""
+        inside = v * (eps / v.norm(dim=1, keepdim=True).clamp(min=eps))
+        return torch.minimum(torch.maximum(inside, lo), hi)
+
+    def linear_maximiser(self, g: Tensor, lo: Tensor, hi: Tensor, eps: float) -> Tensor:
+        """clip(g / mu, lo, hi)."""
+        return _ball_box(g, lo, hi, eps, at_most_one=False)
+
+    def direction(self, g: Tensor) -> Tensor:
+        # scaled first: squares of very large or very small slopes leave the range of float32
+        largest = g.abs().amax(1, keepdim=True)
+        scaled = torch.where(largest > 0, g / largest, g)
+        return torch.where(largest > 0, scaled / scaled.norm(dim=1, keepdim=True), scaled)
+
+    def sample(self, like: Tensor, eps: float) -> Tensor:
+        direction = torch.randn_like(like)
+        radius = torch.rand(len(like), 1, dtype=like.dtype, device=like.device) * eps
+        return direction / direction.norm(dim=1, keepdim=True) * radius
+
+
+class LinfBall(Ball):
+    """max_j |delta_j| <= eps."""
+
+    name = "linf"
+    response = "linf"
+    separable = True
+
+    def project(self, v: Tensor, lo: Tensor, hi: Tensor, eps: float) -> Tensor:
+        return torch.minimum(torch.maximum(v, lo), hi)
+
+    def linear_maximiser(self, g: Tensor, lo: Tensor, hi: Tensor, eps: float) -> Tensor:
+        """The vertex picked by the signs."""
+        return torch.where(g > 0, hi, torch.where(g < 0, lo, torch.zeros_like(g)))
+
+    def direction(self, g: Tensor) -> Tensor:
+        return g.sign()
+
+    def sample(self, like: Tensor, eps: float) -> Tensor:
+        return (2 * torch.rand_like(like) - 1) * eps
+
+    def length(self, v: Tensor) -> Tensor:
+        return v.abs().mean(1, keepdim=True)
 
 
 @dataclass(frozen=True)
 class ThreatModel:
     """Norm ball of radius ``eps`` around a sample, intersected with the input box (``None``: no box).
 
+    Args:
+        norm: "l2", "linf" or the name of a :class:`Ball` of your own.
+        eps: the radius: a number, a NumPy or torch scalar, or text such as "8/255".
+
     >>> ThreatModel("linf", eps=8 / 255).box
     (0.0, 1.0)
     """
 
-    norm: Norm
+    norm: str
     eps: float
     box: tuple[float, float] | None = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        if self.norm not in ("l2", "linf"):
-            raise ArgumentError("norm", self.norm, "'l2' or 'linf'", "Other norms have no response formula here.")
-        if not (isinstance(self.eps, (int, float)) and math.isfinite(self.eps) and self.eps >= 0):
+        if self.norm not in Ball.known():
+            known = ", ".join(map(repr, sorted(Ball.known())))
+            advice = "Other norms: subclass lightning_muter.adversarial.threat_model.Ball and import it first."
+            raise ArgumentError("norm", self.norm, known, advice)
+        eps = as_number(self.eps)
+        if eps is None or not (math.isfinite(eps) and eps >= 0):
             raise ArgumentError(
                 "eps", self.eps, "a finite number, 0 or larger", "Pass the radius of the ball, e.g. 8/255."
             )
-        object.__setattr__(self, "eps", float(self.eps))
+        object.__setattr__(self, "eps", eps)
         if self.box is not None:
-            lo, hi = (float(b) for b in self.box)
-            if not lo < hi:
+            ends = [as_number(b) for b in self.box]
+            lo, hi = ends if len(ends) == 2 else (None, None)
+            if lo is None or hi is None or not lo < hi:
                 raise ArgumentError("box", self.box, "(low, high) with low < high, or None", "Images use (0.0, 1.0).")
             object.__setattr__(self, "box", (lo, hi))
 
@@ -75,10 +185,35 @@ class ThreatModel:
         norm, eps = read_ball(attack)
         return cls(norm, eps, box)
 
+    @cached_property
+    def ball(self) -> Ball:
+        made: Ball = Ball.named(self.norm)()
+        return made
+
+    @property
+    def jumps(self) -> bool:
+        """Whether maximisers jump between corners, so that the objective has kinks unless it is smoothed."""
+        return self.ball.separable and self.eps > 0
+
+    def doubt(self) -> str | None:
+        """What to say of a radius that looks as if it were meant on another scale than the inputs', or None.
+
+        >>> ThreatModel("linf", 8).doubt()
+        'eps=8 for inputs in [0, 1]: the adversary may turn any input into any other. If 256 levels were meant: eps=8/255.'
+        """
+        width = math.inf if self.box is None else self.box[1] - self.box[0]
+        if self.eps < width or not (self.ball.separable or (self.eps >= 4 * width and self.eps == int(self.eps))):
+            return None
+        assert self.box is not None
+        what = "any input into any other" if self.ball.separable else "inputs into very different ones"
+        hint = f" If 256 levels were meant: eps={self.eps:g}/255." if self.box == (0.0, 1.0) else ""
+        ends = f"[{self.box[0]:g}, {self.box[1]:g}]"
+        return f"eps={self.eps:g} for inputs in {ends}: the adversary may turn {what}.{hint}"
+
     # -- geometry, all on flattened samples: x, v (n, D) ----------------------------------------------------------
 
     def bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Elementwise range of delta, (n, D) each: the box as seen from x, cut to [-eps, eps] for both norms."""
+        """Elementwise range of delta, (n, D) each: the box as seen from x, cut to [-eps, eps]."""
         lo, hi = torch.full_like(x, -self.eps), torch.full_like(x, self.eps)
         if self.box is not None:
             # a sample outside the box (checked by the callers) may still sit there by rounding: keep 0 admissible
@@ -87,26 +222,17 @@ class ThreatModel:
         return lo, hi
 
     def project(self, v: Tensor, x: Tensor) -> Tensor:
-        """Euclidean projection of v onto B(x): clip(v / (1 + nu), lo, hi) with the multiplier nu >= 0 of the ball.
+        """Euclidean projection of v onto B(x).
 
         >>> t = ThreatModel("l2", 5.0, None)
         >>> t.project(torch.tensor([[6.0, 8.0]]), torch.zeros(1, 2))
         tensor([[3., 4.]])
         """
-        lo, hi = self.bounds(x)
-        if self.norm == "linf":
-            return torch.minimum(torch.maximum(v, lo), hi)
-        return _ball_box(v, lo, hi, self.eps, at_most_one=True)
+        return self.ball.project(v, *self.bounds(x), self.eps)
 
     def linear_maximiser(self, g: Tensor, x: Tensor) -> Tensor:
-        """argmax over B(x) of <g, delta>: the vertex picked by the signs (linf), clip(g / mu, lo, hi) (l2).
-
-        Coordinates where g = 0 stay at 0.
-        """
-        lo, hi = self.bounds(x)
-        if self.norm == "linf":
-            return torch.where(g > 0, hi, torch.where(g < 0, lo, torch.zeros_like(g)))
-        return _ball_box(g, lo, hi, self.eps, at_most_one=False)
+        """argmax over B(x) of <g, delta>; coordinates where g = 0 stay at 0."""
+        return self.ball.linear_maximiser(g, *self.bounds(x), self.eps)
 
 
 def _ball_box(v: Tensor, lo: Tensor, hi: Tensor, eps: float, *, at_most_one: bool) -> Tensor:

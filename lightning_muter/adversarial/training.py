@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +24,15 @@ from lightning_muter.adversarial.steps import (
 )
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.errors import RequestError, UnsuitableError
+from lightning_muter.forgotten.modules import recorded_in, remember
 from lightning_muter.lightning_names import MODULES, Callback, is_overridden
 from lightning_muter.model.losses import Loss
 
 if TYPE_CHECKING:
     from torchattacks.attack import Attack
+
+
+_LOADING = ("on_load_checkpoint", "load_state_dict")  # where a module learns what its weights were made to forget
 
 
 class AdversarialTrainingMixin:
@@ -79,7 +84,7 @@ class AdversarialTrainingMixin:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for name in (*STEPS, "setup", "on_fit_start", "teardown"):
+        for name in (*STEPS, "setup", "on_fit_start", "teardown", *_LOADING):
             provider = next((base for base in cls.__mro__ if name in vars(base)), None)
             if provider is None or getattr(vars(provider)[name], MARK, False):
                 continue
@@ -110,9 +115,13 @@ def _around(name: str, step: Callable[..., Any] | None, cls: type | None = None)
         bound = types.MethodType(step, self) if step is not None else getattr(super(cls, self), name)
         if name in STEPS:
             return _steps(self).run(self, name, bound, args, kwargs)
+        if name == "on_load_checkpoint":
+            remember(self, recorded_in(*args))
         if name in ("setup", "teardown"):  # a new run asks configure_attack anew; nothing stays on the module
             vars(self).pop(STATE, None)
         out = bound(*args, **kwargs)
+        if name == "load_state_dict":
+            remember(self, recorded_in({"state_dict": args[0] if args else kwargs["state_dict"]}))
         if name == "on_fit_start":
             adversary_of(self)  # built here, so that a bad attack fails at fit start
         return out
@@ -152,6 +161,8 @@ def _build_for_mixin(module: Any) -> Adversary | None:
 
 def _checked(module: Any, adversary: Adversary) -> Adversary:
     """Refuse what would train otherwise than asked."""
+    if (doubt := adversary.threat.doubt()) is not None and not _told_by_callback(module):
+        warnings.warn(doubt, UserWarning, stacklevel=2)
     if isinstance(module, MODULES):
         trains = is_overridden("training_step", module)
         if trains and not getattr(module.training_step, MARK, False) and module._compiler_ctx is None:
@@ -259,6 +270,12 @@ def _on_instance(name: str, before: Callable[..., Any] | None) -> Callable[..., 
         return _steps(self).run(self, name, bound, args, kwargs)
 
     return call
+
+
+def _told_by_callback(module: Any) -> bool:
+    """Whether a callback that unlearns inspects everything at fit start."""
+    callbacks = getattr(getattr(module, "_trainer", None), "callbacks", [])
+    return any(_has(c, "unlearn") and _has(c, "snapshot") for c in callbacks)
 
 
 def _has(thing: Any, name: str) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_muter.certificate.dual import CUBED, Dual
 from lightning_muter.certificate.simplex import centre, linear_maximum, tight
+from lightning_muter.solvers.eigen import symmetric_eigh
 
 #: Numbers in one temporary of the bounding step.
 _CHUNK = 2_000_000
@@ -158,13 +159,13 @@ class _Search:
             span = None if ranges is None else (ranges[0][left], ranges[1][left])
             if trial == 0:  # G(q) <= value: only the rise counts, free of cancellation
                 q, peak = self.p[part.sample], self.peak[part.sample]
-                excess, axis = _rise(here, part.low, part.high, q, peak, span)
+                excess, axis = largest_rise(here, part.low, part.high, q, peak, span)
             else:
                 q, peak = here.climb(centre(part.low, part.high), 8 if trial == 1 else 1)
                 if trial == 1:
                     self._improve(part.sample, here, q)
                 away = here.dual(q, peak)[0] - self.value[part.sample] + self.noise[part.sample]
-                excess, axis = _rise(here, part.low, part.high, q, peak, span)
+                excess, axis = largest_rise(here, part.low, part.high, q, peak, span)
                 excess = away + excess
             cells.excess[left], cells.axis[left] = torch.minimum(cells.excess[left], excess), axis
             below = cells.excess[left] <= self.tolerance[part.sample]
@@ -186,7 +187,7 @@ class _Search:
                 self.p[s], self.peak[s], self.improved[s] = q, peak, True
 
 
-def _rise(
+def largest_rise(
     dual: Dual, low: Tensor, high: Tensor, q: Tensor, peak: Tensor, ranges: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
     """An upper bound of G(p) - G(q) over the cell, inf where none is known (separable sigma); and the worst direction."""
@@ -200,7 +201,7 @@ def _rise(
     normal = root / root.norm(dim=1, keepdim=True)  # the tangent of the simplex, scaled, is orthogonal to it
     scaled = scaled - normal[:, :, None] * (normal[:, None] @ scaled)
     scaled = scaled - (scaled @ normal[:, :, None]) * normal[:, None]
-    values, vectors = torch.linalg.eigh((scaled + scaled.mT) / 2)
+    values, vectors = symmetric_eigh((scaled + scaled.mT) / 2)
     values = values[:, -2:].clamp(min=0.0) * (1 + 1e-9) + 1e-9 if values.shape[1] > 1 else values.clamp(min=0.0) + 1e-9
     top, axis = values[:, -1], vectors[:, :, -1] / root
     mean = (slope * d).sum(1, keepdim=True) / d.sum(1, keepdim=True)

@@ -32,18 +32,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.certificate.global_maxima import best_maximisers, line_curvature, why_no_bound
 from lightning_muter.curvature.objective.base import Evaluation
 from lightning_muter.curvature.objective.head import RobustObjective
 from lightning_muter.curvature.problem.head import HeadProblem
 from lightning_muter.curvature.response.choose import NoResponse
+from lightning_muter.solvers.eigen import symmetric_eigh
 
 #: Heads of up to this many parameters have the eigenvalues of P taken.
 _DENSE = 2000
 
 
-def why_no_certificate(problem: HeadProblem, decay: Tensor) -> str | None:
+def why_no_certificate(problem: HeadProblem, decay: Tensor, threat: ThreatModel | None = None) -> str | None:
     """Why no bound can be given, or None."""
+    if threat is not None and not (threat.eps == 0 or threat.ball.euclidean or threat.ball.separable):
+        return f"no certificate: the global inner maximum in a ball of norm {threat.norm!r} is not known"
     if not problem.backbone.affine:
         return "no certificate: with a nonlinear backbone the global inner maximum is not known"
     if bool((decay <= 0).any()):
@@ -77,7 +81,7 @@ def certified_distance_in_metric(
     rounding = 64 * torch.finfo(hessian.dtype).eps * float(hessian.diagonal().sum())
     matrix = kappa / 2 * hessian
     matrix.diagonal().add_(penalty - rounding)
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = symmetric_eigh(matrix)
     if not float(values[0]) > 0:
         return math.inf
     along = (vectors.T @ g).square()
@@ -119,7 +123,7 @@ def _certify(objective: RobustObjective, theta: Tensor, evaluation: Evaluation) 
     if mixed.kinks is not None:  # of the mixture at fixed shares
         hessian -= mixed.kinks.stiffness()
     for _ in range(3):
-        kappa = _kappa(found.curvature * math.sqrt(2) * bound * found.reach)
+        kappa = kappa_of(found.curvature * math.sqrt(2) * bound * found.reach)
         nearer = certified_distance_in_metric(mixed.gradient, objective.decay, objective.count, gap, hessian, kappa)
         bound = min(bound, nearer)
         if kappa > 0.8 or nearer > bound:
@@ -127,7 +131,7 @@ def _certify(objective: RobustObjective, theta: Tensor, evaluation: Evaluation) 
     return bound
 
 
-def _kappa(omega: float) -> float:
+def kappa_of(omega: float) -> float:
     exact = 1 - omega / 3 if omega < 1e-4 else 2 * (math.expm1(-omega) + omega) / omega**2
     return exact * (1 - 1e-9)
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.certificate.branch_and_bound import global_maxima
-from lightning_muter.certificate.dual import as_dual, gibbs_targets
+from lightning_muter.certificate.gibbs import as_dual, gibbs_targets
 from lightning_muter.curvature.inner.maximiser import Rho
 from lightning_muter.curvature.problem.head import HeadProblem
 
@@ -167,7 +167,7 @@ def curvature_gap(
     assert cap is not None
     through = problem.backbone.pullback(x[:1], problem.weight(theta)[None])[0]
     curvature = cap * torch.linalg.matrix_norm(through, 2).square()
-    if threat.norm == "l2":
+    if threat.ball.euclidean:
         held = delta.norm(dim=1)
         mu = (force * delta).sum(1).clamp(min=0.0) / held.square().clamp(min=torch.finfo(x.dtype).tiny)
         rest = force - mu[:, None] * delta

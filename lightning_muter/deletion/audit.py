@@ -175,11 +175,11 @@ def _checkpoint(places: Places, found: Audit) -> str | None:
 
 
 def _snapshot(places: Places, found: Audit, fingerprint: str | None) -> Stored | None:
-    snapshot = _attempt(found, lambda: load_snapshot(places.snapshot))
+    snapshot = _attempt(found, lambda: load_snapshot(places.snapshot, unsealed=places.ledger.exists()))
     if snapshot is None:
         return None
     found.facts["snapshot"] = f"{places.snapshot}, scope {snapshot.scope}, {snapshot.threat_model}"
-    found.facts["rows"] = f"{snapshot.n_total} trained on, {len(snapshot.forgotten)} forgotten"
+    found.facts["rows"] = f"{snapshot.n_total - len(snapshot.absent)} trained on, {len(snapshot.forgotten)} forgotten"
     found.facts["stationarity"] = f"{snapshot.stationarity:.3g} as last measured (0 is a minimum)"
     if fingerprint is not None and snapshot.fingerprint != fingerprint:
         found.problems.append(
@@ -229,7 +229,7 @@ def _receipt_files(places: Places, ledger: Ledger) -> list[str]:
     known = set()
     for number, request_id, text in ledger.texts():
         path = receipt_path(places, {"number": number, "id": request_id})
-        known |= {path.name, f"{path.stem}.md"}
+        known |= {path.name, f"{path.name[:-5]}.md"}
         try:
             if canonical(parse_json(path.read_bytes())) != text:
                 problems.append(f"{path}: differs from the ledger's receipt {number}: damaged or edited")
@@ -239,8 +239,8 @@ def _receipt_files(places: Places, ledger: Ledger) -> list[str]:
             problems.append(f"{path}: damaged or edited ({error})")
     if places.receipts.is_dir():
         problems += [
-            f"{path}: the ledger knows no such receipt"
-            for path in sorted(places.receipts.iterdir())
-            if path.suffix in (".json", ".md") and path.name not in known
+            f"{places.receipts / name}: the ledger knows no such receipt"
+            for name in sorted(set(os.listdir(places.receipts)) - known)
+            if name.endswith((".json", ".md"))
         ]
     return problems

@@ -39,6 +39,14 @@ class Places:
             raise ArgumentError("ckpt_path", str(checkpoint), "a file named <name>.ckpt")
         return cls(path.parent, stem)
 
+    @classmethod
+    def named(cls, path: str | os.PathLike[str]) -> Places:
+        """The places of a `<stem>.muter.snapshot`, or of a checkpoint."""
+        path = Path(path)
+        if path.name.endswith(".muter.snapshot"):
+            return cls(path.parent, path.name.removesuffix(".muter.snapshot"))
+        return cls.of(path)
+
     def __fspath__(self) -> str:
         return str(self.checkpoint)
 
@@ -81,6 +89,11 @@ class Places:
         return self.folder / f".{self.stem}.muter.lock"
 
     @property
+    def verified(self) -> Path:
+        """Up to where the ledger was verified last (see :mod:`lightning_muter.deletion.verified`)."""
+        return self.folder / f".{self.stem}.muter.verified"
+
+    @property
     def pending(self) -> Path:
         """The request under way."""
         return self.folder / f".{self.stem}.muter.pending"
@@ -110,9 +123,10 @@ def pending_process(places: Places) -> int | None:
 
 def write_receipts(places: Places, ledger: Ledger) -> list[Path]:
     """Write those receipts of the ledger that have no files, and the public key; returns the new JSON files."""
-    there = set(os.listdir(places.receipts)) if places.receipts.is_dir() else set()
+    after = ledger.complete_up_to
+    there = set(os.listdir(places.receipts)) if places.receipts.is_dir() and not after else set()
     new = []
-    for number, request_id in ledger.names():
+    for number, request_id in ledger.names(after):
         name = receipt_name({"number": number, "id": request_id})
         if not there >= {f"{name}.json", f"{name}.md"} and (receipt := ledger.find(request_id)) is not None:
             _write_receipt(places, receipt)

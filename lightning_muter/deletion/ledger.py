@@ -4,7 +4,8 @@ Tables (schema version 1, kept in `user_version`; a rollback journal, so that th
 every commit synced, and its folder too):
 
     requests   number, id, kind, time, method, scope, status, fingerprints, metrics, versions, and the receipt itself
-    forgotten  position (primary key: no row of the training set can be forgotten twice), request
+    forgotten  position (primary key: no row of the training set can be forgotten twice), request; emptied where the model
+               goes on with another training set (positions count anew; receipts and digests keep what was before)
     users      request, keyed hash of a user id (never the id)
     switches   request, target, stage, sha256: the files that a committed request moves into place
 
@@ -16,13 +17,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_muter.deletion.chain import Entry, chain_problems, columns
+from lightning_muter.deletion.chain import Entry, chain_problems, columns, counts_anew
 from lightning_muter.deletion.receipts import GENESIS, make_receipt, parse_receipt
 from lightning_muter.errors import CorruptFileError, RequestError
 from lightning_muter.storage.atomic import STAGE, beside, fsync_file, fsync_folder
@@ -67,6 +69,7 @@ _TABLES = (
     PRIMARY KEY (request, target)
 ) STRICT""",
 )
+_SIGNER = re.compile(rb'"previous":"[0-9a-f]{64}","public_key":"([0-9a-f]{64})"')
 _ADVICE = "Restore the ledger from a backup; the receipts beside it tell what it held."
 
 
@@ -87,6 +90,9 @@ class Ledger:
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self.path, self._connection = path, connection
+        self.verified_with: DigestKey | None = None  # see lightning_muter.deletion.verified
+        self.complete_up_to = 0  # requests whose receipt files are known to be there
+        self.changed = False
 
     @classmethod
     @contextlib.contextmanager
@@ -157,8 +163,8 @@ class Ledger:
 
     def public_keys(self) -> list[PublicKey]:
         """The keys that signed the receipts, oldest first (receipts of format 1 name none)."""
-        found = dict.fromkeys(receipt.get("public_key") for receipt in self.receipts())
-        return [PublicKey(name) for name in found if name is not None]
+        found = (_SIGNER.search(text) for _, _, text in self.texts())
+        return [PublicKey(name.decode()) for name in dict.fromkeys(match[1] for match in found if match is not None)]
 
     def receipts(self) -> list[dict[str, Any]]:
         """All receipts, oldest first."""
@@ -183,11 +189,10 @@ class Ledger:
         """Number, id and canonical receipt text of every request."""
         return self._all("SELECT number, id, receipt FROM requests ORDER BY number")
 
-    def names(self) -> list[tuple[int, str]]:
-        """Number and id of every request, oldest first."""
-        return [
-            (int(number), str(name)) for number, name in self._all("SELECT number, id FROM requests ORDER BY number")
-        ]
+    def names(self, after: int = 0) -> list[tuple[int, str]]:
+        """Number and id of every request after this one, oldest first."""
+        query = "SELECT number, id FROM requests WHERE number > ? ORDER BY number"
+        return [(int(number), str(name)) for number, name in self._all(query, (after,))]
 
     def find(self, request_id: str) -> dict[str, Any] | None:
         """The receipt of the request with this id, if it was carried out."""
@@ -209,8 +214,9 @@ class Ledger:
         return dict(self._all("SELECT position, request FROM forgotten"))
 
     def unfinished(self) -> list[tuple[dict[str, Any], list[Switch]]]:
-        """Committed requests whose files are not all in place yet (at most one, unless the file was tampered with)."""
-        query = "SELECT number, receipt FROM requests WHERE status = 'committed' ORDER BY number"
+        """Committed requests whose files are not all in place yet: the last, or none, for it is finished before the next."""
+        query = """SELECT number, receipt FROM requests
+            WHERE number = (SELECT max(number) FROM requests) AND status = 'committed'"""
         return [
             (parse_receipt(text, f"{self.path}, receipt {number}"), self.switches(number))
             for number, text in self._all(query)
@@ -241,12 +247,15 @@ class Ledger:
                 "INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?, 'committed', ?, ?, ?, ?, ?, ?, ?)",
                 (*row[:6], asked, *row[6:]),
             )
+            if counts_anew(receipt):
+                self._connection.execute("DELETE FROM forgotten")
             insert = self._connection.executemany
             insert("INSERT INTO forgotten VALUES (?, ?)", [(position, number) for position in receipt["forgotten"]])
             insert("INSERT INTO users VALUES (?, ?)", [(number, digest) for digest in receipt["users"]])
             insert(
                 "INSERT INTO switches VALUES (?, ?, ?, ?)", [(number, s.target, s.stage, s.sha256) for s in switches]
             )
+        self.changed = True
         return receipt
 
     def finish(self, number: int) -> None:

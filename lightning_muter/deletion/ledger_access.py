@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning_muter.deletion.files import Places, pending_request
 from lightning_muter.deletion.ledger import Ledger
+from lightning_muter.deletion.verified import remember
 from lightning_muter.errors import MismatchError, RequestError
 from lightning_muter.storage.atomic import STAGE, beside, file_sha256, fsync_folder, write_new
 
@@ -25,6 +26,9 @@ def open_ledger(places: Places) -> Iterator[Ledger]:
                 yield ledger
             finally:
                 empty = len(ledger) == 0
+                head, key = ledger.head(), ledger.verified_with if ledger.changed else None
+        if key is not None:
+            remember(places, head, key)
     finally:
         if empty:
             Ledger.remove(places.ledger)
@@ -94,6 +98,23 @@ def _last(places: Places) -> dict[str, Any] | None:
         return None
     with Ledger.open(places.ledger) as ledger:
         return ledger.last()
+
+
+def weights_before_removals(ledger: Ledger) -> dict[str, str]:
+    """Fingerprints of weights that a later removal replaced, and the id of that request; those current since left out."""
+    receipts = ledger.receipts()
+    removals = [receipt for receipt in receipts if receipt["forgotten"]]
+    before: dict[str, str] = {}
+    since = set()
+    for receipt in receipts:
+        old, new = (receipt["checkpoint"][name] for name in ("fingerprint_before", "fingerprint_after"))
+        for fingerprint, number in ((old, receipt["number"]), (new, receipt["number"] + 1)):
+            removal = next((r["id"] for r in removals if r["number"] >= number), None)
+            if removal is None:
+                since.add(fingerprint)
+            else:
+                before.setdefault(fingerprint, removal)
+    return {fingerprint: by for fingerprint, by in before.items() if fingerprint not in since}
 
 
 def check_agreement(places: Places, ledger: Ledger | None) -> None:

@@ -45,20 +45,19 @@ _REQUIRED = {
 
 
 def canonical(receipt: Mapping[str, Any]) -> bytes:
-    """The one JSON text of a receipt, or of its content; numbers that JSON has not become text ("inf", "nan")."""
+    """The one JSON text of a receipt, or of its content."""
     if receipt.get("format") == SEALED_FORMAT:
         return readable(receipt)
-    return json.dumps(
-        _plain(receipt), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    ).encode()
+    return json.dumps(receipt, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def readable(receipt: Mapping[str, Any]) -> bytes:
     """The text of a receipt file: the same JSON, indented."""
-    return (json.dumps(_plain(receipt), sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    return (json.dumps(receipt, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _plain(value: Any) -> Any:
+    """The value in JSON's own types; numbers that JSON has not become text ("inf", "nan")."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

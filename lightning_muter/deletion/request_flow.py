@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ from lightning_muter.deletion.checkpoints import checkpoint_fingerprint, checkpo
 from lightning_muter.deletion.files import Places, receipt_path
 from lightning_muter.deletion.ledger import Ledger
 from lightning_muter.deletion.transactions import commit_request
+from lightning_muter.deletion.verified import check_ledger
 from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError, MuterError, RequestError
-from lightning_muter.snapshot.snapshot import CHECKPOINT_KEY, Snapshot, WideSnapshot
+from lightning_muter.forgotten.modules import ENTRY
+from lightning_muter.forgotten.rows import Forgotten
+from lightning_muter.snapshot.snapshot import Snapshot, WideSnapshot
 from lightning_muter.storage.atomic import Writer
 from lightning_muter.storage.fingerprint import DigestKey, versions, weight_fingerprint
-from lightning_muter.unlearning.unlearn import UnlearnResult
+from lightning_muter.unlearning.result import UnlearnResult
 
 AnySnapshot = Snapshot | WideSnapshot
 
@@ -32,14 +36,17 @@ def insist_on_snapshot(places: Places) -> None:
         )
 
 
-def load_snapshot(path: Path, key: DigestKey | None = None) -> AnySnapshot:
+def load_snapshot(path: Path, key: DigestKey | None = None, *, unsealed: bool = True) -> AnySnapshot:
     """A snapshot from an untrusted file whose container is sound but whose content may be anything.
+
+    Args:
+        unsealed: take one from before seals, which the ledger must vouch for.
 
     Raises:
         CorruptFileError: it is damaged or altered.
     """
     try:
-        snapshot: AnySnapshot = Snapshot.load(path, key)
+        snapshot: AnySnapshot = Snapshot.load(path, key, unsealed=unsealed)
         if not isinstance(snapshot.fingerprint, str) or not all(0 <= i < snapshot.n_total for i in snapshot.forgotten):
             raise ValueError("its rows are not rows of its dataset")
         f"{snapshot.scope} {snapshot.threat_model} {float(snapshot.stationarity)}"
@@ -54,28 +61,38 @@ def load_snapshot(path: Path, key: DigestKey | None = None) -> AnySnapshot:
 
 
 def known_key(places: Places, ledger: Ledger | None) -> DigestKey:
-    """The key of the digests.
+    """The key of the digests, once the ledger (if there is one) is known to be what its owner wrote.
 
     Raises:
-        MismatchError: it is not the one that sealed the ledger's receipts.
+        MismatchError: it is not the one that sealed the ledger's receipts; CorruptFileError: they were changed or forged.
     """
     key = DigestKey.load(places.key)
     last = ledger.last() if ledger is not None else None
     if last is not None and last["key_id"] != key.key_id:
         raise MismatchError(
             f"{places.key}: this is key {key.key_id}, but receipt {last['number']} was sealed with key "
-            f"{last['key_id']}. Restore the key file from a backup."
+            f"{last['key_id']}. Restore the key file from a backup, or, if that key is lost for good, delete this file and run "
+            "`muter refresh --recover_key true`."
         )
+    if ledger is not None:
+        check_ledger(places, ledger, key)
     return key
 
 
+def vouched(ledger: Ledger | None) -> bool:
+    """Whether the snapshot at hand is the one that a ledger, verified by now, names by its hash."""
+    return ledger is not None and len(ledger) > 0
+
+
 @contextlib.contextmanager
-def snapshot_key(places: Places, ledger: Ledger) -> Iterator[DigestKey]:
-    """The key of the digests: the one there is, else a new one, which goes again when the snapshot fails."""
+def snapshot_key(places: Places, ledger: Ledger, find: Callable[[], DigestKey | None]) -> Iterator[DigestKey]:
+    """The key of the digests: the one there is, else the one that `find` finds, else a new one; what was not there before
+    goes again when the snapshot fails."""
     if places.key.exists() or len(ledger):
         yield known_key(places, ledger)  # a ledger without its key says how to go on
         return
-    key = DigestKey.load_or_create(places.key)
+    key = find() or DigestKey.generate()
+    key.keep(places.key)
     try:
         yield key
     except BaseException:
@@ -90,31 +107,9 @@ def forgotten_rows(snapshot: AnySnapshot, ledger: Ledger | None) -> dict[int, st
     return {**dict.fromkeys(map(int, snapshot.forgotten), "a request before the ledger began"), **known}
 
 
-def forgotten_again(snapshot: AnySnapshot, ledger: Ledger, gone: list[int]) -> AnySnapshot:
-    """The snapshot with the ledger's list of forgotten rows, which a later training has not seen.
-
-    Raises:
-        MismatchError: it counts positions in another dataset than the ledger does.
-    """
-    last = ledger.last()
-    assert last is not None  # rows were forgotten
-    if snapshot.n_total != (expected := last["n_retained"] + len(gone)):
-        raise MismatchError(
-            f"{ledger.path}: it counts positions in {expected} rows, of which {len(gone)} are forgotten; the snapshot "
-            f"here was taken of {snapshot.n_total} rows. Begin anew under another name (--out)."
-        )
-    snapshot.forgotten = gone
-    return snapshot
-
-
-def refuse_resurrection(path: Path, fingerprint: str, ledger: Ledger) -> None:
-    """A checkpoint from before a deletion must not become current again."""
-    for receipt in ledger.receipts():
-        if receipt["forgotten"] and receipt["checkpoint"]["fingerprint_before"] == fingerprint:
-            raise RequestError(
-                f"{path}: these are the weights from before request {receipt['id']!r}, which removed "
-                f"{len(receipt['forgotten'])} rows. Name the current checkpoint, or one trained on the retained rows."
-            )
+def entry_of(snapshot: AnySnapshot) -> dict[str, Any]:
+    """What a checkpoint says of its lineage: the key, and what was forgotten."""
+    return replace(Forgotten.of(snapshot), n_total=snapshot.n_total, key_id=snapshot.key_id).to_dict()
 
 
 def repeated(places: Places, ledger: Ledger, request_id: str, asked: str) -> bool:
@@ -157,7 +152,7 @@ def receipt_content(
         "scope": str(told.get("scope", snapshot.scope)),
         "forgotten": [int(index) for index in told.get("forgotten", [])],
         "users": list(users),
-        "n_retained": int(snapshot.n_total - len(snapshot.forgotten)),
+        "n_retained": int(snapshot.n_retained),
         "checkpoint": {
             "fingerprint_before": before,
             "fingerprint_after": told.get("fingerprint_after", weight_fingerprint(model.state_dict())),
@@ -186,10 +181,10 @@ def commit(
             f"left out of the new checkpoint, for they may remember samples: {', '.join(left_out)}"
         )
     expected = weight_fingerprint(new["state_dict"])
-    if snapshot.forgotten:
+    new[ENTRY] = entry_of(snapshot)
+    if Forgotten.of(snapshot):
         # a fit that resumes from here with the callback refuses data that still holds these rows
         new["callbacks"] = {}  # Lightning shows a checkpoint to callbacks only where it has this entry
-        new[CHECKPOINT_KEY] = {"forgotten": list(snapshot.forgotten), "n_total": snapshot.n_total}
     content["checkpoint"]["fingerprint_after"] = expected
 
     def check(stages: Mapping[Path, Path]) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import re
 import secrets
+import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from lightning_muter.errors import ArgumentError, RequestError
 from lightning_muter.storage.fingerprint import DigestKey
 
 _MAX_TEXT = 1 << 30
+_BLANK = " \t\r"  # around an id; anything else belongs to it, other separators of Unicode included
 
 
 @dataclass
@@ -26,29 +29,49 @@ class ForgetConfig:
 
     Args:
         indices: positions in the training dataset, e.g. [3,17].
-        ids: a text file with one user id per line.
-        table: a CSV file whose row i holds the id of the user to whom row i of the training dataset belongs. Without
-            it the datamodule's `sample_ids()` is asked.
-        column: the table's column of ids, by its name in the first line; by default the first column, and the first
-            line is a heading if there is one line more than the dataset has rows.
+        ids: a text file with one user id per line. Nothing but a newline ends a line.
+        table: a CSV file whose row i holds the id of the user to whom row i of the training dataset belongs, as many rows
+            as the dataset has. Without it the datamodule's `sample_ids()` is asked.
+        column: the table's column of ids, by its name in the first line. Not given: the first column of a table without
+            a heading.
+        show_ids: say ids in the dry run's list too, which otherwise names users by their line in `ids`.
     """
 
     indices: list[int] | None = None
     ids: str | None = None
     table: str | None = None
     column: str | None = None
+    show_ids: bool = False
+
+
+@dataclass(frozen=True)
+class User:
+    """Somebody whose rows are to be forgotten: the id, its line in the file of ids, and the rows. The id is never shown."""
+
+    id: str = field(repr=False)
+    line: int
+    rows: list[int]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows to forget (sorted, each once) and the user ids that were named (stored only as keyed hashes)."""
+    """The rows to forget (sorted, each once) and the users that were named (stored only as keyed hashes of their ids)."""
 
     indices: list[int]
-    users: list[str]
+    users: list[User]
 
     def digests(self, key: DigestKey) -> list[str]:
         """The keyed hashes of the user ids, sorted."""
-        return sorted(key.digest_id(user) for user in self.users)
+        return sorted(key.digest_id(user.id) for user in self.users)
+
+    def per_user(self, show_ids: bool = False) -> list[str]:
+        """One line per user: how many rows, and which; ids only where they were asked for."""
+        lines = []
+        for user in self.users:
+            shown = ", ".join(map(str, user.rows[:20])) + (", …" if len(user.rows) > 20 else "")
+            name = f" ({user.id!r})" if show_ids else ""
+            lines.append(f"user in line {user.line}{name}: {len(user.rows)} rows: {shown}")
+        return lines
 
 
 def resolve(forget: ForgetConfig, n_total: int, datamodule: object = None) -> Rows:
@@ -67,20 +90,24 @@ def resolve(forget: ForgetConfig, n_total: int, datamodule: object = None) -> Ro
         if forget.table is not None or forget.column is not None:
             raise ArgumentError("forget.table", forget.table or forget.column, "only together with forget.ids")
         return Rows(_checked(forget.indices, n_total), [])
-    users = list(dict.fromkeys(line.strip() for line in _lines("forget.ids", forget.ids) if line.strip()))
-    if not users:
+    lines: dict[str, int] = {}
+    for number, line in enumerate(_text("forget.ids", forget.ids).split("\n"), start=1):
+        if user := line.strip(_BLANK):
+            lines.setdefault(user, number)
+    if not lines:
         raise ArgumentError("forget.ids", forget.ids, "a file with one user id per line", "It names nobody.")
-    owners = _owners(forget, n_total, datamodule)
-    rows: dict[str, list[int]] = {}
-    for index, owner in enumerate(owners):
-        rows.setdefault(owner, []).append(index)
-    if unknown := [user for user in users if user not in rows]:
-        shown = ", ".join(map(repr, unknown[:5])) + (", …" if len(unknown) > 5 else "")
+    rows: dict[str, list[int]] = {user: [] for user in lines}
+    for index, owner in enumerate(_owners(forget, n_total, datamodule)):
+        if owner in rows:
+            rows[owner].append(index)
+    if unknown := [line for user, line in lines.items() if not rows[user]]:
+        shown = ", ".join(map(str, unknown[:10])) + (", …" if len(unknown) > 10 else "")
         raise ArgumentError(
-            "forget.ids", f"{len(unknown)} unknown ids ({shown})", "ids that occur in the table",
+            "forget.ids", f"{len(unknown)} unknown ids (lines {shown} of the file)", "ids that occur in the table",
             "Nothing was forgotten for anybody. Take them out if they never were in the training set.",
         )  # fmt: skip
-    return Rows(sorted(index for user in users for index in rows[user]), users)
+    users = [User(user, line, rows[user]) for user, line in lines.items()]
+    return Rows(sorted(index for user in users for index in user.rows), users)
 
 
 def _checked(indices: Sequence[int], n_total: int) -> list[int]:
@@ -106,34 +133,48 @@ def _owners(forget: ForgetConfig, n_total: int, datamodule: object) -> list[str]
         if len(owners) != n_total:
             raise ArgumentError("sample_ids()", f"{len(owners)} ids", f"one for each of the {n_total} samples")
         return owners
+    return _column(_table(forget.table), forget.column, n_total)
+
+
+def _table(path: str) -> list[list[str]]:
+    # "\n" alone ends a line for csv too; a lone "\r" inside of a row is an error there
+    lines = io.StringIO(_text("forget.table", path), newline="\n")
     try:
-        table = list(csv.reader(_lines("forget.table", forget.table), strict=True))
+        table = list(csv.reader(lines, strict=True))
     except csv.Error as error:
-        raise ArgumentError("forget.table", forget.table, f"a CSV file ({error})") from error
+        raise ArgumentError("forget.table", path, f"a CSV file ({error})") from error
     while table and not table[-1]:
         table.pop()
-    column = 0
-    if forget.column is not None:
+    return table
+
+
+def _column(table: list[list[str]], name: str | None, n_total: int) -> list[str]:
+    """The ids in a table; what it holds is not shown in refusals."""
+    column, body = 0, table
+    if name is not None:
         heading = table[0] if table else []
-        if heading.count(forget.column) != 1:
-            raise ArgumentError("forget.column", forget.column, f"one of the table's columns {heading[:20]}")
-        column = heading.index(forget.column)
-    body = table[1:] if forget.column is not None or len(table) == n_total + 1 else table
+        if heading.count(name) != 1:
+            raise ArgumentError(
+                "forget.column", name, f"a name that occurs once in the table's first line (of {len(heading)} columns)"
+            )
+        column, body = heading.index(name), table[1:]
     if len(body) != n_total:
+        surplus = name is None and len(body) == n_total + 1
         raise ArgumentError(
-            "forget.table", f"{len(body)} rows", f"one row for each of the {n_total} samples (and at most one heading)",
-            "Row i must belong to position i of the training dataset.",
+            "forget.table", f"{len(body)} rows", f"one row for each of the {n_total} samples",
+            "Row i must belong to position i of the training dataset."
+            + (" If the first line is a heading, say so: --forget.column NAME." if surplus else ""),
         )  # fmt: skip
     for i, row in enumerate(body):
-        if len(row) <= column or not row[column].strip():
+        if len(row) <= column or not row[column].strip(_BLANK):
             raise ArgumentError("forget.table", f"no id in row {i}", "an id in every row")
-    return [row[column].strip() for row in body]
+    return [row[column].strip(_BLANK) for row in body]
 
 
-def _lines(argument: str, path: str | None) -> list[str]:
+def _text(argument: str, path: str | None) -> str:
     try:
         with open(Path(str(path)), encoding="utf-8-sig", newline="") as file:
-            return file.read(_MAX_TEXT).splitlines()
+            return file.read(_MAX_TEXT)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ArgumentError(argument, path, f"a readable UTF-8 text file ({reason})") from error
@@ -155,9 +196,12 @@ def checked_request_id(request_id: str | None, kind: str) -> str:
         return new_request_id(kind)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.:@+-]{0,99}", request_id):
         raise ArgumentError(
-            "request_id", request_id, "1 to 100 letters, digits or _.:@+- beginning with a letter or digit",
-            "It is stored in clear text: use a ticket number, not a person's name.",
+            "request_id", f"{len(request_id)} characters", "1 to 100 letters, digits or _.:@+- beginning with a letter or "
+            "digit", "It is stored in clear text: use a ticket number, not a person's name.",
         )  # fmt: skip
+    if re.search(r"[^@]@[^@]+\.[A-Za-z]", request_id):
+        print("note: --request_id looks like an e-mail address. It is stored in clear text, in receipts that are kept: "
+              "use a ticket number.", file=sys.stderr)  # fmt: skip
     return request_id
 
 

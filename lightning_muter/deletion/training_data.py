@@ -12,16 +12,39 @@ from torch.utils.data import DataLoader
 
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.errors import MismatchError, UnsuitableError
+from lightning_muter.model.rows import collate_of, reachable, reached_by_iterating
 from lightning_muter.model.stored_decay import stored_decay
 from lightning_muter.snapshot.trained import Decay
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The training dataset (positions in it are what requests name) and how its loader makes batches of it."""
+    """The training dataset (positions in it are what requests name) and how its loader makes batches of it.
+
+    ``loader``: tells which positions were trained on.
+    """
 
     dataset: Any
     collate: Callable[[list[Any]], Any]
+    loader: DataLoader[Any]
+
+    def rows(self) -> list[int] | None:
+        """The positions that the loader's sampler reaches; None for all of them.
+
+        Raises:
+            UnsuitableError: it reaches others each time.
+        """
+        try:
+            return reachable(self.loader)
+        except LookupError:
+            pass
+        try:
+            return reached_by_iterating(self.loader)
+        except LookupError as kind:
+            raise UnsuitableError(
+                f"{kind} yields other rows each time, so that which ones were trained on cannot be told from it. Give the "
+                "loader a torch.utils.data.Subset of the rows that were (and any sampler over all of it)."
+            ) from None
 
 
 def training_data(
@@ -48,7 +71,7 @@ def training_data(
             f"train_dataloader() returned {type(loader).__name__} over {type(dataset).__name__}; requests name "
             "positions in the dataset of a single DataLoader with `__len__` and `__getitem__`. Pass such a datamodule."
         )
-    return TrainingData(dataset, loader.collate_fn)
+    return TrainingData(dataset, collate_of(loader), loader)
 
 
 def load_into(model: L.LightningModule, checkpoint: dict[str, Any], path: Path) -> None:

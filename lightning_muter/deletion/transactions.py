@@ -248,7 +248,7 @@ def _stage_name(target: str, *endings: str) -> re.Pattern[str]:
 
 def _stages(places: Places) -> list[Path]:
     """What a dead process left beside this model's files; a killed write of a key leaves its secret."""
-    own = (places.checkpoint, places.snapshot, places.ledger, places.key, places.receipts)
+    own = (places.checkpoint, places.snapshot, places.ledger, places.key, places.receipts, places.verified)
     patterns = [_stage_name(path.name, files.STAGE, files.TEMP) for path in own]
     with os.scandir(places.folder) as entries:
         return [Path(entry.path) for entry in entries if any(pattern.fullmatch(entry.name) for pattern in patterns)]

@@ -18,7 +18,7 @@ from lightning_muter.curvature.objective.base import Evaluation
 from lightning_muter.curvature.objective.kfac import Kronecker
 from lightning_muter.curvature.objective.network import WideObjective
 from lightning_muter.errors import SolveError
-from lightning_muter.solvers.truncated import TruncatedCG
+from lightning_muter.solvers.cg import TruncatedCG
 
 _log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.curvature.objective.head import RobustObjective
-from lightning_muter.curvature.problem.head import derivatives
+from lightning_muter.model.modes import derivatives
 
 #: Samples at a time on a processor, whose caches set the pace; a device takes whole batches.
 _CHUNK = 128
@@ -76,7 +76,7 @@ class Oracle:
                 point = (x + delta).requires_grad_(True)
                 loss = problem.losses(problem.logits(head, problem.backbone._forward(point)), y)
                 (slope,) = torch.autograd.grad(loss.sum(), point)
-            delta = into(threat, delta + length * uphill(threat, slope), x)
+            delta = into(threat, delta + length * threat.ball.direction(slope), x)
             length *= ascent.shrink
             if self.tick is not None:
                 self.tick(len(x))
@@ -92,16 +92,7 @@ class Oracle:
         return into(self.threat, units.to(x) * self.threat.eps, x)
 
 
-def uphill(threat: ThreatModel, slope: Tensor) -> Tensor:
-    """The steepest direction of unit length: signs (linf), the normalised gradient (l2)."""
-    if threat.norm == "linf":
-        return slope.sign()
-    return slope / slope.norm(dim=1, keepdim=True).clamp(min=torch.finfo(slope.dtype).tiny)
-
-
 def into(threat: ThreatModel, delta: Tensor, x: Tensor) -> Tensor:
-    """A point of B(x) near delta: into the ball, then into the box."""
+    """A point of B(x) near delta."""
     lo, hi = threat.bounds(x)
-    if threat.norm == "l2":
-        delta = delta * (threat.eps / delta.norm(dim=1, keepdim=True).clamp(min=threat.eps))
-    return torch.minimum(torch.maximum(delta, lo), hi)
+    return threat.ball.near(delta, lo, hi, threat.eps)

@@ -18,7 +18,7 @@ from lightning_muter.curvature.hessian.direct import Curvature
 from lightning_muter.curvature.objective.base import Evaluation
 from lightning_muter.curvature.objective.head import RobustObjective
 from lightning_muter.curvature.response.choose import NoResponse, Response
-from lightning_muter.solvers.choose import definite_inverse
+from lightning_muter.solvers.dense import definite_inverse
 
 #: By how much the temperature falls at a time, and at most.
 COOLING, COOLEST = 4.0, 1e-2

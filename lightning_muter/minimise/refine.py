@@ -19,7 +19,7 @@ from lightning_muter.curvature.objective.base import Evaluation
 from lightning_muter.curvature.objective.head import RobustObjective
 from lightning_muter.curvature.response.choose import Response
 from lightning_muter.minimise.polish import Descent, Metric, Pair, descend, descend_contested, jumped
-from lightning_muter.solvers.choose import definite_inverse
+from lightning_muter.solvers.dense import definite_inverse
 
 #: Share of the gradient that a Newton step may leave before its curvature counts as aged.
 AGED = 0.25

@@ -97,8 +97,8 @@ def train_on(
 def cost_of_sums(objective: RobustObjective, response: Response) -> float:
     """Gradients per sample that the total Hessian's sums take beside the maximisation, as if every pass were as dear as it can be."""
     backbone, logits = objective.problem.backbone, objective.problem.n_logits
-    smoothing = 2 * FORWARD + FORWARD * logits if objective.threat.norm == "linf" else 0.0
-    if response.name not in ("l2", "linf"):
+    smoothing = 2 * FORWARD + FORWARD * logits if objective.threat.jumps else 0.0
+    if response.norm is None:
         return FORWARD + smoothing
     directions = int(getattr(response, "sketch", 0) or 0)
     through = 2 * FORWARD * directions if directions else FORWARD * min(backbone.width, backbone.inputs)

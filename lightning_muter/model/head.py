@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
@@ -120,8 +121,10 @@ def find_head(module: nn.Module, example_input: Tensor) -> Head:
     return Head(last.name, last.linear)
 
 
-def features(module: nn.Module, head: Head, x: Tensor) -> Tensor:
+def features(module: nn.Module, head: Head, x: Tensor, values: dict[str, Tensor] | None = None) -> Tensor:
     """The head's input phi(x), (n, f), with its autograd graph; the mode (train or eval) is the caller's.
+
+    ``values``: of parameters and buffers by name, in place of the module's own.
 
     Raises:
         UnsuitableError: the head is not reached, reached twice, or takes another shape than (n, f).
@@ -139,7 +142,10 @@ def features(module: nn.Module, head: Head, x: Tensor) -> Tensor:
     handle = head.linear.register_forward_pre_hook(take, with_kwargs=True)
     try:
         with eager(module):
-            module(x)
+            if values is None:
+                module(x)
+            else:
+                functional_call(module, values, (x,))
     finally:
         handle.remove()
     if len(taken) != 1:

@@ -13,6 +13,7 @@ from lightning_muter.adversarial.adversary import Adversary, check_box
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.adversarial.training import adversary_of
 from lightning_muter.curvature.problem.network import parameters_in
+from lightning_muter.curvature.response.choose import Response, as_response
 from lightning_muter.errors import ArgumentError, UnsuitableError
 from lightning_muter.lightning_names import is_overridden
 from lightning_muter.model.head import Head, eval_mode, find_head
@@ -20,6 +21,7 @@ from lightning_muter.model.losses import Loss, per_sample, resolve_loss
 from lightning_muter.preflight.data import example_batch, inspect_loaders
 from lightning_muter.preflight.findings import Finding, Level, enforce, skip_reason
 from lightning_muter.preflight.optimizers import inspect_optimizers
+from lightning_muter.snapshot.codec import storable
 
 __all__ = [
     "Finding",
@@ -43,6 +45,7 @@ def inspect_fit(
     *,
     scope: str | list[str] = "head",
     threat_model: ThreatModel | None = None,
+    response: str | Response = "auto",
     loss: Loss | None = None,
     weight_decay: object = "auto",
     callback: pl.Callback | None = None,
@@ -53,7 +56,7 @@ def inspect_fit(
     Args:
         trainer, module: as Lightning hands them to a callback.
         scope: ``"head"``, or a matrix-free scope: ``"all"`` or patterns over parameter names (then no head is looked for).
-        threat_model, loss, weight_decay: as given to ``MUterCallback``; an explicit one overrides what is read.
+        threat_model, response, loss, weight_decay: as given to ``MUterCallback``; an explicit one overrides what is read.
         callback: the one that snapshots; weight averaging must come before it.
         cap: largest dense snapshot, in bytes.
     """
@@ -77,10 +80,14 @@ def inspect_fit(
             out.append(Finding("error", str(e)))
         else:
             out += inspect_outside(module, names, trainer.optimizers)
+    threat = threat_model or (adversary.threat if adversary is not None else None)
+    if threat is not None:
+        if (doubt := threat.doubt()) is not None:
+            out.append(Finding("warning", doubt))
+        out += _caught(lambda: storable(as_response(response, threat)))
     if readable:
         x, y = (t.to(module.device) for t in example_batch(loaders[0]))
         x = trainer.precision_plugin.convert_input(x)
-        threat = threat_model or (adversary.threat if adversary is not None else None)
         if threat is not None:
             out += _caught(lambda: check_box(x, threat))
         out += inspect_loss(module, loss, x, y)
@@ -115,7 +122,7 @@ def inspect_trainer(trainer: pl.Trainer, callback: pl.Callback | None = None) ->
     advice = "Unlearning weighs every sample of the dataset once; train on a Subset instead."
     overfit = trainer.overfit_batches  # type: ignore[attr-defined]
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
-        out.append(Finding("warning", "fast_dev_run trains on a few batches only.", advice))
+        out.append(Finding("skip", "fast_dev_run is a trial of the code.", "Fit without it for a snapshot."))
     elif overfit:
         out.append(Finding("warning", f"overfit_batches={overfit} trains on a part only.", advice))
     elif trainer.limit_train_batches not in (1.0, None):
@@ -230,7 +237,7 @@ def inspect_loss(module: nn.Module, loss: Loss | None, x: Tensor, y: Tensor) -> 
 
 
 def inspect_model(module: nn.Module, x: Tensor, scope: str | list[str] = "head") -> tuple[list[Finding], Head | None]:
-    """The head, and layers that behave differently in eval mode or have no second derivative."""
+    """The head, and layers that behave differently in eval mode."""
     out: list[Finding] = []
     head: Head | None = None
     if scope == "head":
@@ -241,7 +248,6 @@ def inspect_model(module: nn.Module, x: Tensor, scope: str | list[str] = "head")
     kinds: dict[str, tuple[Level, Any, str]] = {
         "BatchNorm": ("note", nn.modules.batchnorm._BatchNorm, "uses its running statistics, which are not unlearned"),
         "Dropout": ("note", nn.modules.dropout._DropoutNd, "is switched off while curvature is computed"),
-        "Hardsigmoid": ("warning", (nn.Hardsigmoid, nn.Hardswish), "has no second derivative in PyTorch"),
         "RNN": ("warning", nn.RNNBase, "fails under vmapped derivatives"),
     }
     for kind, (level, types, behaviour) in kinds.items():
@@ -282,7 +288,7 @@ def predict_bytes(
     size = 8 * p * p + 4 * 8 * p
     stored = not linear if linear is not None else head.name != ""
     if threat is not None and threat.eps > 0 and stored:
-        size += n * inputs * 2 if threat.norm == "l2" else n * ((inputs + 3) // 4)
+        size += n * ((inputs + 3) // 4) if threat.ball.separable else n * inputs * 2
     return size
 
 

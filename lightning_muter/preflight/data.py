@@ -17,10 +17,12 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    SubsetRandomSampler,
 )
 
 from lightning_muter.errors import ArgumentError
 from lightning_muter.model.batches import split_batch
+from lightning_muter.model.rows import collate_of, takes_whole_batches
 from lightning_muter.preflight.findings import Finding
 
 _READS, _ROWS = 3, 8
@@ -63,11 +65,17 @@ def _inspect_order(loader: DataLoader[Any]) -> list[Finding]:
     """Whether every sample counts once: F weighs each sample of the dataset once."""
     out = []
     n: int = len(loader.dataset)  # type: ignore[arg-type]
-    advice = "Unlearning weighs every sample once; pass such weights through the loss (batch of (x, y, weight))."
+    advice = "The snapshot is of those that are, each once; pass weights through the loss (batch of (x, y, weight))."
     sampler = loader.sampler
+    if isinstance(sampler, BatchSampler):
+        sampler = sampler.sampler
     if type(loader.batch_sampler) not in (BatchSampler, type(None)) and not hasattr(loader.batch_sampler, "_sampler"):
         out.append(
-            Finding("warning", f"{type(loader.batch_sampler).__name__} decides how often a sample is seen.", advice)
+            Finding(
+                "warning",
+                f"{type(loader.batch_sampler).__name__} decides which samples are seen, and how often.",
+                advice,
+            )
         )
     elif isinstance(sampler, RandomSampler):
         if sampler.replacement or (sampler._num_samples or n) != n:
@@ -77,8 +85,13 @@ def _inspect_order(loader: DataLoader[Any]) -> list[Finding]:
             out.append(
                 Finding("warning", f"{n} samples over {sampler.num_replicas} processes: some are seen twice.", advice)
             )
+    elif isinstance(sampler, SubsetRandomSampler):
+        if (reached := len({int(i) for i in sampler.indices})) < n:
+            text = f"The sampler reaches {reached} of {n} samples: the snapshot is of these, and the others cannot be forgotten."
+            out.append(Finding("note", text))
     elif not isinstance(sampler, SequentialSampler):
-        out.append(Finding("warning", f"{type(sampler).__name__} decides how often a sample is seen.", advice))
+        text = f"{type(sampler).__name__} decides which samples are seen, and how often."
+        out.append(Finding("warning", text, advice))
     size = loader.batch_size or 1
     if loader.drop_last and n % size:
         out.append(
@@ -101,6 +114,8 @@ def _inspect_samples(loader: DataLoader[Any]) -> list[Finding]:
         with _same_randomness_afterwards():
             reads = [[_collate(loader, [loader.dataset[i]]) for i in rows] for _ in range(_READS)]
             together = _collate(loader, [loader.dataset[i] for i in rows])
+            if takes_whole_batches(loader):
+                together = loader.collate_fn(loader.dataset[rows])
         pairs = [[split_batch(b)[:2] for b in read] for read in reads]
         x, y, _ = split_batch(together)
         apart = tuple(torch.cat(part) for part in zip(*pairs[0], strict=True))
@@ -141,7 +156,7 @@ def example_batch(loader: DataLoader[Any], rows: int = 4) -> tuple[Tensor, Tenso
 
 
 def _collate(loader: DataLoader[Any], samples: list[Any]) -> Any:
-    return loader.collate_fn(samples)
+    return collate_of(loader)(samples)
 
 
 def _same(a: Any, b: Any) -> bool:

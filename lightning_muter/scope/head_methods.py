@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,11 +13,12 @@ from lightning_muter.curvature.hessian.sums import BlockSymmetric
 from lightning_muter.curvature.objective.sharded import ShardedObjective
 from lightning_muter.curvature.problem.head import HeadProblem
 from lightning_muter.curvature.problem.point import LocalPoint
-from lightning_muter.errors import MismatchError
+from lightning_muter.extension import Extensible
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards
 from lightning_muter.snapshot.snapshot import Snapshot
-from lightning_muter.solvers.choose import Border, Solution, Solver
+from lightning_muter.solvers.base import Border, Solution, Solver
+from lightning_muter.solvers.eigen import symmetric_eigh
 
 
 @dataclass
@@ -92,15 +92,8 @@ class Step:
     matrix: Tensor
 
 
-class Method(ABC):
-    """From a request to a :class:`Step`.
-
-    Attributes:
-        requires: the stored statistics it reads ("hessian", "gradient").
-    """
-
-    name: ClassVar[str]
-    requires: ClassVar[frozenset[str]]
+class Method(Extensible, ABC):
+    """From a request to a :class:`Step`; results and receipts name it by its ``name``."""
 
     @abstractmethod
     def step(self, request: Request) -> Step: ...
@@ -116,7 +109,6 @@ class MUter(Method):
     """
 
     name = "muter"
-    requires = frozenset({"hessian", "gradient"})
 
     def step(self, request: Request) -> Step:
         snapshot, device = request.snapshot, request.problem.device
@@ -158,7 +150,7 @@ class MUter(Method):
             return None
         f = problem.backbone.width
         eye = torch.eye(f, dtype=problem.dtype, device=problem.device)
-        values, vectors = torch.linalg.eigh(gram.times(eye[None])[0])
+        values, vectors = symmetric_eigh(gram.times(eye[None])[0])
         keep = values.abs() > 1e-12 * values.abs().max()
         values, vectors = values[keep], vectors[:, keep]
         if batch.weight is not None:
@@ -168,13 +160,3 @@ class MUter(Method):
         moved[:f] = vectors
         u = r[:, None, None] * moved + (hess @ local.weight @ vectors)[:, None, :] * phi[:, None]
         return Border(u.reshape(-1, vectors.shape[1]), values)
-
-
-def check_requirements(method: Method, snapshot: Snapshot) -> None:
-    """Raise unless the snapshot stores what the method reads."""
-    stored = {"hessian", "gradient"}
-    missing = method.requires - stored
-    if missing:
-        raise MismatchError(
-            f"method: {method.name} needs {sorted(missing)}, the snapshot stores {sorted(stored)}. Take a snapshot for it."
-        )

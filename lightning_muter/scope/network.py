@@ -27,17 +27,22 @@ from lightning_muter.curvature.objective.network import WideCurvature, WideObjec
 from lightning_muter.curvature.problem.network import WideProblem
 from lightning_muter.curvature.response.choose import Response, as_response
 from lightning_muter.errors import ArgumentError, MismatchError
+from lightning_muter.forgotten.digests import check_digests
+from lightning_muter.forgotten.modules import check_remembered, recalled, remember
+from lightning_muter.forgotten.rows import Forgotten, barred_after, barred_of, known_keys, remember_key
 from lightning_muter.minimise.levenberg_marquardt import Found, LevenbergMarquardt
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards, refuse_sharded_parameters
 from lightning_muter.model.losses import Loss, resolve_loss
+from lightning_muter.snapshot.retaken import positions_to_leave_out
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, WideSnapshot, loss_name
-from lightning_muter.snapshot.take import check_digests
 from lightning_muter.snapshot.trained import Decay, decay_by_name, trained_threat
-from lightning_muter.solvers.choose import CG, Solver
-from lightning_muter.solvers.truncated import TruncatedCG
-from lightning_muter.storage.fingerprint import weight_fingerprint
-from lightning_muter.unlearning.unlearn import UnlearnResult, checked_positions
+from lightning_muter.solvers.base import Solver
+from lightning_muter.solvers.cg import CG, TruncatedCG
+from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
+from lightning_muter.unlearning.commit import adopter, commit
+from lightning_muter.unlearning.positions import checked_positions
+from lightning_muter.unlearning.result import UnlearnResult
 
 #: mu at the start, per sample.
 DAMPING = 1e-2
@@ -98,9 +103,10 @@ def unlearn_wide(
         SolveError: no trial lowered the objective. The model is as it was.
     """
     began = time.perf_counter()
-    before = [int(i) for i in forgotten]
+    record = recalled(model)
+    before = sorted({*(int(i) for i in forgotten), *positions_to_leave_out(record, data, collate)})
     n_total = len(data)  # type: ignore[arg-type]
-    stand_in: Any = SimpleNamespace(n_total=n_total, forgotten=before, n_retained=n_total - len(set(before)))
+    stand_in: Any = SimpleNamespace(n_total=n_total, forgotten=before, absent=[], n_retained=n_total - len(set(before)))
     positions = checked_positions(forget, stand_in)
     gone = {*positions, *before}
     objective = wide_objective(
@@ -124,7 +130,12 @@ def unlearn_wide(
     )
     deadline = None if seconds is None else began + seconds
     result, new = _carry_out(objective, scope, positions, steps, damping, cg, tolerance, deadline, progress)
-    _commit(objective.problem, new, result, dry_run, lambda: None)
+    _commit(objective.problem, new, result, dry_run, lambda fingerprint: None)
+    if not dry_run:
+        key = known_keys().get(record.key_id) or DigestKey.generate()
+        remember_key(key)
+        barred = barred_of(key, data, positions, [i for i in range(n_total) if i not in gone], collate)
+        remember(model, Forgotten(n_total, tuple(sorted(gone)), key.key_id, record.barred | barred))
     result.seconds = time.perf_counter() - began
     return result
 
@@ -169,6 +180,7 @@ def unlearn_stored(
     snapshot.check_length(data, "data")
     snapshot.check_length(read, "retain")
     snapshot.check_model(model)
+    check_remembered(model, snapshot)
     snapshot.check_parameters(model)
     found = resolve_loss(loss, model)
     if loss_name(found) != snapshot.loss_name:
@@ -188,14 +200,13 @@ def unlearn_stored(
     )
     after = replace(snapshot, forgotten=[*snapshot.forgotten, *positions], digests=snapshot.digests.clone())
     after.digests[torch.tensor(positions)] = 0
+    after.barred = barred_after(snapshot, data, positions, collate)
     assert result.stationarity_after is not None
     after.stationarity = result.stationarity_after
 
-    def adopt() -> None:
-        after.fingerprint = result.fingerprint_after
-        snapshot.adopt(after)
-
-    _commit(objective.problem, new, result, dry_run, adopt)
+    _commit(objective.problem, new, result, dry_run, adopter(snapshot, after))
+    if not dry_run:
+        remember(model, Forgotten.of(snapshot))
     result.seconds = time.perf_counter() - began
     return result
 
@@ -245,7 +256,7 @@ def wide_objective(
         curvature,
         inner or (_KINKED if problem.backbone.piecewise_linear else InnerSolver(max_iter=50)),
         smoothing or Smoothing(),
-        anchor=problem.read() if threat.norm == "linf" and threat.eps > 0 else None,
+        anchor=problem.read() if threat.jumps else None,
         reduce=shards.sum_,
         leads=shards.rank == 0,
     )
@@ -357,22 +368,11 @@ def left_outside(model: nn.Module, names: Iterable[str]) -> str | None:
     )
 
 
-def _commit(problem: WideProblem, new: Tensor, result: UnlearnResult, dry_run: bool, adopt: Callable[[], None]) -> None:
-    """Write the weights and take the fingerprint; on any failure (or a dry run) the weights go back."""
+def _commit(
+    problem: WideProblem, new: Tensor, result: UnlearnResult, dry_run: bool, adopt: Callable[[str], None]
+) -> None:
     result.dry_run = dry_run
     for note in result.warnings:  # before anything is changed: a warning may be an error
         warning_module.warn(note, stacklevel=3)
     named = dict(problem.module.named_parameters())
-    before = {n: named[n].detach().clone() for n in problem.names}
-    done = False
-    try:
-        problem.write(new)
-        result.fingerprint_after = weight_fingerprint(problem.module.state_dict())
-        if not dry_run:
-            adopt()
-            done = True
-    finally:
-        if not done:
-            with torch.no_grad():
-                for name, value in before.items():
-                    named[name].copy_(value)
+    commit(problem.module, [named[n] for n in problem.names], lambda: problem.write(new), adopt, result)

@@ -17,19 +17,21 @@ from lightning_muter.curvature.inner.maximiser import InnerSolver, Smoothing
 from lightning_muter.curvature.objective.network import WideCurvature
 from lightning_muter.curvature.response.choose import Response
 from lightning_muter.errors import ArgumentError, UnsuitableError
+from lightning_muter.forgotten.digests import check_digests, sample_digests
 from lightning_muter.minimise.levenberg_marquardt import LevenbergMarquardt
 from lightning_muter.model.losses import Loss, resolve_loss
 from lightning_muter.scope.network import DAMPING, left_outside, stored_objective, wide_decay, wide_objective
-from lightning_muter.snapshot.snapshot import WIDE_BATCH, WideSnapshot, loss_name, sample_digests
-from lightning_muter.snapshot.take import check_digests
+from lightning_muter.snapshot.retaken import leaves_out_forgotten
+from lightning_muter.snapshot.snapshot import WIDE_BATCH, WideSnapshot, loss_name
 from lightning_muter.snapshot.trained import Decay, trained_threat
-from lightning_muter.solvers.truncated import TruncatedCG
+from lightning_muter.solvers.cg import TruncatedCG
 from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
 
 #: Stationarity above which a snapshot says that the weights are not a minimum.
 _STATIONARY = 1e-2
 
 
+@leaves_out_forgotten
 @torch.inference_mode(False)
 def take_wide_snapshot(
     model: nn.Module,

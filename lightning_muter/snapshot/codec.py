@@ -18,7 +18,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from torch import Tensor
 
 from lightning_muter.errors import ArgumentError, MismatchError
-from lightning_muter.extension import Extensible, parameters_of
+from lightning_muter.extension import Extensible, extension_point, parameters_of
 
 _TENSOR = "$tensor"
 
@@ -72,6 +72,23 @@ def _encode_extensible(value: Extensible, name: str, inside: Any) -> dict[str, A
             name, kind.__qualname__, f"a class that keeps the arguments of its constructor as attributes ({error})"
         ) from error
     return {"name": kind.name, "module": kind.__module__, "settings": inside(settings)}
+
+
+def storable(value: Extensible) -> None:
+    """Raise `ArgumentError` unless a file can restore an object of an extension point."""
+    tensors: dict[str, Tensor] = {}
+    root = extension_point(type(value))
+    argument = root.__name__.lower()
+    text = encode(value, argument, tensors)
+    try:
+        decode(root, text, tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArgumentError(
+            argument,
+            value,
+            f"a {root.__name__} that its stored settings make again ({error})",
+            "Check its constructor.",
+        ) from error
 
 
 def decode(kind: Any, value: Any, tensors: dict[str, Tensor]) -> Any:

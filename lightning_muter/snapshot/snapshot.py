@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ from lightning_muter.curvature.objective.network import WideCurvature
 from lightning_muter.curvature.problem.network import parameters_in
 from lightning_muter.curvature.response.choose import Response
 from lightning_muter.errors import CorruptFileError, MismatchError
+from lightning_muter.forgotten.digests import check_digests
+from lightning_muter.forgotten.rows import Barred
 from lightning_muter.snapshot.codec import decode, encode
 from lightning_muter.snapshot.format_1 import from_format_1
 from lightning_muter.storage.atomic import Writer, atomic_write
@@ -41,8 +43,6 @@ from lightning_muter.storage.fingerprint import DigestKey, versions, weight_fing
 
 KIND = "snapshot"
 VERSION = 2
-#: Entry of an unlearned checkpoint that lists the forgotten rows.
-CHECKPOINT_KEY = "lightning_muter"
 #: Samples at a time where derivatives of a whole network are taken.
 WIDE_BATCH = 256
 
@@ -52,10 +52,12 @@ class Stored(ABC):
     """What every stored state of a trained model shares, whatever it covers: whose it is, of which data, what was forgotten.
 
     Attributes:
-        forgotten: positions removed so far, in order.     n_total: samples at the start.
+        forgotten: positions removed so far, in order.     n_total: samples of the dataset that positions count in.
+        absent: positions that were never trained on (the part of a split, say): in no sum, nothing to forget.
         fingerprint: of the model's whole state dict as it should be now.
         digests: keyed digest of every sample (n, 16); rows of forgotten samples are zeroed.
         stationarity: |grad F| / sum |grad phi_i| for the samples at hand when it was measured.
+        barred: keyed digests of the content of forgotten rows, those of earlier training sets included.
     """
 
     n_total: int
@@ -71,9 +73,11 @@ class Stored(ABC):
     fingerprint: str
     stationarity: float
     sample_weight: Tensor | None = None
+    absent: list[int] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=versions)
+    barred: Barred = field(default_factory=Barred)
     key: DigestKey | None = field(default=None, repr=False, metadata={"stored": False})
 
     @property
@@ -83,11 +87,11 @@ class Stored(ABC):
 
     @property
     def n_retained(self) -> int:
-        return self.n_total - len(self.forgotten)
+        return self.n_total - len(self.forgotten) - len(self.absent)
 
     @property
     def retained_positions(self) -> list[int]:
-        gone = set(self.forgotten)
+        gone = {*self.forgotten, *self.absent}
         return [i for i in range(self.n_total) if i not in gone]
 
     @property
@@ -95,13 +99,18 @@ class Stored(ABC):
         """Bytes of the stored tensors."""
         return sum(t.numel() * t.element_size() for t in self.encoded()[1].values())
 
-    def retained(self, dataset: Dataset[Any]) -> Subset[Any]:
+    def retained(self, dataset: Dataset[Any], collate: Callable[[list[Any]], Any] | None = None) -> Subset[Any]:
         """The part of the training dataset that may still be trained on.
 
+        Args:
+            collate: the training loader's ``collate_fn``, where it had one of its own.
+
         Raises:
-            MismatchError: the dataset has another length than the one that was trained on.
+            MismatchError: the dataset is not the one that was trained on, in its order (forgotten rows may hold anything).
         """
         self.check_length(dataset, "dataset")
+        if self.forgotten:
+            check_digests(self, dataset, self.retained_positions, "dataset", collate)
         return Subset(dataset, self.retained_positions)
 
     def check_length(self, dataset: Dataset[Any], argument: str) -> None:
@@ -118,7 +127,8 @@ class Stored(ABC):
         if found != self.fingerprint:
             raise MismatchError(
                 f"model: its weights have fingerprint {found[:16]}…, the snapshot belongs to {self.fingerprint[:16]}…. "
-                "Load the weights that were saved with this snapshot (<name>.muter.ckpt), or take a new snapshot of these."
+                "Load the weights that were saved with this snapshot (<name>.muter.ckpt), or take a new snapshot of these. (Buffers "
+                "count: one that changes outside training, a counter say, is registered with persistent=False.)"
             )
 
     def adopt(self, other: Stored) -> None:
@@ -135,7 +145,8 @@ class Stored(ABC):
     def writer(self) -> Writer:
         """Writes the container file (see :mod:`lightning_muter.storage.container`)."""
         fields, tensors = self.encoded()
-        return container_writer(KIND, {"version": VERSION, "record": type(self).__name__, "fields": fields}, tensors)
+        meta = {"version": VERSION, "record": type(self).__name__, "fields": fields}
+        return container_writer(KIND, meta, tensors, self.key)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the snapshot atomically, and the key of its digests beside it (`<path without suffix>.key`, mode 0600)."""
@@ -152,14 +163,32 @@ class Stored(ABC):
             raise
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], key: DigestKey | None = None) -> Any:
+    def load(cls, path: str | os.PathLike[str], key: DigestKey | None = None, *, unsealed: bool = False) -> Any:
         """Read a snapshot, a `Snapshot` or (beyond the head) a `WideSnapshot`; its key is looked for beside it.
 
+        Args:
+            unsealed: take a file without a seal, as releases before seals wrote them: whoever could write to its folder may
+                have made it.
+
         Raises:
-            CorruptFileError: damaged, altered or of an unknown version; MismatchError: another key, or a class (of a response,
-            say) that was not imported.
+            CorruptFileError: damaged, altered, without seal or of an unknown version; MismatchError: another key, or a class
+            (of a response, say) that was not imported.
         """
-        meta, tensors = read_container(path, KIND)
+        if key is None and os.access(key_path(path), os.R_OK):  # an auditor may not read it
+            key = DigestKey.load(key_path(path))
+        snapshot = cls.read(path, key, unsealed=unsealed)
+        if key is not None and key.key_id != snapshot.key_id:
+            raise MismatchError(
+                f"{path}: its digests were made with key {snapshot.key_id}, the key at hand is {key.key_id}. Restore "
+                f"{key_path(path).name} from a backup."
+            )
+        snapshot.key = key
+        return snapshot
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str], key: DigestKey | None = None, *, unsealed: bool = False) -> Any:
+        """As :meth:`load`, with no other key than this one (None: neither seal nor samples can be checked)."""
+        meta, tensors = read_container(path, KIND, key, unsealed=unsealed)
         if meta.get("version") not in (1, VERSION):
             raise CorruptFileError(
                 f"{path}: snapshot version {meta.get('version')!r}; this release reads versions 1 to {VERSION}. Take a new "
@@ -178,21 +207,13 @@ class Stored(ABC):
                 f"{path}: its content does not describe a snapshot ({type(error).__name__}: {error}). Restore it from a "
                 "backup, or take a new one with `muter snapshot`."
             ) from error
-        if key is None and os.access(key_path(path), os.R_OK):  # an auditor may not read it
-            key = DigestKey.load(key_path(path))
-        if key is not None and key.key_id != snapshot.key_id:
-            raise MismatchError(
-                f"{path}: its digests were made with key {snapshot.key_id}, the key at hand is {key.key_id}. Restore "
-                f"{key_path(path).name} from a backup."
-            )
-        snapshot.key = key
         return snapshot
 
     def check(self) -> None:
         """Raise `ValueError` unless the fields, right in themselves, fit together."""
-        n, gone = self.n_total, self.forgotten
+        n, gone = self.n_total, [*self.forgotten, *self.absent]
         if len(set(gone)) != len(gone) or not all(0 <= i < n for i in gone):
-            raise ValueError("forgotten rows are not rows of the dataset")
+            raise ValueError("forgotten or absent rows are not rows of the dataset")
         if tuple(self.digests.shape) != (n, 16) or self.digests.dtype != torch.uint8:
             raise ValueError(f"digests are {tuple(self.digests.shape)} {self.digests.dtype}, not {(n, 16)} bytes")
         if self.sample_weight is not None and len(self.sample_weight) != n:
@@ -308,11 +329,3 @@ def loss_name(loss: Callable[..., Tensor]) -> str:
         return f"{loss_name(loss.func)}({keywords})"
     name = getattr(loss, "__qualname__", None)
     return f"{loss.__module__}.{name}" if name is not None else repr(loss)
-
-
-def sample_digests(key: DigestKey, samples: Any, positions: Sequence[int]) -> Tensor:
-    """Keyed digests (n, 16) uint8 of ``positions`` of a :class:`lightning_muter.model.dataset.SampleSource`."""
-    rows = [
-        torch.frombuffer(bytearray(key.digest(x, y)), dtype=torch.uint8) for _, x, y in samples.raw_samples(positions)
-    ]
-    return torch.stack(rows) if rows else torch.zeros(0, 16, dtype=torch.uint8)

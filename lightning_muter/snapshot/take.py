@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 import warnings as warning_module
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
 
 from lightning_muter.adversarial.from_torchattacks import attack_note
@@ -25,12 +25,14 @@ from lightning_muter.curvature.objective.sharded import ShardedObjective
 from lightning_muter.curvature.problem.head import HeadProblem
 from lightning_muter.curvature.response.choose import Response, as_response
 from lightning_muter.errors import ArgumentError, MismatchError, UnsuitableError
+from lightning_muter.forgotten.digests import check_digests, sample_digests
 from lightning_muter.minimise.budget import FORWARD, Budget, Fit
 from lightning_muter.minimise.train_on import TrainedOn, cost_of_sums, train_on
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.losses import Loss, accuracy, resolve_loss
 from lightning_muter.snapshot.resume import Resumable
-from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, Stored, WideSnapshot, loss_name, sample_digests
+from lightning_muter.snapshot.retaken import leaves_out_forgotten, spread
+from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot, loss_name
 from lightning_muter.snapshot.trained import Decay, head_decay, trained_threat
 from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
 
@@ -42,6 +44,7 @@ _UNKNOWN = 0.1
 AIM = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 
+@leaves_out_forgotten
 @torch.inference_mode(False)
 def take_snapshot(
     model: nn.Module,
@@ -141,9 +144,7 @@ def take_snapshot(
     elif not anchored:
         objective.anchor(theta)
     aim = tolerance if tolerance is not None else AIM.get(parameter.dtype, 1e-3)
-    metric = (
-        chosen if chosen.name in ("l2", "linf") else as_response("auto", threat).resolved(problem.backbone, source.n)
-    )
+    metric = chosen if chosen.norm is not None else as_response("auto", threat).resolved(problem.backbone, source.n)
     figures: dict[str, Any] = {}
     done: TrainedOn | None = None
     before_theta = theta
@@ -190,7 +191,9 @@ def take_snapshot(
     if not bool(torch.isfinite(theta).all()) or not bool(torch.isfinite(reached.gradient).all()):
         raise UnsuitableError("The objective is not finite at the model's weights. Check the weights and the loss.")
     key = key or (like.key if like is not None else None) or DigestKey.generate()
-    digests = like.digests if like is not None else sample_digests(key, source, range(source.n))
+    digests = sample_digests(key, source, range(source.n))
+    if like is not None and like.key_id == key.key_id and not torch.equal(digests, like.digests):
+        raise MismatchError("like: it was taken of other rows, or in another order. Pass the same dataset.")
     assert sums.hessian is not None
     for note in notes:  # before anything is changed: a warning may be an error
         warning_module.warn(note, stacklevel=3)
@@ -257,7 +260,7 @@ def refresh(
     weight = None if snapshot.sample_weight is None else snapshot.sample_weight[kept]
     part = take_snapshot(
         model,
-        snapshot.retained(data),
+        Subset(data, kept),
         threat_model=snapshot.threat_model,
         response=snapshot.response,
         curvature=snapshot.curvature,
@@ -272,18 +275,8 @@ def refresh(
         key=snapshot.key,
         progress=progress,
     )
-    # back to positions in the full dataset
-    part.n_total, part.forgotten = snapshot.n_total, list(snapshot.forgotten)
-    part.digests = _spread(part.digests, kept, snapshot.n_total)
-    part.starts = None if part.starts is None else _spread(part.starts, kept, snapshot.n_total)
-    part.sample_weight = snapshot.sample_weight
-    return part
-
-
-def _spread(rows: Tensor, positions: Sequence[int], n: int) -> Tensor:
-    out = rows.new_zeros(n, *rows.shape[1:])
-    out[torch.tensor(list(positions))] = rows
-    return out
+    part.barred = snapshot.barred
+    return spread(part, snapshot.n_total, snapshot.forgotten, snapshot.sample_weight, snapshot.absent)
 
 
 def _by_name(snapshot: Snapshot, model: nn.Module) -> dict[str, float]:
@@ -295,35 +288,6 @@ def _by_name(snapshot: Snapshot, model: nn.Module) -> dict[str, float]:
     if head.bias is not None:
         found[f"{prefix}bias"] = float(snapshot.decay[0, -1])
     return found
-
-
-def check_digests(
-    snapshot: Stored,
-    data: Dataset[Any],
-    positions: Sequence[int],
-    argument: str,
-    collate: Callable[[list[Any]], Any] | None = None,
-) -> None:
-    """Raise unless these samples are, byte for byte, the ones the snapshot was taken of.
-
-    Raises:
-        MismatchError: other content, or the key is not at hand.
-    """
-    if snapshot.key is None:
-        raise MismatchError(
-            f"{argument}: the samples cannot be compared with those that were trained on, for the key "
-            f"{snapshot.key_id} of their digests is not at hand. Keep the .key file beside the snapshot, or load with "
-            "Snapshot.load(path, key=DigestKey.load(...))."
-        )
-    source = SampleSource(data, collate=collate, threat=None, readable=positions)
-    found = sample_digests(snapshot.key, source, positions)
-    wrong = (found != snapshot.digests[torch.tensor(list(positions), dtype=torch.int64)]).any(1).nonzero()[:, 0]
-    if len(wrong):
-        first = [positions[int(i)] for i in wrong[:5]]
-        raise MismatchError(
-            f"{argument}: {len(wrong)} of {len(positions)} samples are not what was trained on, e.g. positions {first}. "
-            "Pass the same dataset in the same order, without random augmentation."
-        )
 
 
 def _notes(

@@ -4,22 +4,24 @@ Layout (all integers little-endian):
 
     offset  size  content
     0       8     magic `b"\\x93MUTER\\r\\n"`
-    8       4     format version (1)
+    8       4     format version: 1, or 2 with a seal
     12      4     zero
-    16      8     payload length in bytes; the file ends there
+    16      8     payload length in bytes; in version 1 the file ends there
     24      32    SHA-256 of the payload
     56      8     zero (so that tensors are aligned)
     64      ...   payload: a safetensors file, whose metadata `lightning_muter` is the JSON text
                     `{"kind": ..., "meta": {...}}` (one entry, for the order of several is not fixed)
+    end     24    version 2: id of the key (8) and the seal (16), an HMAC of the first 64 bytes under that key
 
-Reading executes nothing from the file: no pickle, no class names. The hash finds damage, not malice (whoever writes
-the file can hash it anew), so the parser trusts nothing either: sizes, depth, names and offsets are checked before
-memory is taken.
+Reading executes nothing from the file: no pickle, no class names. The hash finds damage, not malice: whoever writes the file
+can hash it anew. With the key at hand the seal finds that too; without it the parser trusts nothing: sizes, depth, names and
+offsets are checked before memory is taken.
 """
 
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import math
 import os
@@ -34,11 +36,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lightning_muter.errors import ArgumentError, CorruptFileError
+from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError
 from lightning_muter.storage.atomic import Writer, atomic_write
+from lightning_muter.storage.fingerprint import DigestKey
 
 MAGIC = b"\x93MUTER\r\n"
-FORMAT = 1
+FORMAT, SEALED = 1, 2
+_SEAL_BYTES = 24
 _HEAD = struct.Struct("<8sIIQ32sQ")
 _MAX_JSON = 64 << 20  # bytes of header (tensor table and meta together); a snapshot's is a few kilobytes
 _MAX_DEPTH = 64
@@ -51,8 +55,10 @@ _METADATA = "lightning_muter"
 _ADVICE = "Restore the file from a backup, or take a new snapshot of the model with `muter snapshot`."
 
 
-def container_bytes(kind: str, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
-    """A container as bytes; the same content gives the same bytes."""
+def container_bytes(
+    kind: str, meta: Mapping[str, Any], tensors: Mapping[str, Tensor], key: DigestKey | None = None
+) -> bytes:
+    """A container as bytes, sealed where a `key` is given; the same content gives the same bytes."""
     if not kind or not isinstance(kind, str):
         raise ArgumentError("kind", kind, "a non-empty text")
     try:
@@ -75,12 +81,20 @@ def container_bytes(kind: str, meta: Mapping[str, Any], tensors: Mapping[str, Te
         _check_payload(payload)
     except CorruptFileError as error:
         raise ArgumentError("tensors", sorted(tensors), f"what can be read back ({error})") from error
-    return _HEAD.pack(MAGIC, FORMAT, 0, len(payload), hashlib.sha256(payload).digest(), 0) + payload
+    version = FORMAT if key is None else SEALED
+    head = _HEAD.pack(MAGIC, version, 0, len(payload), hashlib.sha256(payload).digest(), 0)
+    return head + payload + (b"" if key is None else _seal(head, key))
 
 
-def container_writer(kind: str, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Writer:
+def _seal(head: bytes, key: DigestKey) -> bytes:
+    return bytes.fromhex(key.key_id) + bytes.fromhex(key.seal(b"container\n" + head))
+
+
+def container_writer(
+    kind: str, meta: Mapping[str, Any], tensors: Mapping[str, Tensor], key: DigestKey | None = None
+) -> Writer:
     """The same as a writer for :func:`lightning_muter.storage.atomic.commit_files`."""
-    content = container_bytes(kind, meta, tensors)
+    content = container_bytes(kind, meta, tensors, key)
     return lambda file: file.write(content)
 
 
@@ -103,14 +117,43 @@ def write_container(
     return content[24:56].hex()
 
 
-def read_container(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_container(
+    path: str | os.PathLike[str], kind: str, key: DigestKey | None = None, *, unsealed: bool = False
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read a container of this kind: `(meta, tensors)`, tensors on the CPU with memory of their own.
+
+    Args:
+        key: must have sealed the file; without it seals are not checked.
+        unsealed: with a key, take a file without a seal all the same.
 
     Raises:
         ArgumentError: there is no such file.
-        CorruptFileError: it is damaged, of another kind or of an unknown format version; nothing in it was used.
+        CorruptFileError: it is damaged, of another kind or of an unknown format version, or its seal is false or missing;
+            nothing in it was used.
+        MismatchError: another key sealed it.
     """
-    return parse_container(_read(Path(path)), kind, str(path))
+    content = _read(Path(path))
+    if key is not None:
+        _check_seal(content, key, str(path), unsealed)
+    return parse_container(content, kind, str(path))
+
+
+def _check_seal(content: bytes, key: DigestKey, origin: str, unsealed: bool) -> None:
+    head = content[: _HEAD.size]
+    if len(head) < _HEAD.size or _HEAD.unpack(head)[1] != SEALED:  # damage is for the parser to tell
+        if not unsealed:
+            raise CorruptFileError(
+                f"{origin}: it has no seal, so anybody who can write to this folder may have made it. {_ADVICE} If a release "
+                "from before seals wrote it and you trust the folder: Snapshot.load(path, unsealed=True), and save it again."
+            )
+    elif len(content) != _HEAD.size + _HEAD.unpack(head)[3] + _SEAL_BYTES:
+        return  # cut short or appended to, which the parser tells
+    elif (found := content[-_SEAL_BYTES:][:8].hex()) != key.key_id:
+        raise MismatchError(
+            f"{origin}: sealed with key {found}, the key at hand is {key.key_id}. Restore the key file from a backup."
+        )
+    elif not hmac.compare_digest(content[-_SEAL_BYTES:], _seal(head, key)):
+        raise CorruptFileError(f"{origin}: its seal is false: it was not written with this key. {_ADVICE}")
 
 
 def container_sha256(path: str | os.PathLike[str]) -> str:
@@ -168,13 +211,13 @@ def _payload(content: bytes) -> bytes:
     magic, version, zero, length, digest, zeros = _HEAD.unpack_from(content)
     if magic != MAGIC:
         raise CorruptFileError("not a file of lightning_muter (its first bytes differ)")
-    if version > FORMAT:
+    if version > SEALED:
         raise CorruptFileError(
-            f"format version {version}, this release reads up to {FORMAT}: a newer release wrote it, or it is damaged"
+            f"format version {version}, this release reads up to {SEALED}: a newer release wrote it, or it is damaged"
         )
-    if version != FORMAT or zero or zeros:
+    if not version or zero or zeros:
         raise CorruptFileError(f"damaged head (format version {version})")
-    payload = content[_HEAD.size :]
+    payload = content[_HEAD.size : -_SEAL_BYTES] if version == SEALED else content[_HEAD.size :]
     if length != len(payload):
         raise CorruptFileError(f"{len(payload)} bytes of content where {length} were written: cut short or appended to")
     if hashlib.sha256(payload).digest() != digest:
@@ -251,7 +294,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _depth(text: bytes) -> int:
-    """How deep objects and lists are nested, without recursion."""
+    """How deep objects and lists are nested, without recursion; an upper bound where there are few of them."""
+    if (brackets := text.count(b"[") + text.count(b"{")) <= _MAX_DEPTH:
+        return brackets
     depth = deepest = 0
     for bracket in _BRACKET.finditer(_STRING.sub(b"", text)):
         depth += 1 if bracket[0] in b"[{" else -1

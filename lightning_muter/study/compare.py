@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_muter.errors import MuterError
 from lightning_muter.study import metrics
 from lightning_muter.study.attacks import stacked
-from lightning_muter.study.methods.sgd import Competitor, Outcome, State
+from lightning_muter.study.methods.base import Competitor, Outcome, State
 from lightning_muter.study.report.rows import PARTS, REFERENCE, Row
 from lightning_muter.study.requests import Scenario
 from lightning_muter.study.setup.cache import Cache, digest

@@ -26,7 +26,7 @@ from lightning_muter.study import compare as protocol
 from lightning_muter.study.hydra import resolvers
 from lightning_muter.study.hydra.progress import Progress
 from lightning_muter.study.hydra.sweeps import CombinedTable, FinishedJobs, job_key
-from lightning_muter.study.methods.sgd import Competitor
+from lightning_muter.study.methods.base import Competitor
 from lightning_muter.study.report import tables
 from lightning_muter.study.report.report import wide_console, write_report
 from lightning_muter.study.report.rows import FILE, Row, append_rows, write_rows
@@ -69,7 +69,7 @@ def build_world(config: DictConfig, cache: Cache, begin: Callable[[str], None] =
     attack = None if config.attack.build is None else instantiate(config.attack.build, _convert_="all")
     make_model = instantiate(config.model.module, _convert_="all")
     make_trainer = instantiate(config.trainer, _convert_="all")
-    return groundwork.build(
+    recipe = groundwork.Recipe(
         data,
         make_model,
         attack,
@@ -81,15 +81,15 @@ def build_world(config: DictConfig, cache: Cache, begin: Callable[[str], None] =
         evaluation=instantiate(config.evaluation, _convert_="all"),
         seed=config.seed,
         key=OmegaConf.to_container(config.model, resolve=True),
-        cache=cache,
-        begin=begin,
-        snapshot_options=instantiate(config.model.snapshot, _convert_="all"),
+        snapshot_options=instantiate(config.model.snapshot, _convert_="all") or {},
         prepare=lambda private: setting.prepare(private, config.forget_seed),
     )
+    return groundwork.build(recipe, cache, begin)
 
 
 def run_job(config: DictConfig, folder: Path, *, sweep: bool = False) -> list[Row]:
     """One job: all rows, written to ``folder/results.csv`` as they come."""
+    config = resolvers.with_numbers(config)
     key = job_key(config, __version__)
     finished = FinishedJobs(config.cache_dir)
     if config.resume is True or (config.resume == "auto" and sweep):

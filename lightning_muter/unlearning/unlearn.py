@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings as warning_module
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,51 +13,27 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lightning_muter.certificate.certificate import certify, why_no_certificate
+from lightning_muter.curvature.objective.base import Evaluation
 from lightning_muter.curvature.problem.head import HeadProblem
-from lightning_muter.errors import ArgumentError, MismatchError, RequestError, SolveError
+from lightning_muter.errors import ArgumentError, MismatchError, SolveError, UnsuitableError
+from lightning_muter.forgotten.digests import check_digests
+from lightning_muter.forgotten.modules import check_remembered, remember
+from lightning_muter.forgotten.rows import Forgotten, barred_after
+from lightning_muter.minimise.polish import Descent
 from lightning_muter.minimise.refine import refined
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards
 from lightning_muter.model.losses import Loss, resolve_loss
-from lightning_muter.scope.head_methods import Method, MUter, Request, Step, check_requirements
-from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, Stored, WideSnapshot, loss_name
-from lightning_muter.snapshot.take import bar, check_digests, outside_head
-from lightning_muter.solvers.choose import Solver, as_solver
-from lightning_muter.storage.fingerprint import weight_fingerprint
-
-
-@dataclass
-class UnlearnResult:
-    """What a request did.
-
-    Attributes:
-        forgotten: positions removed by this request.         n_retained: samples left.
-        step_norm: |w_u - w|.        solver: status, residual, iterations.
-        stationarity_before, stationarity_after: of the retained objective at w and w_u (with ``retain``).
-        bound: certified distance of w_u to the retrained optimum, or None (``warnings`` says why).
-        refine: stationarity after each refine step.
-    """
-
-    method: str
-    response: str
-    scope: str
-    forgotten: list[int]
-    n_retained: int
-    step_norm: float
-    solver: dict[str, Any]
-    stationarity_before: float | None = None
-    stationarity_after: float | None = None
-    bound: float | None = None
-    seconds: float = 0.0
-    fingerprint_before: str = ""
-    fingerprint_after: str = ""
-    dry_run: bool = False
-    refine: list[float] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values only."""
-        return asdict(self)
+from lightning_muter.scope.head_methods import Method, MUter, Request, Step
+from lightning_muter.scope.network import unlearn_stored
+from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot, loss_name
+from lightning_muter.snapshot.take import bar, outside_head
+from lightning_muter.solvers.base import Solver
+from lightning_muter.solvers.choose import as_solver
+from lightning_muter.unlearning.commit import adopter, commit
+from lightning_muter.unlearning.positions import checked_positions
+from lightning_muter.unlearning.result import UnlearnResult
+from lightning_muter.unlearning.within import check_within, refine_within
 
 
 @torch.inference_mode(False)
@@ -71,6 +47,7 @@ def unlearn(
     solver: str | Solver = "auto",
     retain: Dataset[Any] | None = None,
     refine: int = 0,
+    within: float | None = None,
     dry_run: bool = False,
     loss: Loss | None = None,
     collate: Callable[[list[Any]], Any] | None = None,
@@ -94,17 +71,19 @@ def unlearn(
             or before are not read.
         refine: accepted steps of L-BFGS on the retained objective in the metric of the total Hessian, which is taken anew
             where the request went too far for the stored one (a whole class).
+        within: refine until the certified distance to retraining is below this, else refuse. For
+            :func:`lightning_muter.publish`: fix it before you see any request.
         dry_run: compute everything, change nothing.
         shards: this process's share of the samples; None asks torch.distributed. Every process of the group makes the same
             call and gets the same weights; ``Shards()``: this one works alone.
 
     Raises:
         ArgumentError, RequestError: bad positions; MismatchError: model, data or loss are not the snapshot's;
-        SolveError: the system was not solved. Model and snapshot are as they were.
+        SolveError: the system was not solved, or ``within`` was not reached. Model and snapshot are as they were.
     """
     if isinstance(snapshot, WideSnapshot):
-        from lightning_muter.scope.network import unlearn_stored
-
+        if within is not None:
+            raise ArgumentError("within", within, "None beyond the head", "Only linear models have a certificate.")
         return unlearn_stored(
             model, snapshot, forget, data, retain=retain, refine=refine, method=method, solver=solver, dry_run=dry_run,
             loss=loss, collate=collate, batch_size=min(batch_size, WIDE_BATCH), shards=shards, progress=progress,
@@ -115,10 +94,11 @@ def unlearn(
         raise ArgumentError("refine", refine, "a whole number, 0 or larger")
     if refine and retain is None:
         raise ArgumentError("refine", refine, "0 without retained data", "Pass retain=train_dataset as well.")
+    check_within(within, retain)
     chosen_solver, method = as_solver(solver), method or MUter()
-    check_requirements(method, snapshot)
     snapshot.check_length(data, "data")
     snapshot.check_model(model)
+    check_remembered(model, snapshot)
     loss = resolve_loss(loss, model)
     if loss_name(loss) != snapshot.loss_name:
         raise MismatchError(
@@ -165,11 +145,14 @@ def unlearn(
         solver=step.solution.to_dict(),
         fingerprint_before=snapshot.fingerprint,
         dry_run=dry_run,
+        within=within,
+        parameters=[f"{snapshot.head_name}.{name}".lstrip(".") for name, _ in problem.head.linear.named_parameters()],
     )
     after = _downdated(snapshot, step, positions)
+    after.barred = barred_after(snapshot, data, positions, collate)
     theta = step.theta
     if retain is not None:
-        theta = _with_retained(request, step, kept, now, after, result, refine, progress)
+        theta = _with_retained(request, step, kept, now, after, result, refine, within, progress)
     if not bool(torch.isfinite(theta).all()):
         raise SolveError("The new weights are not finite. Nothing was changed; take a new snapshot and try again.")
     result.step_norm = float((theta - now).norm())
@@ -177,47 +160,13 @@ def unlearn(
     outside = outside_head(model, problem)
     if outside:  # before anything is changed: a warning may be an error
         warning_module.warn(outside, stacklevel=3)
-    _commit(model, problem, snapshot, after, theta, result, dry_run)
+    commit(
+        model, problem.head.linear.parameters(), lambda: problem.write_theta(theta), adopter(snapshot, after), result
+    )
+    if not dry_run:
+        remember(model, Forgotten.of(snapshot))
     result.seconds = time.perf_counter() - began
     return result
-
-
-def checked_positions(forget: Iterable[int], snapshot: Stored) -> list[int]:
-    """Positions to forget, as a list.
-
-    Raises:
-        ArgumentError: empty, not whole numbers, out of range or twice.
-        RequestError: already forgotten, or nothing would be left.
-    """
-    if isinstance(forget, (str, bytes)) or not isinstance(forget, Iterable) or getattr(forget, "ndim", 1) != 1:
-        raise ArgumentError("forget", forget, "positions in the training dataset, e.g. [3, 17]")
-    values = forget.tolist() if isinstance(forget, Tensor) else list(forget)
-    positions = []
-    for value in values:
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise ArgumentError("forget", value, "whole numbers", "Pass positions in the training dataset.")
-        positions.append(value.__index__())
-    if not positions:
-        raise ArgumentError("forget", positions, "at least one position", "Pass positions in the training dataset.")
-    out = [i for i in positions if not 0 <= i < snapshot.n_total]
-    if out:
-        raise ArgumentError(
-            "forget", out[:5], f"positions from 0 to {snapshot.n_total - 1}", "Negative ones do not count."
-        )
-    if len(set(positions)) != len(positions):
-        twice = sorted({i for i in positions if positions.count(i) > 1})[:5]
-        raise ArgumentError("forget", twice, "each position once", "Remove the duplicates.")
-    again = sorted(set(positions) & set(snapshot.forgotten))
-    if again:
-        raise RequestError(
-            f"forget: positions {again[:5]} were forgotten before; allowed: positions not yet forgotten. Leave them out; "
-            "nothing remains to be done for them."
-        )
-    if len(positions) >= snapshot.n_retained:
-        raise RequestError(
-            f"forget: all {snapshot.n_retained} samples that are left; allowed: fewer. Delete the model instead."
-        )
-    return positions
 
 
 def _downdated(snapshot: Snapshot, step: Step, positions: list[int]) -> Snapshot:
@@ -252,6 +201,7 @@ def _with_retained(
     after: Snapshot,
     result: UnlearnResult,
     refine: int,
+    within: float | None,
     progress: bool,
 ) -> Tensor:
     """Stationarity before and after, refine steps, and the certificate; updates ``after`` and ``result``."""
@@ -262,19 +212,33 @@ def _with_retained(
         at_now = objective.evaluate(now)
         objective.accept(at_now)
         result.stationarity_before = at_now.stationarity
+        why = why_no_certificate(request.problem, objective.decay, snapshot.threat_model)
+        if within is not None and why is not None:
+            raise UnsuitableError(f"within: {why}. Leave it out, or retrain.")
         evaluation = objective.evaluate(theta, explore=bool(refine))
-        if refine:
-            found = refined(
+
+        def further(theta: Tensor, first: Evaluation, steps: int) -> Descent:
+            response, curvature = snapshot.response, snapshot.curvature
+            return refined(
                 objective,
                 theta,
                 step.matrix,
-                snapshot.response,
-                snapshot.curvature,
+                response,
+                curvature,
                 before=at_now,
-                first=evaluation,
-                steps=refine,
+                first=first,
+                steps=steps,
                 on_step=on_step,
             )
+
+        if refine or within is not None:
+            if within is None:
+                found = further(theta, evaluation, refine)
+            else:
+                start = Descent(theta, evaluation, "capped", 0, [evaluation.stationarity])
+                found, result.bound = refine_within(
+                    further, lambda w, e: certify(objective, w, e), start, step.matrix, refine, within
+                )
             theta, evaluation = found.theta, found.evaluation
             result.refine = found.history[1:]
             # from now on gradients count from here; curvature stays at theta_ref
@@ -288,9 +252,9 @@ def _with_retained(
                 after.base_starts = full
         result.stationarity_after = evaluation.stationarity
         after.stationarity = evaluation.stationarity
-        why = why_no_certificate(request.problem, objective.decay)
         if why is None:
-            result.bound = certify(objective, theta, evaluation)
+            if result.bound is None:
+                result.bound = certify(objective, theta, evaluation)
         else:
             result.warnings.append(why)
     return theta
@@ -311,29 +275,3 @@ def _warnings(
     if result.solver["status"] != "converged":
         notes.append(f"The system ended with status {result.solver['status']!r}, accepted on request.")
     return notes
-
-
-def _commit(
-    model: nn.Module,
-    problem: HeadProblem,
-    snapshot: Snapshot,
-    after: Snapshot,
-    theta: Tensor,
-    result: UnlearnResult,
-    dry_run: bool,
-) -> None:
-    """Write the weights, take the fingerprint, switch the snapshot; on any failure (or a dry run) the weights go back."""
-    linear = problem.head.linear
-    before = {name: p.detach().clone() for name, p in linear.named_parameters()}
-    done = False
-    try:
-        problem.write_theta(theta)
-        result.fingerprint_after = after.fingerprint = weight_fingerprint(model.state_dict())
-        if not dry_run:
-            snapshot.adopt(after)
-            done = True
-    finally:
-        if not done:
-            with torch.no_grad():
-                for name, p in linear.named_parameters():
-                    p.copy_(before[name])

@@ -26,7 +26,7 @@ import json, time, warnings
 import torch
 from torch.utils.data import TensorDataset
 from lightning_muter.adversarial.threat_model import ThreatModel
-from lightning_muter.solvers.truncated import TruncatedCG
+from lightning_muter.solvers.cg import TruncatedCG
 from lightning_muter.scope.network import unlearn_wide
 from tests.benchmarks.workloads import features, peak_bytes, resnet
 torch.set_num_threads({threads})

@@ -28,7 +28,7 @@ from lightning_muter.minimise.polish import descend, polish
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.snapshot.snapshot import Snapshot
 from lightning_muter.snapshot.take import take_snapshot
-from lightning_muter.solvers.choose import definite_inverse
+from lightning_muter.solvers.dense import definite_inverse
 from lightning_muter.unlearning.unlearn import unlearn
 from tests.benchmarks import workloads
 from tests.benchmarks.workloads import Workload

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from lightning_muter.errors import ArgumentError
+from lightning_muter.solvers.eigen import symmetric_eigh
 
 Curvature = Literal["hessian", "ggn", "fisher"]
 
@@ -21,7 +21,7 @@ def direct_core(curvature: Curvature, r: Tensor, hess: Tensor) -> Tensor:
     if curvature == "hessian":
         return hess
     if curvature == "ggn":
-        values, vectors = torch.linalg.eigh(hess)
+        values, vectors = symmetric_eigh(hess)
         return (vectors * values.clamp(min=0.0)[:, None, :]) @ vectors.mT
     if curvature == "fisher":
         return r[:, :, None] * r[:, None, :]

@@ -32,9 +32,9 @@ def ranked(deltas: Tensor, values: Tensor, rivals: int) -> tuple[Tensor, Tensor]
     """Of candidates (m, n, D) with values (m, n) the best, an earlier one unless a later one wins clearly, and up to ``rivals``
     next best ones that are elsewhere: (1 + rivals, n, D), values (-inf where there is none)."""
     best = torch.zeros_like(values[0], dtype=torch.long)
-    top = values[0]
+    top, rounding = values[0], 1e-9 if deltas.dtype == torch.float64 else 1e-6
     for j in range(1, len(values)):  # equal maxima up to rounding may not change places
-        wins = values[j] > top + 1e-9 * (1 + top.abs())
+        wins = values[j] > top + rounding * (1 + top.abs())
         best, top = torch.where(wins, j, best), torch.where(wins, values[j], top)
     rows = torch.arange(deltas.shape[1], device=deltas.device)
     chosen, kept, left = [deltas[best, rows]], [top], values.clone()

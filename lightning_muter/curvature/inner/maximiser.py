@@ -27,6 +27,7 @@ from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.curvature.inner.anderson import Anderson
 from lightning_muter.curvature.inner.local_maxima import Several, ranked
 from lightning_muter.curvature.problem.head import HeadProblem
+from lightning_muter.solvers.eigen import symmetric_eigenvalues
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,14 @@ class Smoothing:
 
     def coefficients(self, problem: HeadProblem, threat: ThreatModel, x: Tensor, y: Tensor) -> Tensor | None:
         """c_ij (n, D), or ``None`` where nothing is smoothed; depends on the sample and the anchor alone."""
-        if self.anchor is None or threat.norm != "linf" or threat.eps == 0 or not (self.strength or self.bandwidth):
+        if self.anchor is None or not threat.jumps or not (self.strength or self.bandwidth):
             return None
         z = problem.logits(self.anchor, problem.backbone(x).detach())
         terms = problem.terms(z, y)
         gradient = problem.backbone.pullback(x, (terms.r @ problem.weight(self.anchor))[:, None])[:, 0]
         assert terms.hess is not None
         root = problem.curvature_root(self.anchor, x, terms.hess)
-        top = torch.linalg.eigvalsh(root.mT @ root)[:, -1:].clamp(min=0.0)
+        top = symmetric_eigenvalues(root.mT @ root)[:, -1:].clamp(min=0.0)
         lo, hi = threat.bounds(x.to(gradient))
         half = ((hi - lo) / 2).clamp(min=1e-3 * threat.eps)
         return self.strength * top + self.bandwidth * gradient.abs().mean(1, keepdim=True) / half
@@ -184,7 +185,7 @@ class InnerSolver:
         several = Several(places, heights)
         several.merge()
         if near:
-            tracked = prior if affine else prior.clamp(min=1e-12)
+            tracked = (prior if affine else prior.clamp(min=1e-12)).to(heights)
             height = (lambda rows, d: one.take(rows).value(d)) if affine and margin else None
             several.inherit(torch.stack(near), deltas[: len(near)], tracked, margin, height)
         several.settle(fresh=explore or not near)
@@ -252,18 +253,22 @@ class _Inner:
         """Ends and values of ascents from some rows (all of them: None); -inf elsewhere."""
         if rows is None or len(rows) == len(delta):
             return ascend(self, delta)
-        ends, values = delta.clone(), torch.full_like(delta[:, 0], -math.inf)
+        ends, values = delta.clone(), self.lowest()
         if len(rows):
             ends[rows], values[rows] = ascend(self.take(rows), delta[rows])
         return ends, values
 
     def value(self, delta: Tensor) -> Tensor:
         loss, _ = self.problem.loss_and_input_gradient(self.theta, self.x + delta, self.y)
-        return loss.to(delta) + self.rho.value(delta)
+        return loss.to(self.problem.dtype) + self.rho.value(delta)
+
+    def lowest(self) -> Tensor:
+        """-inf for every sample. Values are of the algebra's dtype, maximisers of the model's."""
+        return torch.full((len(self.x),), -math.inf, dtype=self.problem.dtype, device=self.x.device)
 
     def short(self, delta: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         if steps == 0:  # nothing to compare with
-            return delta, torch.zeros_like(delta[:, 0])
+            return delta, torch.zeros_like(self.lowest())
         found = self.ascend(delta, steps, 0.0)
         return found.delta, found.value
 
@@ -274,15 +279,14 @@ class _Inner:
         and shrink get past them (a subgradient method).
         """
         threat, x, rho = self.threat, self.x, self.rho
-        best, value = delta, torch.full_like(x[:, 0], -math.inf)
+        best, value = delta, self.lowest()
         for _ in range(steps):
             loss, gradient = self.problem.loss_and_input_gradient(self.theta, x + delta, self.y)
-            now = loss.to(x) + rho.value(delta)
+            now = loss.to(value) + rho.value(delta)
             rose = now > value
             best, value = torch.where(rose[:, None], delta, best), torch.where(rose, now, value)
             slope = gradient + rho.gradient(delta)
-            size = slope.norm(dim=1, keepdim=True) if threat.norm == "l2" else slope.abs().mean(1, keepdim=True)
-            size = size.clamp(min=torch.finfo(x.dtype).tiny)
+            size = threat.ball.length(slope).clamp(min=torch.finfo(x.dtype).tiny)
             delta = rho.maximise(threat, gradient, delta, size / (step * threat.eps), x)
             step *= shrink
         return best, value
@@ -292,7 +296,7 @@ class _Inner:
         problem, theta, threat, x, y, rho = self.problem, self.theta, self.threat, self.x, self.y, self.rho
         delta = delta.clone()
         loss, gradient = problem.loss_and_input_gradient(theta, x + delta, y)
-        value = loss + rho.value(delta)
+        value = loss.to(problem.dtype) + rho.value(delta)
         damping = torch.zeros(len(x), 1, dtype=x.dtype, device=x.device)  # 1/t
         residual = torch.full_like(value, math.inf)
         live = torch.arange(len(x), device=x.device)
@@ -302,7 +306,7 @@ class _Inner:
             size = torch.maximum(size, problem.loss_and_input_gradient(theta, x, y)[1].norm(dim=1).to(size))
         falls = torch.zeros_like(live)
         kinked, limit = falls_allowed > 0, falls_allowed or max_iter
-        memory = Anderson(delta) if threat.norm == "l2" and not kinked else None
+        memory = Anderson(delta) if threat.ball.euclidean and not kinked else None
         iterations = 0
         for done in range(max_iter):
             iterations = done + 1
@@ -327,7 +331,7 @@ class _Inner:
                 trial, mixed = memory.mix(live, d, candidate)
                 candidate = torch.where(mixed[:, None], self._onto(candidate, trial, xl), candidate)
             new_loss, new_gradient = problem.loss_and_input_gradient(theta, xl + candidate, y[live])
-            new_value = new_loss + part.value(candidate)
+            new_value = new_loss.to(value) + part.value(candidate)
             change, noise = new_value - value[live], 16 * torch.finfo(x.dtype).eps * (1 + value[live].abs())
             # where differences of values are rounding, steps must grow shorter (a symmetric contraction near a strict
             # maximum): values alone settle positions to the square root of the precision only
@@ -348,11 +352,10 @@ class _Inner:
         return Maximisers(delta, value, residual, iterations, tol)
 
     def _onto(self, plain: Tensor, mixed: Tensor, x: Tensor) -> Tensor:
-        """Mixed points back in B; on the sphere if the plain ones are."""
-        if self.threat.norm == "l2":
-            size = mixed.norm(dim=1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-            outside = plain.norm(dim=1, keepdim=True) >= self.threat.eps * (1 - 1e-9)
-            mixed = torch.where(outside, mixed * (self.threat.eps / size).clamp(min=1.0), mixed)
+        """Mixed points back in the Euclidean ball; on the sphere if the plain ones are."""
+        size = mixed.norm(dim=1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+        outside = plain.norm(dim=1, keepdim=True) >= self.threat.eps * (1 - 1e-9)
+        mixed = torch.where(outside, mixed * (self.threat.eps / size).clamp(min=1.0), mixed)
         return self.threat.project(mixed, x)
 
 

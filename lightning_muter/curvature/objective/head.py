@@ -255,12 +255,12 @@ class RobustObjective:
 
     def anchor(self, theta: Tensor) -> None:
         """Evaluate the smoothing at theta from now on (L-infinity; an all-zero head has nothing to smooth)."""
-        if self.threat.norm == "linf" and self.threat.eps > 0 and bool(self.problem.weight(theta).any()):
+        if self.threat.jumps and bool(self.problem.weight(theta).any()):
             self.set_smoothing(replace(self.smoothing, anchor=theta.clone()))
 
     def off_anchor(self, theta: Tensor) -> float:
         """How far theta has left the anchor of the smoothing, relative to its size."""
-        if self.threat.norm != "linf" or self.threat.eps == 0:
+        if not self.threat.jumps:
             return 0.0
         anchor = self.smoothing.anchor
         return math.inf if anchor is None else float((theta - anchor).norm() / theta.norm().clamp(min=1e-300))

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from lightning_muter.curvature.objective.network import Batch, WideObjective, problem_parts
 from lightning_muter.curvature.problem.network import WideProblem
 from lightning_muter.curvature.response.sketch import rademacher
+from lightning_muter.solvers.eigen import symmetric_eigh
 
 #: Factors up to this side are decomposed; of larger ones the diagonal is used.
 _MAX_SIDE = 1100
@@ -55,7 +56,7 @@ class Factor:
     def decomposed(self, scale: float) -> Side:
         if self.total.dim() == 1:
             return self.total * scale, None
-        values, vectors = torch.linalg.eigh(self.total)
+        values, vectors = symmetric_eigh(self.total)
         return values.clamp(min=0.0) * scale, vectors
 
 
@@ -178,7 +179,7 @@ def _covectors(problem: WideProblem, z: Tensor, batch: Batch) -> list[Tensor]:
     if z.shape[1] > _MAX_LOGITS:
         slopes = [vmap(grad(one))(z, batch.y).detach()]
     else:
-        values, vectors = torch.linalg.eigh(vmap(jacrev(grad(one)))(z, batch.y).detach().to(problem.dtype))
+        values, vectors = symmetric_eigh(vmap(jacrev(grad(one)))(z, batch.y).detach().to(problem.dtype))
         root = vectors * values.clamp(min=0.0).sqrt()[:, None, :]
         at = torch.arange(len(z)) if batch.positions is None else batch.positions
         signs = [rademacher(1 + s, at, z.shape[1]).to(root) for s in range(_SIGNS)]

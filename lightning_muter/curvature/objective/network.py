@@ -18,7 +18,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.func import grad
-from torch.func import jvp as torch_jvp
 
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.curvature.inner.maximiser import InnerSolver, Rho, Smoothing
@@ -28,6 +27,8 @@ from lightning_muter.curvature.response.choose import Response
 from lightning_muter.curvature.response.operators import Motion
 from lightning_muter.curvature.response.sketch import rademacher
 from lightning_muter.model.dataset import Samples, SampleSource
+from lightning_muter.model.modes import directional
+from lightning_muter.solvers.eigen import symmetric_eigenvalues
 
 WideCurvature = Literal["ggn", "hessian"]
 #: Sums tensors over processes, in place; the identity for one.
@@ -35,11 +36,6 @@ Reduce = Callable[[list[Tensor]], None]
 
 #: Motions K are kept from product to product up to this many bytes; beyond it they are found anew.
 _KEEP_BYTES = 1 << 30
-
-
-def _jvp(function: Callable[..., Any], primals: Any, tangents: Any) -> tuple[Any, Any]:
-    out, turned = torch_jvp(function, primals, tangents)[:2]
-    return out, turned
 
 
 @dataclass
@@ -73,17 +69,17 @@ def batch_product(
         pull: Tensor | None = None
         direct: Parameters | None = None
         if curvature == "hessian" and motion is None:
-            _, direct = _jvp(lambda p: grad(lambda q: outputs(q, delta)[0])(p), (w,), (v,))
+            _, direct = directional(lambda p: grad(lambda q: outputs(q, delta)[0])(p), (w,), (v,))
         elif curvature == "hessian":
             slopes = grad(lambda p, d: outputs(p, d)[0], argnums=(0, 1))
-            _, (direct, force) = _jvp(lambda p: slopes(p, delta), (w,), (v,))
+            _, (direct, force) = directional(lambda p: slopes(p, delta), (w,), (v,))
         else:
             if motion is None:
-                z, turned = _jvp(lambda p: problem.joint(p, x, delta), (w,), (v,))
+                z, turned = directional(lambda p: problem.joint(p, x, delta), (w,), (v,))
             else:
                 slope = grad(lambda d, p: outputs(p, d), has_aux=True)
-                (_, z), (force, turned) = _jvp(lambda p: slope(delta, p), (w,), (v,))
-            _, pull = _jvp(grad(total), (z.detach(),), (turned.detach(),))
+                (_, z), (force, turned) = directional(lambda p: slope(delta, p), (w,), (v,))
+            _, pull = directional(grad(total), (z.detach(),), (turned.detach(),))
             pull = pull.detach()
         if motion is None and pull is None:
             assert direct is not None
@@ -100,7 +96,7 @@ def batch_product(
                 z = problem.joint(p, x, d)
                 return z, loss.values(z, y).sum()
 
-            (z, _), (_, rate) = _jvp(raised, (delta,), (moved,))
+            (z, _), (_, rate) = directional(raised, (delta,), (moved,))
             return rate if pull is None else rate + (z * pull).sum()
 
         found = grad(functional)(w)
@@ -247,13 +243,13 @@ class WideObjective:
 
     def _coefficients(self, number: int, x: Tensor, y: Tensor) -> Tensor | None:
         """c of the smoothed L-infinity problem (`curvature.inner`), from clean samples at the anchor."""
-        if self.anchor is None or self.threat.norm != "linf" or self.threat.eps == 0:
+        if self.anchor is None or not self.threat.jumps:
             return None
         if number not in self._c:
             w = problem_parts(self.problem, self.anchor)
             target = self.problem.inner_target(w, x, y)
             root = self.problem.curvature_root(w, x, target)
-            top = torch.linalg.eigvalsh(root.mT @ root)[:, -1:].clamp(min=0.0)
+            top = symmetric_eigenvalues(root.mT @ root)[:, -1:].clamp(min=0.0)
             gradient = self.problem.loss_and_input_gradient(w, x, target)[1]
             lo, hi = self.threat.bounds(x)
             half = ((hi - lo) / 2).clamp(min=1e-3 * self.threat.eps)

@@ -9,47 +9,33 @@ float64 wherever the device has it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.func import grad, jacrev, jvp, vmap
 
+from lightning_muter.errors import UnsuitableError
 from lightning_muter.model.head import Head, eval_mode, features, find_head
 from lightning_muter.model.losses import Loss, per_sample
+from lightning_muter.model.modes import (
+    algebra_dtype,
+    calls_own_functions,
+    derivatives,
+    lacks_forward_mode,
+    no_second_derivative,
+    slope_moves,
+    twice_differentiable,
+    widened,
+    working_dtype,
+)
+from lightning_muter.solvers.eigen import symmetric_eigh
 
 #: An affine backbone is represented by its matrix up to this many numbers.
 _MAX_LINEAR = 20_000_000
 
 #: Forward-mode products, or reverse passes, taken together.
 _TANGENTS = 6
-
-
-def algebra_dtype(device: torch.device) -> torch.dtype:
-    """float64, or float32 on devices without it (MPS)."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-@contextmanager
-def derivatives() -> Iterator[None]:
-    """Autograd on, whatever the caller switched off (``no_grad``, ``inference_mode``), and no autocast."""
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
-        torch.autocast("cuda", enabled=False),
-    ):
-        yield
-
-
-#: What PyTorch says where a layer has no rule for forward mode or for batches of it.
-_NO_RULE = ("forward AD", "forward-mode", "vmap", "atching rule", "functorch", "jvp")
-
-
-def _lacks_forward_mode(error: RuntimeError) -> bool:
-    return isinstance(error, NotImplementedError) or any(text in str(error) for text in _NO_RULE)
 
 
 @dataclass(frozen=True)
@@ -69,6 +55,9 @@ class Backbone:
         identity: J = I, c = 0 exactly.
         piecewise_linear: d2 phi/dx2 = 0 wherever it exists (affine included): then the input Hessian of the loss is
             exactly J^T W^T Lambda W J.
+        curved: d2 phi/dx2 can be computed (functions that are differentiable once have Gauss-Newton input Hessians).
+
+    16-bit modules run in float32, at the same weights.
     """
 
     def __init__(self, module: nn.Module, head: Head, examples: Tensor) -> None:
@@ -76,14 +65,24 @@ class Backbone:
         self.input_shape = tuple(examples.shape[1:])
         self.width = head.linear.in_features
         self.inputs = examples[0].numel()
-        self.device, self.dtype = head.linear.weight.device, head.linear.weight.dtype
+        self.device, self.dtype = head.linear.weight.device, working_dtype(head.linear.weight.dtype)
         self.algebra = algebra_dtype(self.device)
         self.matrix: Tensor | None = None
         self.offset: Tensor | None = None
         self.identity = False
+        self.curved, self._rewritten, self._values = True, False, widened(module)
         flat = examples.reshape(len(examples), -1).to(self.device, self.dtype)
-        self._recognise(flat)
-        self.piecewise_linear = self.affine or self._second_derivative_vanishes(flat)
+        try:
+            self._recognise(flat)
+        except RuntimeError as error:
+            if self._values is None:
+                raise
+            raise UnsuitableError(
+                f"The model is in {head.linear.weight.dtype} and cannot be run in {self.dtype}, in which its features are "
+                f"computed ({str(error).splitlines()[0]}). Let its forward follow the dtype of its input, or train in mixed "
+                "precision."
+            ) from error
+        self.piecewise_linear = self.affine or self._is_piecewise_linear(flat)
 
     @property
     def affine(self) -> bool:
@@ -103,8 +102,8 @@ class Backbone:
         return self._forward(x).to(self.algebra)
 
     def _forward(self, x: Tensor) -> Tensor:
-        with eval_mode(self.module):
-            return features(self.module, self.head, x.to(self.dtype).reshape(-1, *self.input_shape))
+        with eval_mode(self.module), twice_differentiable(rewritten=self._rewritten):
+            return features(self.module, self.head, x.to(self.dtype).reshape(-1, *self.input_shape), self._values)
 
     def _recognise(self, x: Tensor) -> None:
         """Affine maps are told by their values on lines through data points, far beyond the data on both sides."""
@@ -130,6 +129,27 @@ class Backbone:
             predicted = x.to(self.algebra) @ matrix.T + offset
             if (predicted - at[0.0].to(self.algebra)).abs().max() <= limit:
                 self.matrix, self.offset = matrix, offset
+
+    def _is_piecewise_linear(self, x: Tensor) -> bool:
+        for self._rewritten in (False, True):
+            try:
+                straight = self._second_derivative_vanishes(x)
+            except UnsuitableError:  # an operation without second derivative
+                continue
+            if not straight or not self._moves(x, own=True):
+                return straight
+        self.curved, self._rewritten = False, False
+        return not self._moves(x)
+
+    def _moves(self, x: Tensor, *, own: bool = False) -> bool:
+        """Whether J changes from place to place; ``own``: asked only where a function of the user's makes second derivatives
+        doubtful."""
+        if own:
+            with derivatives():
+                if not calls_own_functions(self._forward(x.clone().requires_grad_(True))):
+                    return False
+        ones = torch.ones(len(x), 1, self.width, dtype=self.algebra, device=self.device)
+        return slope_moves(lambda at: self.pullback(at, ones)[:, 0], x)
 
     def _second_derivative_vanishes(self, x: Tensor) -> bool:
         generator = torch.Generator().manual_seed(1)
@@ -163,19 +183,23 @@ class Backbone:
         with derivatives():
             point = x.detach().clone().requires_grad_(True)
             out = self(point)
-            chunks = covectors.movedim(1, 0).split(_TANGENTS)
-            rows = [
-                torch.autograd.grad(
-                    out, point, part[0] if len(part) == 1 else part, retain_graph=True, is_grads_batched=len(part) > 1
-                )[0].reshape(len(part), *point.shape)
-                for part in chunks
-            ]
+            rows = [self._pulled(out, point, part) for part in covectors.movedim(1, 0).split(_TANGENTS)]
         return torch.cat(rows).movedim(0, 1).to(self.algebra)
+
+    def _pulled(self, out: Tensor, point: Tensor, covectors: Tensor) -> Tensor:
+        """(m, n, D) for covectors (m, n, f): one batched pass, or m where a layer has no rule for batches."""
+        if len(covectors) > 1:
+            try:
+                return torch.autograd.grad(out, point, covectors, retain_graph=True, is_grads_batched=True)[0]
+            except RuntimeError as error:
+                if not lacks_forward_mode(error):
+                    raise
+        return torch.stack([torch.autograd.grad(out, point, c, retain_graph=True)[0] for c in covectors])
 
     def pushforward(self, x: Tensor, tangents: Tensor) -> Tensor:
         """J V for tangents V (n, D, m): (n, f, m), by m forward-mode products over the batch.
 
-        Layers without forward mode take two reverse passes per product instead.
+        Layers without forward mode take two reverse passes per product instead, or J itself.
         """
         if self.identity:
             return tangents
@@ -193,9 +217,15 @@ class Backbone:
                 with torch.no_grad():
                     pushed = vmap(push, chunk_size=_TANGENTS)(rows)
             except RuntimeError as error:
-                if not _lacks_forward_mode(error):  # out of memory, a layer's own error, ...
+                if not lacks_forward_mode(error):  # out of memory, a layer's own error, ...
                     raise
-                pushed = torch.stack(self._pushed_by_reverse(point, list(rows)))
+                try:
+                    pushed = torch.stack(self._pushed_by_reverse(point, list(rows)))
+                except RuntimeError as second:
+                    if no_second_derivative(second) is None:
+                        raise
+                    eye = torch.eye(self.width, dtype=self.algebra, device=self.device).expand(len(x), -1, -1)
+                    pushed = (self.pullback(x, eye) @ tangents).movedim(2, 0)
         return pushed.detach().movedim(0, 2).to(self.algebra)
 
     def _pushed_by_reverse(self, x: Tensor, columns: list[Tensor]) -> list[Tensor]:
@@ -240,6 +270,10 @@ class HeadProblem:
         linear.weight.copy_(theta[:, : self.backbone.width])
         if linear.bias is not None:
             linear.bias.copy_(theta[:, -1])
+
+    def rounded(self, theta: Tensor) -> Tensor:
+        """What is left of theta in the module's dtype."""
+        return theta.to(self.head.linear.weight.dtype).to(self.dtype)
 
     def weight(self, theta: Tensor) -> Tensor:
         return theta[:, : self.backbone.width]
@@ -314,7 +348,7 @@ class HeadProblem:
     def curvature_root(self, theta: Tensor, x: Tensor, hess: Tensor, jacobian: Tensor | None = None) -> Tensor:
         """R = J^T W^T L with L L^T = Lambda (negative eigenvalues cut, directions
         without curvature left out): (n, D, m), m <= K; R R^T is the Gauss-Newton d2l/dx2. Given J (n, f, D), without passes."""
-        values, vectors = torch.linalg.eigh(hess)
+        values, vectors = symmetric_eigh(hess)
         root = vectors * values.clamp(min=0.0).sqrt()[:, None, :]
         used = values.amax(0) > 1e-14 * values.abs().max()  # softmax: one direction less, and one pass
         root = root[:, :, used] if bool(used.any()) else root[:, :, -1:]

@@ -20,14 +20,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jacrev, jvp, vmap
+from torch.func import functional_call, grad, jacrev, vmap
 from torch.nn import functional as F
 
-from lightning_muter.curvature.problem.head import algebra_dtype, derivatives
 from lightning_muter.curvature.problem.point import LocalPoint
-from lightning_muter.errors import ArgumentError
+from lightning_muter.errors import ArgumentError, UnsuitableError
 from lightning_muter.model.head import eager, eval_mode
 from lightning_muter.model.losses import Loss, per_sample
+from lightning_muter.model.modes import (
+    algebra_dtype,
+    calls_own_functions,
+    derivatives,
+    directional,
+    slope_moves,
+    twice_differentiable,
+    widened,
+    working_dtype,
+)
+from lightning_muter.solvers.eigen import symmetric_eigh
 
 Parameters = dict[str, Tensor]
 
@@ -100,19 +110,23 @@ class WideProblem:
         self.names = parameters_in(module, scope)
         named = dict(module.named_parameters())
         first = named[self.names[0]]
-        self.device, self.model_dtype, self.dtype = first.device, first.dtype, algebra_dtype(first.device)
+        self.device, self.dtype = first.device, algebra_dtype(first.device)
+        self.model_dtype = working_dtype(first.dtype)  # in which it runs
         self.shapes = [named[n].shape for n in self.names]
         self.sizes = [math.prod(s) for s in self.shapes]
         self.size = sum(self.sizes)
         self.input_shape = tuple(examples.shape[1:])
         self.fixed = {n: p.detach() for n, p in named.items() if n not in set(self.names)}
+        self.fixed |= {n: t for n, t in (widened(module) or {}).items() if n not in set(self.names)}
+        self._rewritten = False
         flat = examples.reshape(len(examples), -1).to(self.device, self.model_dtype)
         # what the inner solver and the responses ask of a backbone
         self.backbone: Any = SimpleNamespace(
             exact_dtype=self.model_dtype,
             affine=False,
             identity=False,
-            piecewise_linear=self._second_derivative_vanishes(flat),
+            curved=True,
+            piecewise_linear=self._is_piecewise_linear(flat),
         )
 
     # -- parameters ------------------------------------------------------------------------------------------------
@@ -145,7 +159,8 @@ class WideProblem:
 
     def net(self, w: Parameters, x: Tensor) -> Tensor:
         """Logits (n, K) at flattened inputs."""
-        out: Tensor = functional_call(self.module, {**self.fixed, **w}, (x.reshape(-1, *self.input_shape),))
+        with twice_differentiable(rewritten=self._rewritten):
+            out: Tensor = functional_call(self.module, {**self.fixed, **w}, (x.reshape(-1, *self.input_shape),))
         return out.reshape(len(x), -1)
 
     def joint(self, w: Parameters, x: Tensor, delta: Tensor) -> Tensor:
@@ -193,7 +208,7 @@ class WideProblem:
         def one(zi: Tensor, ti: Tensor) -> Tensor:
             return self.loss.inner_values(zi[None], ti[None]).sum()
 
-        values, vectors = torch.linalg.eigh(vmap(jacrev(grad(one)))(z, target).detach().to(self.dtype))
+        values, vectors = symmetric_eigh(vmap(jacrev(grad(one)))(z, target).detach().to(self.dtype))
         root = vectors * values.clamp(min=0.0).sqrt()[:, None, :]
         used = values.amax(0) > 1e-14 * values.abs().max()  # softmax: one direction less
         return root[:, :, used].to(z) if bool(used.any()) else root[:, :, -1:].to(z)
@@ -207,8 +222,8 @@ class WideProblem:
         def times(columns: Tensor) -> Tensor:
             out = []
             for column in columns.unbind(2):
-                _, turned = jvp(lambda at: self.net(w, at), (x,), (column,))[:2]
-                _, pull = jvp(slope, (z,), (turned.detach(),))[:2]
+                _, turned = directional(lambda at: self.net(w, at), (x,), (column,))
+                _, pull = directional(slope, (z,), (turned.detach(),))
                 point = x.clone().requires_grad_(True)
                 out.append(torch.autograd.grad(self.net(w, point), point, pull.detach())[0])
             return torch.stack(out, 2)
@@ -218,10 +233,35 @@ class WideProblem:
         basis = torch.randn(x.shape[1], rank, generator=generator, dtype=torch.float64).to(x).expand(len(x), -1, -1)
         basis = torch.linalg.qr(times(torch.linalg.qr(basis)[0].contiguous()))[0]
         image = times(basis)
-        values, vectors = torch.linalg.eigh((basis.mT @ image + image.mT @ basis) / 2)
+        values, vectors = symmetric_eigh((basis.mT @ image + image.mT @ basis) / 2)
         floor = 1e3 * torch.finfo(x.dtype).eps * values[:, -1:]
         inverse = torch.where(values > floor, values.clamp(min=torch.finfo(x.dtype).tiny).rsqrt(), values.new_zeros(()))
         return image @ (vectors * inverse[:, None, :])
+
+    def _is_piecewise_linear(self, x: Tensor) -> bool:
+        """Raises UnsuitableError: an operation has no second derivative and cannot be written otherwise."""
+        try:
+            straight = self._second_derivative_vanishes(x)
+        except UnsuitableError:
+            self._rewritten = True
+            straight = self._second_derivative_vanishes(x)
+        if straight and self._claims_too_much(x):
+            raise UnsuitableError(
+                "The model calls a torch.autograd.Function that is differentiable once only: beyond the head, curvature "
+                "needs its second derivative. Write its backward with differentiable operations, or use scope='head'."
+            )
+        return straight
+
+    def _claims_too_much(self, x: Tensor) -> bool:
+        """Whether a vanishing second derivative is a function's of the user's that has none."""
+        w = self.split(self.read())
+
+        def slope(at: Tensor) -> Tensor:
+            point = at.clone().requires_grad_(True)
+            return torch.autograd.grad(self.net(w, point).sum(), point)[0]
+
+        with self.ready():
+            return calls_own_functions(self.net(w, x.clone().requires_grad_(True))) and slope_moves(slope, x)
 
     def _second_derivative_vanishes(self, x: Tensor) -> bool:
         generator = torch.Generator().manual_seed(1)

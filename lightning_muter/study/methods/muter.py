@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_muter.curvature.hessian.direct import Curvature
 from lightning_muter.snapshot.snapshot import Snapshot
-from lightning_muter.study.methods.sgd import Competitor, Outcome, State, head_outcome
+from lightning_muter.study.methods.base import Competitor, Outcome, State, head_outcome
 from lightning_muter.study.models.base import Classifier
 from lightning_muter.study.setup.problem import World
 from lightning_muter.unlearning.unlearn import unlearn

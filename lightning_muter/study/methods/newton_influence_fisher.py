@@ -32,7 +32,7 @@ from lightning_muter.curvature.problem.head import HeadProblem
 from lightning_muter.curvature.problem.point import LocalPoint
 from lightning_muter.curvature.response.choose import NoResponse
 from lightning_muter.errors import ArgumentError, SolveError
-from lightning_muter.study.methods.sgd import Competitor, Outcome, State, head_outcome
+from lightning_muter.study.methods.base import Competitor, Outcome, State, head_outcome
 from lightning_muter.study.models.base import Classifier
 from lightning_muter.study.setup.problem import World
 

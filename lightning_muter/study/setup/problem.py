@@ -136,7 +136,7 @@ class World:
             return math.nan
         source = SampleSource(Subset(self.data, self.retained(forgotten)))
         problem = HeadProblem(retrained.model, self.loss, source.examples())
-        if why_no_certificate(problem, snapshot.decay) is not None:
+        if why_no_certificate(problem, snapshot.decay, snapshot.threat_model) is not None:
             return math.nan
         objective = objective_of(snapshot, problem, source, list(range(source.n)), snapshot.starts, Shards())
         theta = problem.read_theta()

@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
@@ -29,6 +30,34 @@ STEPS = 3  # how often build() begins something
 
 ModelFactory = Callable[..., Classifier]
 TrainerFactory = Callable[..., L.Trainer]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained, how, and for how long.
+
+    Attributes:
+        attack: a factory, or None for standard training.      key: of the model, for the cache.
+        prepare: makes of the private part what is trained on.
+    """
+
+    data: SplitDataModule
+    make_model: ModelFactory
+    attack: Any
+    make_trainer: TrainerFactory
+    trades_beta: float | None
+    weight_decay: float
+    backbone_epochs: int
+    head_epochs: int
+    evaluation: Evaluation
+    seed: int
+    key: Any
+    snapshot_options: Mapping[str, Any] = field(default_factory=dict)
+    prepare: Callable[[ArrayDataset], ArrayDataset] = lambda private: private
+
+    @property
+    def threat(self) -> ThreatModel | None:
+        return threat_of(self.attack, self.data.threat_box)
 
 
 @contextmanager
@@ -65,34 +94,23 @@ def adversarial(attack: Any, threat: ThreatModel | None, trades_beta: float | No
     ]
 
 
-def trained_backbone(
-    make_model: ModelFactory,
-    data: SplitDataModule,
-    attack: Any,
-    *,
-    threat: ThreatModel | None,
-    trades_beta: float | None,
-    make_trainer: TrainerFactory,
-    epochs: int,
-    seed: int,
-    key: Any,
-    cache: Cache,
-) -> dict[str, torch.Tensor]:
+def trained_backbone(recipe: Recipe, cache: Cache) -> dict[str, torch.Tensor]:
     """State of the backbone after adversarial training of the whole model on the public part, from the cache if there.
 
     The public part may have classes of its own; the head that it was trained with is thrown away.
     """
+    data, threat, epochs = recipe.data, recipe.threat, recipe.backbone_epochs
     public = data.public_dataset
 
     def train() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        L.seed_everything(seed, verbose=False)
-        model = make_model(in_shape=data.in_shape, num_classes=public.num_classes)
+        L.seed_everything(recipe.seed, verbose=False)
+        model = recipe.make_model(in_shape=data.in_shape, num_classes=public.num_classes)
         loader = DataLoader(public, batch_size=data.batch_size, shuffle=True, num_workers=data.num_workers)
-        fit(model, loader, make_trainer, epochs, adversarial(attack, threat, trades_beta))
+        fit(model, loader, recipe.make_trainer, epochs, adversarial(recipe.attack, threat, recipe.trades_beta))
         return {"epochs": epochs}, dict(model.backbone.state_dict())
 
     threat_key = None if threat is None else threat.to_dict()
-    parts = [key, data_digest(public), threat_key, trades_beta, epochs, seed]
+    parts = [recipe.key, data_digest(public), threat_key, recipe.trades_beta, epochs, recipe.seed]
     (_, state), _ = cache.get_or_make("backbone", digest(parts), train)
     return state
 
@@ -115,60 +133,41 @@ def assembled(make_model: ModelFactory, data: SplitDataModule, backbone: dict[st
     return model
 
 
-def build(
-    data: SplitDataModule,
-    make_model: ModelFactory,
-    attack: Any,
-    make_trainer: TrainerFactory,
-    *,
-    trades_beta: float | None,
-    weight_decay: float,
-    backbone_epochs: int,
-    head_epochs: int,
-    evaluation: Evaluation,
-    seed: int,
-    key: Any,
-    cache: Cache,
-    begin: Callable[[str], None],
-    snapshot_options: Mapping[str, Any] | None = None,
-    prepare: Callable[[ArrayDataset], ArrayDataset] = lambda private: private,
-) -> World:
+def build(recipe: Recipe, cache: Cache, begin: Callable[[str], None]) -> World:
     """Backbone on the public part, head on the private part, both adversarially; then the head to stationarity.
 
     Without a public part the backbone keeps its initial (or pretrained) weights, since training it on the private part
-    would leave traces that head-scope unlearning cannot remove. ``prepare`` makes of the private part what is trained on.
+    would leave traces that head-scope unlearning cannot remove. ``begin`` is told what begins.
     """
-    threat = threat_of(attack, data.threat_box)
-    torch.manual_seed(seed)
+    data, make_model, threat = recipe.data, recipe.make_model, recipe.threat
+    torch.manual_seed(recipe.seed)
     probe = make_model(in_shape=data.in_shape, num_classes=data.num_classes)
     trainable = any(p.requires_grad for p in probe.backbone.parameters())
     backbone: dict[str, torch.Tensor] | None = None
     begin("backbone on the public part")
     if trainable and data.has_public:
-        backbone = trained_backbone(
-            make_model,
-            data,
-            attack,
-            threat=threat,
-            trades_beta=trades_beta,
-            make_trainer=make_trainer,
-            epochs=backbone_epochs,
-            seed=seed,
-            key=key,
-            cache=cache,
-        )
+        backbone = trained_backbone(recipe, cache)
     elif trainable:
         log.warning("No public part to train the backbone on: it keeps its initial weights (set public_fraction).")
-    torch.manual_seed(seed)
+    torch.manual_seed(recipe.seed)
     model = assembled(make_model, data, backbone)
-    private = prepare(data.private_dataset)
+    private = recipe.prepare(data.private_dataset)
     begin("head on the private part")
-    L.seed_everything(seed, verbose=False)
+    L.seed_everything(recipe.seed, verbose=False)
     loader = DataLoader(private, batch_size=data.batch_size, shuffle=True, num_workers=data.num_workers)
-    fit(model, loader, make_trainer, head_epochs, adversarial(attack, threat, trades_beta))
-    options = dict(snapshot_options or {})
-    world = World(model, private, data.test_dataset, threat, weight_decay, evaluation, seed, snapshot_options=options)
+    callbacks = adversarial(recipe.attack, threat, recipe.trades_beta)
+    fit(model, loader, recipe.make_trainer, recipe.head_epochs, callbacks)
+    world = World(
+        model,
+        private,
+        data.test_dataset,
+        threat,
+        recipe.weight_decay,
+        recipe.evaluation,
+        recipe.seed,
+        snapshot_options=dict(recipe.snapshot_options),
+    )
     begin("head to stationarity")
-    if trades_beta is None:
+    if recipe.trades_beta is None:
         world.settle()
     return world

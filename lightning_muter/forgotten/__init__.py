@@ -1,0 +1,1 @@
+"""Rows that were forgotten: how they are known again, and who remembers them. Plain torch."""

@@ -1,0 +1,101 @@
+"""Snapshots of models that were made to forget: forgotten rows are left out, and stay on the list."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+from lightning_muter.errors import MismatchError, RequestError
+from lightning_muter.forgotten.modules import recalled
+from lightning_muter.forgotten.rows import Forgotten, known_keys, remember_key
+from lightning_muter.snapshot.snapshot import Snapshot, Stored
+
+Take = TypeVar("Take", bound=Callable[..., Any])
+
+
+def leaves_out_forgotten(take: Take) -> Take:
+    """Of the functions that take a snapshot: what the model (or the snapshot given as ``like``) was made to forget is not
+    read, and is listed as forgotten in the new snapshot.
+
+    Raises:
+        RequestError: forgotten rows lie elsewhere in the dataset than where they were forgotten, or it cannot be told.
+    """
+
+    @functools.wraps(take)
+    def door(model: Any, dataset: Dataset[Any], **options: Any) -> Stored:
+        like: Snapshot | None = options.get("like")
+        record = recalled(model) | (Forgotten.of(like) if like is not None else Forgotten())
+        if not record:
+            return cast(Stored, take(model, dataset, **options))
+        remember_key(options.get("key"))
+        gone = positions_to_leave_out(record, dataset, options.get("collate"))
+        key = options.get("key") or known_keys().get(record.key_id)
+        if key is not None and record.key_id and key.key_id != record.key_id:
+            raise MismatchError(
+                f"key: got {key.key_id}, the model's forgotten rows are known under {record.key_id}. Pass that key."
+            )
+        options["key"] = key
+        if not gone:
+            snapshot = take(model, dataset, **options)
+        else:
+            n = len(dataset)  # type: ignore[arg-type]
+            kept = sorted(set(range(n)) - set(gone))
+            weight = options.get("sample_weight")
+            options["sample_weight"] = None if weight is None else torch.as_tensor(weight)[kept]
+            options |= {"like": part_of(like, kept)} if like is not None else {}
+            snapshot = spread(take(model, Subset(dataset, kept), **options), n, gone, weight)
+        snapshot.barred = snapshot.barred | record.barred
+        return cast(Stored, snapshot)
+
+    return cast(Take, door)
+
+
+def positions_to_leave_out(record: Forgotten, dataset: Dataset[Any], collate: Any = None) -> list[int]:
+    """The forgotten rows of a training set, which must lie where they were forgotten.
+
+    Raises:
+        RequestError: some lie elsewhere: positions mean other rows than before.
+    """
+    gone = record.located(dataset, collate)
+    length = len(dataset)  # type: ignore[arg-type]
+    expected = record.placed(dataset)
+    if gone != expected:
+        moved = sorted(set(gone) - set(expected))
+        raise RequestError(
+            f"dataset: rows that were forgotten are among these {length}, at positions {moved[:5]}, which is not where they "
+            "were forgotten: it is in another order, or holds them once more. Pass the training set as it was (forgotten rows "
+            "included, they are left out), or what is retained of it."
+        )
+    return gone
+
+
+def spread(part: Any, n_total: int, gone: Sequence[int], weight: Tensor | None, absent: Sequence[int] = ()) -> Any:
+    """A snapshot of the retained rows, with positions counted in the full training set again."""
+    out = {*gone, *absent}
+    kept = [i for i in range(n_total) if i not in out]
+    part.n_total, part.forgotten, part.absent, part.sample_weight = n_total, list(gone), list(absent), weight
+    part.digests = _spread(part.digests, kept, n_total)
+    if getattr(part, "starts", None) is not None:
+        part.starts = _spread(part.starts, kept, n_total)
+    return part
+
+
+def part_of(snapshot: Snapshot, kept: list[int]) -> Snapshot:
+    """A snapshot as if it had been taken of these rows alone (for its maximisers; its sums are those of before)."""
+    starts = None if snapshot.starts is None else snapshot.starts[kept]
+    return replace(
+        snapshot, n_total=len(kept), forgotten=[], absent=[], digests=snapshot.digests[kept], starts=starts, base_starts=None,
+        sample_weight=None,
+    )  # fmt: skip
+
+
+def _spread(rows: Tensor, positions: Sequence[int], n: int) -> Tensor:
+    out = rows.new_zeros(n, *rows.shape[1:])
+    out[torch.tensor(list(positions))] = rows
+    return out

@@ -1,0 +1,43 @@
+"""What a request did."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class UnlearnResult:
+    """What a request did.
+
+    Attributes:
+        forgotten: positions removed by this request.         n_retained: samples left.
+        step_norm: |w_u - w|.        solver: status, residual, iterations.
+        stationarity_before, stationarity_after: of the retained objective at w and w_u (with ``retain``).
+        bound: certified distance of w_u to the retrained optimum, or None (``warnings`` says why).
+        within: the distance that was asked for, or None.      parameters: names of those that were changed.
+        refine: stationarity after each refine step.
+    """
+
+    method: str
+    response: str
+    scope: str
+    forgotten: list[int]
+    n_retained: int
+    step_norm: float
+    solver: dict[str, Any]
+    stationarity_before: float | None = None
+    stationarity_after: float | None = None
+    bound: float | None = None
+    seconds: float = 0.0
+    fingerprint_before: str = ""
+    fingerprint_after: str = ""
+    dry_run: bool = False
+    refine: list[float] = field(default_factory=list)
+    within: float | None = None
+    parameters: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values only."""
+        return asdict(self)
