@@ -10,46 +10,49 @@ from torch import Tensor
 from lightning_muter.adversarial.adversary import LossAttack
 from lightning_muter.curvature.objective.head import RobustObjective
 from lightning_muter.curvature.problem.head import HeadProblem
-from lightning_muter.minimise.polish import Polish
+from lightning_muter.minimise.train_on import TrainedOn
 from lightning_muter.model.losses import Loss, accuracy, per_sample
 
 #: Samples on which robust figures are taken, spread over the data; steps of the climb that finds their perturbations.
-_SAMPLES, _STEPS = 512, 10
+_SAMPLES, _STEPS = 256, 10
 
 
 def polish_figures(
-    objective: RobustObjective, problem: HeadProblem, loss: Loss, before: Tensor, after: Tensor, done: Polish
+    objective: RobustObjective, problem: HeadProblem, loss: Loss, before: Tensor, after: Tensor, done: TrainedOn
 ) -> dict[str, Any]:
     """The entry "polish" of a snapshot's figures.
 
     ``step_norm`` over ``head_norm`` says how far the head moved. Robust accuracy and the objective (mean robust loss and weight
-    decay) are estimates on up to 512 samples, with the package's own climb at both heads.
+    decay) are estimates on up to 256 samples, with the package's own climb at both heads.
     """
     figures: dict[str, Any] = {
         "status": done.status,
         "passes": done.passes,
         "stationarity_before": done.before,
-        "stationarity_after": done.evaluation.stationarity,
+        "stationarity_after": done.after,
         "step_norm": float((after - before).norm()),
         "head_norm": float(before.norm()),
     }
-    for name, theta in (("before", before), ("after", after)):
-        figures[f"accuracy_{name}"] = _clean(objective, problem, loss, theta)
+    clean = _clean(objective, problem, loss, before, after)
+    for name, theta, share in zip(("before", "after"), (before, after), clean, strict=True):
         robust, value = _robust(objective, problem, loss, theta)
-        figures |= {f"robust_accuracy_{name}": robust, f"objective_{name}": value}
-    return {"polish": figures}
+        figures |= {f"accuracy_{name}": share, f"robust_accuracy_{name}": robust, f"objective_{name}": value}
+    return {"polish": figures | done.figures}
 
 
-def _clean(objective: RobustObjective, problem: HeadProblem, loss: Loss, theta: Tensor) -> float | None:
-    right, count = 0.0, 0
+def _clean(objective: RobustObjective, problem: HeadProblem, loss: Loss, *heads: Tensor) -> list[float | None]:
+    """Accuracy on clean inputs of each head, by one pass through the backbone; None where there is none (regression)."""
+    right, count = [torch.zeros(()) for _ in heads], 0
     for batch in objective.source.batches():
-        x = batch.x.to(problem.backbone.exact_dtype)
         with torch.no_grad():
-            share = accuracy(loss, problem.logits(theta, problem.backbone(x)), batch.y)
-        if share is None:
-            return None
-        right, count = right + float(share) * len(x), count + len(x)
-    return right / count
+            phi = problem.backbone(batch.x.to(problem.backbone.exact_dtype))
+        count += len(phi)
+        for number, theta in enumerate(heads):
+            share = accuracy(loss, problem.logits(theta, phi), batch.y)
+            if share is None:
+                return [None for _ in heads]
+            right[number] = right[number] + share.cpu() * len(phi)
+    return [float(r) / count for r in right]
 
 
 def _robust(
