@@ -34,6 +34,7 @@ from lightning_muter.minimise.levenberg_marquardt import Found, LevenbergMarquar
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards, refuse_sharded_parameters
 from lightning_muter.model.losses import Loss, resolve_loss
+from lightning_muter.snapshot.ranks import ranks_agree
 from lightning_muter.snapshot.retaken import positions_to_leave_out
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, WideSnapshot, loss_name
 from lightning_muter.snapshot.trained import Decay, decay_by_name, trained_threat
@@ -50,6 +51,7 @@ DAMPING = 1e-2
 _KINKED = InnerSolver(tolerance=1e-3, max_iter=8, tracking=4, finish=1)
 
 
+@ranks_agree
 @torch.inference_mode(False)
 def unlearn_wide(
     model: nn.Module,

@@ -29,6 +29,7 @@ from lightning_muter.forgotten.digests import check_digests, sample_digests
 from lightning_muter.minimise import polish as descent
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.losses import Loss, accuracy, resolve_loss
+from lightning_muter.snapshot.ranks import ranks_agree
 from lightning_muter.snapshot.resume import Resumable
 from lightning_muter.snapshot.retaken import leaves_out_forgotten, spread
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot, loss_name
@@ -39,6 +40,7 @@ from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
 AIM = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 
+@ranks_agree
 @leaves_out_forgotten
 @torch.inference_mode(False)
 def take_snapshot(
@@ -169,7 +171,7 @@ def take_snapshot(
         raise MismatchError("like: it was taken of other rows, or in another order. Pass the same dataset.")
     assert sums.hessian is not None
     for note in notes:  # before anything is changed: a warning may be an error
-        warning_module.warn(note, stacklevel=3)
+        warning_module.warn(note, stacklevel=5)
     if done is not None:
         problem.write_theta(theta)
     return Snapshot(
@@ -203,6 +205,7 @@ def take_snapshot(
     )
 
 
+@ranks_agree
 def refresh(
     model: nn.Module,
     snapshot: Snapshot | WideSnapshot,
