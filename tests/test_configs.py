@@ -34,7 +34,7 @@ def built(node: Any) -> Any:
 
 def test_every_group_has_files_and_every_file_a_group() -> None:
     groups = {path.parent.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml")} - {"."}
-    assert groups == {"dataset", "attack", "model", "method", "request", "evaluation", "trainer", "experiment"}
+    assert groups == {"dataset", "attack", "model", "method", "request", "evaluation", "trainer", "experiment", "audit"}
 
 
 @pytest.mark.parametrize("name", names("dataset"))
