@@ -62,6 +62,7 @@ def take_wide_snapshot(
     key: DigestKey | None = None,
     inputs: Any = None,
     label: Any = None,
+    normalization: Any = None,
     reading: Reading | None = None,
     progress: bool = True,
 ) -> WideSnapshot:
@@ -83,7 +84,9 @@ def take_wide_snapshot(
     if device is not None:
         model.to(device)
     if reading is None:
-        reading = read_objective(model, dataset, loss=loss, collate=collate, inputs=inputs, label=label)
+        reading = read_objective(
+            model, dataset, loss=loss, collate=collate, inputs=inputs, label=label, normalization=normalization
+        )
     objective = wide_objective(
         model,
         dataset,
@@ -137,6 +140,7 @@ def take_wide_snapshot(
         curvature=curvature,
         loss_name=reading.identity,
         mass=source.mass,
+        normalization=reading.normalization,
         input_shape=source.input_shape,
         inner=objective.inner,
         smoothing=objective.smoothing,
