@@ -314,6 +314,11 @@ def _carry_out(
         fingerprint_before=weight_fingerprint(problem.module.state_dict()),
         refine=found.history,
     )
+    result.quality = {
+        "objective_before": found.first.value,
+        "objective_after": found.last.value,
+        "maximisers_converged": found.last.converged,
+    }
     result.warnings += _notes(problem, found)
     return result, found.w
 

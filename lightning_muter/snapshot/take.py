@@ -27,6 +27,7 @@ from lightning_muter.curvature.response.choose import Response, as_response
 from lightning_muter.errors import ArgumentError, MismatchError, UnsuitableError
 from lightning_muter.forgotten.digests import check_digests, sample_digests
 from lightning_muter.minimise import polish as descent
+from lightning_muter.minimise.best import Best, best_head
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.losses import Loss, accuracy, resolve_loss
 from lightning_muter.snapshot.resume import Resumable
@@ -134,6 +135,7 @@ def take_snapshot(
     metric = chosen if chosen.norm is not None else as_response("auto", threat).resolved(problem.backbone, source.n)
     figures: dict[str, Any] = {}
     done: descent.Polish | None = None
+    best: Best | None = None
     before_theta = theta
     with bar(objective, "polish", progress and polish != 0) as on_step:
         if polish != 0:
@@ -141,7 +143,8 @@ def take_snapshot(
             done = descent.polish(
                 objective, theta, metric, tolerance=aim, max_passes=limit, anchored=anchored, on_step=on_step
             )
-            theta = done.theta
+            best = best_head(objective, before_theta, done, constants=polish == "auto")
+            theta = problem.rounded(best.theta)
     if objective.delta is None and not objective.reproducible:
         objective.accept(objective.evaluate(theta, explore=True))
     starts = objective.stored_starts()
@@ -153,7 +156,10 @@ def take_snapshot(
     reached = objective.evaluation(theta, sums, final)
     notes = _notes(problem, model, theta, reached, aim, polish, decay, sums, attack)
     if done is not None:
-        figures |= _polish_figures(objective, problem, loss, before_theta, theta, done)
+        assert best is not None
+        figures |= _polish_figures(objective, problem, loss, before_theta, theta, done, best)
+        if best.is_constant:
+            notes.append(_constant_note(best, threat))
     figures |= {
         "stationarity": reached.stationarity,
         "objective": reached.value,
@@ -298,6 +304,14 @@ def _notes(
     return notes
 
 
+def _constant_note(best: Best, threat: ThreatModel) -> str:
+    return (
+        f"The robust optimum is a constant predictor: the best head that was found has the objective {best.value:.6g}, one that "
+        f"answers the same whatever it is shown {best.constant:.6g}. Balls of eps={threat.eps:g} swamp the classes: at this "
+        "radius there is nothing to learn, nor to unlearn but the share of the classes. Use a smaller eps, or better features."
+    )
+
+
 def outside_head(model: nn.Module, problem: HeadProblem) -> str | None:
     """What head scope leaves behind, said loudly; None when every trained parameter is in the head."""
     inside = {id(p) for p in problem.head.linear.parameters()}
@@ -313,7 +327,13 @@ def outside_head(model: nn.Module, problem: HeadProblem) -> str | None:
 
 
 def _polish_figures(
-    objective: RobustObjective, problem: HeadProblem, loss: Loss, before: Tensor, after: Tensor, done: descent.Polish
+    objective: RobustObjective,
+    problem: HeadProblem,
+    loss: Loss,
+    before: Tensor,
+    after: Tensor,
+    done: descent.Polish,
+    best: Best,
 ) -> dict[str, Any]:
     def clean(theta: Tensor) -> float | None:
         right: list[Tensor] = []
@@ -337,6 +357,11 @@ def _polish_figures(
             "step_norm": float((after - before).norm()),
             "accuracy_before": clean(before),
             "accuracy_after": clean(after),
+            "kept": best.kept,
+            "objective_before": best.before,
+            "objective_after": best.value,
+            "objective_constant": best.constant,
+            "constant": best.is_constant,
         }
     }
 
