@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,18 @@ from lightning_muter.adversarial.training import adversary_of
 from lightning_muter.curvature.hessian.direct import Curvature
 from lightning_muter.curvature.response.choose import Response
 from lightning_muter.deletion.checkpoints import checkpoint_fingerprint, load_checkpoint
+from lightning_muter.deletion.files import Places
+from lightning_muter.deletion.fit_door import (
+    all_records,
+    refuse_earlier_training,
+    refuse_forgotten_data,
+    retained_of,
+)
+from lightning_muter.deletion.request_flow import entry_of
+from lightning_muter.deletion.saving import save_fit, save_requests
 from lightning_muter.errors import ArgumentError, MuterError, RequestError, UnsuitableError
+from lightning_muter.forgotten.modules import ENTRY, entries_of, recalled, remember
+from lightning_muter.forgotten.rows import Forgotten, known_keys
 from lightning_muter.lightning_names import Callback
 from lightning_muter.model.losses import Loss
 from lightning_muter.model.rows import collate_of
@@ -27,12 +39,12 @@ from lightning_muter.preflight.trained_rows import TrainedRows
 from lightning_muter.scope.head_methods import Method
 from lightning_muter.scope.wide_taking import take_wide_snapshot
 from lightning_muter.snapshot.part import snapshot_of_rows
-from lightning_muter.snapshot.snapshot import CHECKPOINT_KEY, WIDE_BATCH, Snapshot, WideSnapshot, key_path
+from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot, key_path
 from lightning_muter.snapshot.take import refresh, take_snapshot
 from lightning_muter.solvers.base import Solver
 from lightning_muter.solvers.choose import as_solver
 from lightning_muter.storage.atomic import commit_files
-from lightning_muter.storage.fingerprint import DigestKey
+from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
 from lightning_muter.storage.plain import Plain, plain
 from lightning_muter.unlearning.result import UnlearnResult
 from lightning_muter.unlearning.unlearn import unlearn
@@ -89,13 +101,20 @@ class MUterCallback(Callback):
         self._dataset: Dataset[Any] | None = None
         self._collate: Any = None
         self._loss: Loss | None = None
+        self._record = Forgotten()  # rows once forgotten, kept over later fits
+        self._key: DigestKey | None = None
+        self._resumed: list[Forgotten] = []  # the lists in the checkpoint that a run is resumed from
+        self._looked_at: Any = None  # the dataset that was searched for forgotten rows
+        self._stale = False  # ... which does not list all that is known here
+        # what save() needs: the module, what a checkpoint holds besides weights, and what was done since the files
+        self._module: pl.LightningModule | None = None
+        self._base: dict[str, Any] = {}
+        self._on_disk: str | None = None
+        self._unsaved: list[UnlearnResult] = []
+        self._changed = False
         self._rows: TrainedRows | None = None
         self._earlier_rows: dict[str, Any] | None = None  # of the run that is resumed
         self._stepped = False
-        # rows once forgotten, as positions in the dataset they were first counted in (kept over later fits)
-        self._origin: Dataset[Any] | None = None
-        self._forgotten: list[int] = []
-        self._n_total: int | None = None
 
     # -- during a fit ------------------------------------------------------------------------------------------------
 
@@ -112,7 +131,15 @@ class MUterCallback(Callback):
             cap=self.size_cap,
         )
         skip = enforce(findings)
-        self._refuse_forgotten(trainer)
+        records = all_records(self._record, pl_module, self._folders(trainer))
+        refuse_earlier_training(trainer.ckpt_path, self._resumed, records, known_before=self._stale)
+        refuse_forgotten_data(records, trainer.train_dataloader)
+        self._looked_at = getattr(trainer.train_dataloader, "dataset", None)
+        for record in records:
+            remember(pl_module, record)
+        self._record = recalled(pl_module)
+        self._key = self._chosen_key()
+        self._resumed, self._stale = [], False
         self._skip = skip
         self._stepped = False  # until then an earlier snapshot is still that of the weights
         self._rows = TrainedRows(trainer, pl_module, self._earlier_rows if trainer.ckpt_path is not None else None)
@@ -121,6 +148,9 @@ class MUterCallback(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._rows is not None:
             self._rows.epoch_starts()
+        loader: Any = trainer.train_dataloader
+        if self._record and getattr(loader, "dataset", None) is not self._looked_at:  # reloaded
+            refuse_forgotten_data([self._record], loader)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -134,23 +164,17 @@ class MUterCallback(Callback):
         if self._rows is not None:
             self._rows.epoch_ends()
 
-    def _refuse_forgotten(self, trainer: pl.Trainer) -> None:
-        """Rows once forgotten may not be trained on again."""
-        if not self._forgotten:
-            return
-        loader = trainer.train_dataloader
-        dataset = getattr(loader, "dataset", None)
-        clean = False
-        if isinstance(dataset, Subset):
-            base: Any = dataset.dataset
-            # a run that was resumed has the list from its checkpoint and a dataset object of its own
-            same = base is self._origin if self._origin is not None else len(base) == self._n_total
-            clean = same and not {int(i) for i in dataset.indices} & set(self._forgotten)
-        if not clean:
-            raise RequestError(
-                f"train_dataloader: its dataset still holds the {len(self._forgotten)} forgotten rows (or another object "
-                "than the one they were forgotten from). Train on callback.retained(dataset)."
-            )
+    def _chosen_key(self) -> DigestKey:
+        """Of the digests to come; its id goes into every checkpoint of the run, and tells whose it is."""
+        known = known_keys().get(self._record.key_id) if self._record else None
+        return known or (self.snapshot.key if self.snapshot is not None else None) or DigestKey.generate()
+
+    def _folders(self, trainer: pl.Trainer) -> list[Path]:
+        """Where the files of this run go, and where the one that is resumed lies: who was forgotten there counts here."""
+        own = getattr(trainer.checkpoint_callback, "dirpath", None)
+        resumed = trainer.ckpt_path
+        found = [self.dirpath, own, None if resumed is None else Path(resumed).parent]
+        return [Path(folder) for folder in found if folder is not None]
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._skip is not None:
@@ -171,6 +195,7 @@ class MUterCallback(Callback):
         threat = self.threat_model or (adversary.threat if adversary is not None else None)
         loss = self.loss if self.loss is not None else (adversary.loss if adversary is not None else None)
         wide = self.scope != "head"
+        trained = weight_fingerprint(pl_module.state_dict())
         take: Callable[..., Snapshot | WideSnapshot] = take_wide_snapshot if wide else take_snapshot
         options: dict[str, Any] = {"trades_beta": adversary.trades_beta} if wide and adversary is not None else {}
         snapshot = snapshot_of_rows(
@@ -188,7 +213,7 @@ class MUterCallback(Callback):
             polish=self.polish,
             collate=collate,
             batch_size=min(self.batch_size, WIDE_BATCH) if wide else self.batch_size,
-            key=self._key(trainer),
+            key=self._kept_key(trainer),
             progress=self.verbose and trainer.is_global_zero,
             **options,
         )
@@ -198,14 +223,17 @@ class MUterCallback(Callback):
             snapshot.warnings.append(note)
         self.snapshot, self._dataset, self._collate = snapshot, loader.dataset, collate
         self._loss = loss
-        if not self._forgotten:
-            self._origin, self._n_total = loader.dataset, snapshot.n_total
-        elif self._origin is None:
-            self._origin = loader.dataset.dataset
+        self._module, self._unsaved, self._on_disk, self._changed = pl_module, [], None, True
+        remember(pl_module, Forgotten.of(snapshot))
+        self._record = recalled(pl_module)
         self._log(trainer, snapshot)
+        dumped = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
+        del dumped["state_dict"]
+        written = plain(dumped)
+        self._base = {**written.value, ENTRY: entry_of(snapshot)}
         stem = self._stem(trainer)
         if stem is not None and trainer.is_global_zero:
-            self._write(trainer, snapshot, stem)
+            self._write(snapshot, pl_module, written, stem, trained)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self.snapshot is None:
@@ -230,30 +258,36 @@ class MUterCallback(Callback):
             return self.dirpath / name
         return Path(last).parent / name if last else None
 
-    def _key(self, trainer: pl.Trainer) -> DigestKey | None:
+    def _kept_key(self, trainer: pl.Trainer) -> DigestKey | None:
         stem = self._stem(trainer)
         if stem is None or not trainer.is_global_zero:
-            return None
+            return self._key
         stem.parent.mkdir(parents=True, exist_ok=True)
-        return DigestKey.load_or_create(key_path(f"{stem}.muter.snapshot"))
+        path = key_path(f"{stem}.muter.snapshot")
+        if self._key is not None and (self._record or not path.exists()):
+            self._key.keep(path)
+        return DigestKey.load(path)
 
-    def _write(self, trainer: pl.Trainer, snapshot: Snapshot | WideSnapshot, stem: Path) -> None:
-        dumped = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
-        weights = dumped.pop("state_dict")  # keeps its metadata
-        written = plain(dumped)
-        checkpoint = {**written.value, "state_dict": weights}
-        self.paths = {
-            "checkpoint": Path(f"{stem}.muter.ckpt"),
-            "snapshot": Path(f"{stem}.muter.snapshot"),
-        }
+    def _write(
+        self,
+        snapshot: Snapshot | WideSnapshot,
+        module: pl.LightningModule,
+        written: Plain,
+        stem: Path,
+        trained: str,
+    ) -> None:
+        places = Places(stem.parent, stem.name)
+        self.paths = {"checkpoint": places.checkpoint, "snapshot": places.snapshot}
+        checkpoint = {**self._base, "state_dict": module.state_dict()}
         if snapshot.key is not None:
-            snapshot.key.keep(key_path(self.paths["snapshot"]))
-        commit_files(  # both or none: a crash in between must not leave a snapshot of other weights
-            {
-                self.paths["checkpoint"]: lambda file: torch.save(checkpoint, file),
-                self.paths["snapshot"]: snapshot.writer(),
-            }
-        )
+            snapshot.key.keep(places.key)
+        if places.ledger.exists():  # requests were carried out on the files here: this is entered after them
+            save_fit(places, module, snapshot, checkpoint, trained)
+        else:
+            commit_files(  # both or none: a crash in between must not leave a snapshot of other weights
+                {places.checkpoint: lambda file: torch.save(checkpoint, file), places.snapshot: snapshot.writer()}
+            )
+        self._on_disk, self._changed = snapshot.fingerprint, False
         self._read_back(snapshot, written)
         if self.verbose:
             rank_zero_info(
@@ -299,29 +333,29 @@ class MUterCallback(Callback):
             logger.log_metrics(figures, step=trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
+        own = replace(self._record, key_id=self._key.key_id) if self._key is not None else self._record
         return {
-            "forgotten": list(self._forgotten),
-            "n_total": self._n_total,
+            **own.to_dict(),
             "fingerprint": self.snapshot.fingerprint if self.snapshot is not None else None,
             "rows": self._rows.state() if self._rows is not None else self._earlier_rows,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._forgotten = [int(i) for i in state_dict["forgotten"]]
-        self._n_total = state_dict["n_total"]
+        loaded = Forgotten.from_dict(state_dict)
+        self._stale = bool(self._record) and not loaded.covers(self._record)
+        self._record = self._record | loaded
         self._earlier_rows = state_dict.get("rows")
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """An unlearned checkpoint carries the list of what may not be trained on again."""
-        listed = checkpoint.get(CHECKPOINT_KEY)
-        if listed is None:
-            return
-        self._forgotten, self._n_total = [int(i) for i in listed["forgotten"]], int(listed["n_total"])
-        if trainer.state.fn == "fit":
+        self._resumed = entries_of(checkpoint, "ckpt_path")
+        listed = Forgotten.from_dict(checkpoint[ENTRY]) if ENTRY in checkpoint else Forgotten()
+        self._record = self._record | listed
+        if listed and trainer.state.fn == "fit":
             raise RequestError(
-                f"ckpt_path: the checkpoint is the result of a deletion request ({len(self._forgotten)} forgotten rows) and "
+                f"ckpt_path: the checkpoint is the result of a deletion request ({listed.count} forgotten rows) and "
                 "holds no optimiser state to resume. Load its weights with load_from_checkpoint and train on "
                 "Snapshot.load(<name>.muter.snapshot).retained(dataset)."
             )
@@ -381,10 +415,10 @@ class MUterCallback(Callback):
             progress=self.verbose if progress is None else progress,
         )
         if not dry_run:
-            rows: list[int] = list(snapshot.forgotten)
-            if isinstance(self._dataset, Subset) and self._dataset is not self._origin:  # a fit on what was retained
-                rows = [int(self._dataset.indices[i]) for i in rows]
-            self._forgotten += [i for i in rows if i not in set(self._forgotten)]
+            remember(model, Forgotten.of(snapshot))
+            self._record = self._record | Forgotten.of(snapshot)
+            self._module, self._changed = model, True
+            self._unsaved.append(result)
         return result
 
     def refresh(self, model: pl.LightningModule, data: Dataset[Any] | None = None) -> Snapshot | WideSnapshot:
@@ -395,22 +429,42 @@ class MUterCallback(Callback):
         self.snapshot = refresh(
             model, self._at_hand(), dataset, progress=self.verbose, loss=self._loss, collate=self._collate
         )
+        self._module, self._changed = model, True
         return self.snapshot
 
     def retained(self, dataset: Dataset[Any]) -> Subset[Any]:
-        """The part of the training dataset that may still be trained on."""
-        if self._forgotten and dataset is self._origin and dataset is not self._dataset:
-            # after a later fit, whose snapshot counts in its own subset
-            gone = set(self._forgotten)
-            return Subset(dataset, [i for i in range(self._n_total or 0) if i not in gone])
-        return self._at_hand().retained(dataset)
+        """The part of the training dataset (or of one that it was made of) that may still be trained on.
+
+        Raises:
+            MismatchError: these are other rows, or they are in another order; RequestError: it cannot be told.
+        """
+        if self.snapshot is None and not self._record:
+            self._at_hand()
+        return retained_of(dataset, self._record, self.snapshot, self._collate)
 
     def save(self, path: str | Path | None = None) -> Path:
-        """Write the snapshot as it is now (default: where the fit wrote it)."""
+        """Bring model, snapshot and what was requested to the disk: checkpoint, snapshot and ledger in one transaction.
+
+        Args:
+            path: `<name>.muter.snapshot` or `<name>.ckpt`; by default where the fit wrote its files.
+
+        Returns:
+            The snapshot's path; checkpoint, ledger, receipts and key lie beside it.
+
+        Raises:
+            MismatchError: the files were changed since by somebody else, or the model was trained further.
+        """
         target = Path(path) if path is not None else self.paths.get("snapshot")
         if target is None:
             raise ArgumentError(
                 "path", None, "a file name", "The fit wrote no files: say where, e.g. 'a.muter.snapshot'."
             )
-        self._at_hand().save(target)
-        return target
+        snapshot, places = self._at_hand(), Places.named(target)
+        assert self._module is not None  # there is a snapshot
+        if places.snapshot == self.paths.get("snapshot") and not self._changed:
+            return places.snapshot  # as it was written
+        before = self._on_disk or (self._unsaved[0].fingerprint_before if self._unsaved else snapshot.fingerprint)
+        save_requests(places, self._module, snapshot, self._unsaved, before=before, base=self._base)
+        self.paths = {"checkpoint": places.checkpoint, "snapshot": places.snapshot}
+        self._on_disk, self._unsaved, self._changed = snapshot.fingerprint, [], False
+        return places.snapshot

@@ -212,6 +212,28 @@ def test_only_balls_and_responses_know_the_name_of_a_norm() -> None:
             assert not named, f"{name}, lines {named}"
 
 
+def strangers(tree: ast.AST) -> list[str]:
+    """Imports of other tests, and of names that the package keeps to itself."""
+    return [
+        f"{node.module}.{alias.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if ".test_" in f".{node.module}"
+        or ((node.module or "").startswith("lightning_muter") and alias.name.startswith("_") and alias.name[1] != "_")
+    ]
+
+
+def test_tests_stand_on_their_own() -> None:
+    """What two tests share lies beside them in a module of its own; a private name may go at any time."""
+    assert strangers(ast.parse("from tests.test_a import b")) == ["tests.test_a.b"]
+    assert strangers(ast.parse("from lightning_muter.solvers.cg import _descend")) == [
+        "lightning_muter.solvers.cg._descend"
+    ]
+    for path in Path(__file__).parent.rglob("*.py"):
+        assert strangers(ast.parse(path.read_text())) == [], path
+
+
 def test_the_front_door_is_in_the_order_of_the_flow() -> None:
     """Threat model -> attack and training -> callback and snapshot -> unlearning -> extension points."""
     order = ["adversarial.threat_model", "adversarial.training", "callback", "snapshot.take", "unlearning.unlearn"]

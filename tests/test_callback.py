@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import signal
 import warnings
 from pathlib import Path
@@ -16,50 +15,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from lightning_muter import AdversarialTraining, AdversarialTrainingMixin, MUterCallback, Snapshot, ThreatModel
 from lightning_muter.adversarial.adversary import LossAttack
 from lightning_muter.errors import MismatchError, RequestError, UnsuitableError
 from tests.faults import listing
-from tests.test_unlearning import state
+from tests.fits import Plain, cancer, l2_attack, loader_of, short_trainer, table
+from tests.heads import state
 
 NET = [("linear", torch.float64), ("linear", torch.float32), ("frozen", torch.float64)]
-
-
-@functools.cache
-def _cancer() -> tuple[Tensor, Tensor]:
-    from sklearn.datasets import load_breast_cancer
-
-    x, y = load_breast_cancer(return_X_y=True)
-    x = torch.from_numpy(x)
-    x = (x - x.min(0).values) / (x.max(0).values - x.min(0).values)
-    return x[:160].clamp(0, 1), torch.from_numpy(y[:160])
-
-
-class Plain(pl.LightningModule):
-    """Knows nothing of this package."""
-
-    def __init__(self, k: int = 2, kind: str = "linear", optimizer: str = "sgd", decay: float = 1e-2) -> None:
-        super().__init__()
-        self.net = nn.Linear(30, k) if kind == "linear" else nn.Sequential(nn.Linear(30, 6), nn.Tanh(), nn.Linear(6, k))
-        self.optimizer, self.decay = optimizer, decay
-        if kind == "frozen":
-            self.net[0].requires_grad_(False)
-        if k == 1:
-            self.criterion = nn.BCEWithLogitsLoss()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        x, y = (batch["x"], batch["y"]) if isinstance(batch, dict) else batch
-        z = self(x)
-        return F.cross_entropy(z, y) if z.shape[1] > 1 else self.criterion(z[:, 0], y.to(z))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        kinds = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
-        return kinds[self.optimizer]([p for p in self.parameters() if p.requires_grad], lr=0.1, weight_decay=self.decay)
 
 
 class Mixed(AdversarialTrainingMixin, Plain):
@@ -67,40 +32,13 @@ class Mixed(AdversarialTrainingMixin, Plain):
         return LossAttack(ThreatModel("l2", 0.2), steps=3)
 
 
-def _data(dtype: torch.dtype = torch.float64) -> TensorDataset:
-    x, y = _cancer()
-    return TensorDataset(x.to(dtype), y)
-
-
-def _trainer(tmp_path: Path, *callbacks: pl.Callback, epochs: int = 3, **kwargs: Any) -> pl.Trainer:
-    options: dict[str, Any] = {"logger": False, "enable_checkpointing": False} | kwargs
-    return pl.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        devices=1,
-        default_root_dir=tmp_path,
-        callbacks=list(callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
-
-
-def _loader(data: Dataset[Any]) -> DataLoader[Any]:
-    return DataLoader(data, batch_size=32, shuffle=True)
-
-
-def _attack(eps: float = 0.2) -> AdversarialTraining:
-    return AdversarialTraining(LossAttack(ThreatModel("l2", eps), steps=3))
-
-
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize(("kind", "dtype"), NET)
 def test_plain_module_on_tabular_data(tmp_path, k, kind, dtype):
     torch.manual_seed(0)
-    data, module, muter = _data(dtype), Plain(k, kind).to(dtype), MUterCallback(verbose=False)
+    data, module, muter = table(dtype), Plain(k, kind).to(dtype), MUterCallback(verbose=False)
     eps = 0.2 if kind == "linear" else 0.02  # against 0.2 these few features are best not used at all
-    _trainer(tmp_path, _attack(eps), muter).fit(module, _loader(data))
+    short_trainer(tmp_path, l2_attack(eps), muter).fit(module, loader_of(data))
     snapshot = muter.snapshot
     assert snapshot is not None
     assert snapshot.stationarity < (1e-5 if dtype == torch.float64 else 1e-3)
@@ -116,7 +54,7 @@ def test_plain_module_on_tabular_data(tmp_path, k, kind, dtype):
     if kind == "linear":  # and it is nearly the minimiser of what is left
         assert result.bound is not None
         other, again = Plain(k, kind).to(dtype), MUterCallback(verbose=False, threat_model=ThreatModel("l2", 0.2))
-        _trainer(tmp_path, again, epochs=1).fit(other, _loader(muter.retained(data)))
+        short_trainer(tmp_path, again, epochs=1).fit(other, loader_of(muter.retained(data)))
         distance = float((other.net.weight - module.net.weight).detach().norm())
         assert distance < (0.05 if dtype == torch.float64 else 0.2) * max(result.step_norm, 1e-3)
     assert not list(tmp_path.rglob("*.muter*"))
@@ -132,11 +70,11 @@ def test_torchattacks_on_images_and_the_mixin(tmp_path):
             return torchattacks.PGD(self, eps=0.03, alpha=0.01, steps=3)
 
     torch.manual_seed(0)
-    x, y = _cancer()
+    x, y = cancer()
     data = TensorDataset(x[:, :25].reshape(-1, 1, 5, 5).float(), y)
     module, muter = Images(), MUterCallback(verbose=False, dirpath=tmp_path)
-    trainer = _trainer(tmp_path, muter)
-    trainer.fit(module, _loader(data))
+    trainer = short_trainer(tmp_path, muter)
+    trainer.fit(module, loader_of(data))
     assert muter.snapshot is not None
     assert muter.snapshot.threat_model == ThreatModel("linf", 0.03)
     assert muter.snapshot.response.name == "linf"
@@ -146,17 +84,19 @@ def test_torchattacks_on_images_and_the_mixin(tmp_path):
     assert listing(tmp_path) == before  # in memory, until it is saved
     muter.save()
     after = listing(tmp_path)
-    assert {name for name in after if after[name] != before[name]} == {"model.muter.snapshot"}
+    changed = {name for name in before if after[name] != before[name]}
+    assert changed == {"model.muter.ckpt", "model.muter.snapshot"}  # one transaction, entered in the ledger
+    assert "model.muter.ledger" in after
 
 
 def test_files_and_logs(tmp_path):
     torch.manual_seed(0)
-    data, module = _data(), Mixed().double()
+    data, module = table(), Mixed().double()
     logger = CSVLogger(tmp_path / "logs")
     checkpoints = ModelCheckpoint(tmp_path / "checkpoints", save_last=True)
     muter = MUterCallback(verbose=False)
-    _trainer(tmp_path, muter, checkpoints, logger=logger, enable_checkpointing=True, log_every_n_steps=1).fit(
-        module, _loader(data)
+    short_trainer(tmp_path, muter, checkpoints, logger=logger, enable_checkpointing=True, log_every_n_steps=1).fit(
+        module, loader_of(data)
     )
     own = Path(checkpoints.last_model_path)
     files = {p.name for p in own.parent.iterdir()}
@@ -183,9 +123,9 @@ def test_files_and_logs(tmp_path):
 )
 def test_a_fit_survives_what_cannot_be_unlearned_and_unlearn_says_why(tmp_path, optimizer, decay, text):
     module, muter = Mixed(optimizer=optimizer, decay=decay).double(), MUterCallback(verbose=False, dirpath=tmp_path)
-    trainer = _trainer(tmp_path, muter, epochs=1)
+    trainer = short_trainer(tmp_path, muter, epochs=1)
     with pytest.warns(UserWarning, match=text):
-        trainer.fit(module, _loader(_data()))
+        trainer.fit(module, loader_of(table()))
     assert trainer.state.finished
     assert muter.snapshot is None
     assert not list(tmp_path.rglob("*.muter*"))
@@ -198,7 +138,7 @@ def test_a_fit_survives_what_cannot_be_unlearned_and_unlearn_says_why(tmp_path, 
 
 def test_a_given_decay_settles_it(tmp_path):
     module, muter = Mixed(optimizer="adamw").double(), MUterCallback(verbose=False, weight_decay=5e-3)
-    _trainer(tmp_path, muter, epochs=1).fit(module, _loader(_data()))
+    short_trainer(tmp_path, muter, epochs=1).fit(module, loader_of(table()))
     assert muter.snapshot is not None
     assert muter.snapshot.decay.unique().item() == 5e-3
     assert muter.unlearn(module, [1]).n_retained == 159
@@ -218,27 +158,27 @@ def test_a_loss_given_to_the_adversary_is_the_one_that_is_unlearned_in(tmp_path)
     muter = MUterCallback(verbose=False, loss=None)
     attack = AdversarialTraining(LossAttack(ThreatModel("l2", 0.2), loss, steps=3), loss=loss)
     muter.loss = loss
-    _trainer(tmp_path, attack, muter, epochs=1).fit(module, _loader(_data()))
+    short_trainer(tmp_path, attack, muter, epochs=1).fit(module, loader_of(table()))
     assert muter.unlearn(module, [1]).forgotten == [1]
 
 
 def test_training_on_forgotten_rows_is_refused_for_ever(tmp_path):
     torch.manual_seed(0)
-    data, module, muter = _data(), Mixed().double(), MUterCallback(verbose=False)
-    _trainer(tmp_path, muter, epochs=1).fit(module, _loader(data))
+    data, module, muter = table(), Mixed().double(), MUterCallback(verbose=False)
+    short_trainer(tmp_path, muter, epochs=1).fit(module, loader_of(data))
     muter.unlearn(module, [3, 17])
     assert muter.snapshot is not None
     before = state(module, muter.snapshot)
 
     def refused(dataset: Dataset[Any]) -> None:
         with pytest.raises(RequestError, match=r"train_dataloader.*forgotten rows.*retained"):
-            _trainer(tmp_path, muter, epochs=1).fit(module, _loader(dataset))
+            short_trainer(tmp_path, muter, epochs=1).fit(module, loader_of(dataset))
 
     refused(data)
     refused(Subset(data, [3, 4, 5]))
     assert state(module, muter.snapshot) == before
     kept = muter.retained(data)
-    _trainer(tmp_path, muter, epochs=1).fit(module, _loader(kept))
+    short_trainer(tmp_path, muter, epochs=1).fit(module, loader_of(kept))
     assert muter.snapshot.n_total == 158
     refused(data)  # the list outlives the snapshot
     muter.unlearn(module, [3])  # position 3 of what was retained: row 4
@@ -249,9 +189,9 @@ def test_training_on_forgotten_rows_is_refused_for_ever(tmp_path):
     resumed = MUterCallback(verbose=False)
     resumed.load_state_dict(muter.state_dict())
     muter = resumed
-    refused(_data())
-    other, rows = _data(), [i for i in range(160) if i not in (3, 4, 17)]
-    _trainer(tmp_path, resumed, epochs=1).fit(module, _loader(Subset(other, rows)))
+    refused(table())
+    other, rows = table(), [i for i in range(160) if i not in (3, 4, 17)]
+    short_trainer(tmp_path, resumed, epochs=1).fit(module, loader_of(Subset(other, rows)))
     refused(other)
 
 
@@ -259,7 +199,7 @@ def test_fits_without_a_step_or_with_an_interruption_say_so(tmp_path):
     module, muter = Mixed().double(), MUterCallback(verbose=False)
     with pytest.raises(UnsuitableError, match="No snapshot was taken yet"):
         muter.unlearn(module, [3])
-    _trainer(tmp_path, muter, epochs=0).fit(module, _loader(_data()))
+    short_trainer(tmp_path, muter, epochs=0).fit(module, loader_of(table()))
     with pytest.raises(UnsuitableError, match=r"made no step.*take_snapshot"):
         muter.unlearn(module, [3])
 
@@ -270,13 +210,13 @@ def test_fits_without_a_step_or_with_an_interruption_say_so(tmp_path):
     handler = signal.getsignal(signal.SIGINT)
     try:
         with pytest.raises((SystemExit, KeyboardInterrupt)):
-            _trainer(tmp_path, muter, Impatient(), epochs=1).fit(module, _loader(_data()))
+            short_trainer(tmp_path, muter, Impatient(), epochs=1).fit(module, loader_of(table()))
     finally:
         signal.signal(signal.SIGINT, handler)
     with pytest.raises(UnsuitableError, match=r"ended with KeyboardInterrupt.*take_snapshot"):
         muter.unlearn(module, [3])
     assert module.training_step is not None
-    _trainer(tmp_path, muter, epochs=1).fit(module, _loader(_data()))  # and the next fit is as good as any
+    short_trainer(tmp_path, muter, epochs=1).fit(module, loader_of(table()))  # and the next fit is as good as any
     assert muter.unlearn(module, [3]).forgotten == [3]
 
 
@@ -284,7 +224,7 @@ def test_a_backbone_trained_on_the_same_data_is_said_loudly(tmp_path):
     module, muter = Mixed(kind="tanh").double(), MUterCallback(verbose=False, polish=8)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        _trainer(tmp_path, muter, epochs=1).fit(module, _loader(_data()))
+        short_trainer(tmp_path, muter, epochs=1).fit(module, loader_of(table()))
     texts = [str(w.message) for w in caught]
     assert any("outside the scope" in t and "before the fit starts" in t for t in texts)
     assert any("Head scope leaves 2 trainable parameters" in t for t in texts)
@@ -299,25 +239,25 @@ def test_batches_of_dictionaries(tmp_path):
             return 160
 
         def __getitem__(self, i: int) -> dict[str, Any]:
-            x, y = _cancer()
+            x, y = cancer()
             return {"x": x[i], "y": y[i], "id": f"user-{i}"}
 
     torch.manual_seed(0)
     module, muter = Mixed().double(), MUterCallback(verbose=False)
-    _trainer(tmp_path, muter).fit(module, _loader(Named()))
+    short_trainer(tmp_path, muter).fit(module, loader_of(Named()))
     torch.manual_seed(0)
     other, plain = Mixed().double(), MUterCallback(verbose=False)
-    _trainer(tmp_path, plain).fit(other, _loader(_data()))
+    short_trainer(tmp_path, plain).fit(other, loader_of(table()))
     muter.unlearn(module, [3, 9], retain=Named())
-    plain.unlearn(other, [3, 9], retain=_data())
+    plain.unlearn(other, [3, 9], retain=table())
     torch.testing.assert_close(module.net.weight, other.net.weight, rtol=1e-9, atol=1e-10)
 
 
 def test_files_of_a_fit_appear_together_or_not_at_all(tmp_path, monkeypatch):
     torch.manual_seed(0)
-    data = _data()
+    data = table()
     muter = MUterCallback(verbose=False, dirpath=tmp_path / "files")
-    _trainer(tmp_path, muter, epochs=1).fit(Mixed().double(), _loader(data))
+    short_trainer(tmp_path, muter, epochs=1).fit(Mixed().double(), loader_of(data))
     before = listing(tmp_path / "files")
     assert set(before) == {"model.muter.ckpt", "model.muter.snapshot", "model.muter.key"}
 
@@ -326,18 +266,18 @@ def test_files_of_a_fit_appear_together_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr("lightning_muter.snapshot.snapshot.Snapshot.writer", lambda self: fail)
     with pytest.raises(OSError, match="injected"):
-        _trainer(tmp_path, muter, epochs=1).fit(Mixed().double(), _loader(data))
+        short_trainer(tmp_path, muter, epochs=1).fit(Mixed().double(), loader_of(data))
     assert listing(tmp_path / "files") == before
 
 
 def test_two_ways_of_attacking_one_module_are_refused(tmp_path):
     with pytest.raises(UnsuitableError, match="twice"):
-        _trainer(tmp_path, _attack(), MUterCallback(verbose=False)).fit(Mixed().double(), _loader(_data()))
+        short_trainer(tmp_path, l2_attack(), MUterCallback(verbose=False)).fit(Mixed().double(), loader_of(table()))
 
 
 def test_without_a_threat_model_a_fit_does_not_start(tmp_path):
     module = Plain().double()
     before = module.net.weight.detach().clone()
     with pytest.raises(UnsuitableError, match="threat model"):
-        _trainer(tmp_path, MUterCallback(verbose=False)).fit(module, _loader(_data()))
+        short_trainer(tmp_path, MUterCallback(verbose=False)).fit(module, loader_of(table()))
     assert torch.equal(module.net.weight, before)

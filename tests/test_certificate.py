@@ -15,10 +15,10 @@ from torch.utils.data import Subset, TensorDataset
 
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.certificate.certificate import (
-    _kappa,
     certified_distance,
     certified_distance_in_metric,
     certify,
+    kappa_of,
     why_no_certificate,
 )
 from lightning_muter.certificate.global_maxima import line_curvature
@@ -29,7 +29,7 @@ from lightning_muter.minimise.polish import polish
 from lightning_muter.snapshot.take import take_snapshot
 from lightning_muter.unlearning.unlearn import unlearn
 from tests.cases import Case, case, make
-from tests.test_unlearning import forget_from, snapshot_of
+from tests.heads import forget_from, snapshot_of
 
 
 def _optimum(one: Case, threat: ThreatModel, smoothing: Smoothing, start: Tensor) -> tuple[Tensor, float]:
@@ -216,7 +216,7 @@ def test_losses_rise_at_least_as_their_curvature_says(name):
             rise = problem.losses(z + s, one.y) - terms.loss - (terms.r * s).sum(1)
             both = torch.cat([s, torch.zeros_like(s)], 1) if s.shape[1] == 1 else s
             omega = (both.amax(1) - both.amin(1)).tolist()
-            kappa = torch.tensor([_kappa(power * v) for v in omega], dtype=torch.float64)
+            kappa = torch.tensor([kappa_of(power * v) for v in omega], dtype=torch.float64)
             least = kappa / 2 * (s[:, None] @ terms.hess @ s[:, :, None])[:, 0, 0]
             assert (rise >= least - 1e-13).all()
             closest = min(closest, *(1 - least / rise)[rise > 1e-9].tolist())

@@ -15,6 +15,7 @@ import torch
 
 from lightning_muter.deletion import checkpoints
 from lightning_muter.errors import ArgumentError, CorruptFileError
+from tests.hostile import Evil, mutated, zipped
 
 
 class Net(L.LightningModule):
@@ -69,19 +70,8 @@ def test_a_renewed_checkpoint_is_ordinary_and_remembers_nothing(trained, tmp_pat
     assert torch.equal(loaded.layer.weight, old["state_dict"]["layer.weight"] + 1)
 
 
-class Evil:
-    def __reduce__(self):
-        return os.mkdir, (os.environ["EVIL"],)
-
-
 def legacy(value):
     return pickle.dumps(value, protocol=2)
-
-
-def zipped(value):
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
 
 
 HOSTILE = {
@@ -110,27 +100,6 @@ def test_hostile_checkpoints_are_refused_and_run_nothing(name, tmp_path, monkeyp
     assert not (tmp_path / "ran").exists()
     with pytest.raises(ArgumentError, match="existing checkpoint"):
         checkpoints.load_checkpoint(tmp_path / "none.ckpt")
-
-
-def mutated(content: bytes, draw: random.Random) -> bytes:
-    """Bit flips and truncations; half of the time with the archive's checksums made to fit again."""
-    if draw.random() < 0.5:  # inside of the pickle, so that the unpickler is reached
-        buffer, source = io.BytesIO(), zipfile.ZipFile(io.BytesIO(content))
-        with zipfile.ZipFile(buffer, "w") as target:
-            for entry in source.infolist():
-                data = bytearray(source.read(entry))
-                if entry.filename.endswith("data.pkl"):
-                    for _ in range(draw.choice([1, 1, 3])):
-                        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-                target.writestr(entry.filename, bytes(data))
-        return buffer.getvalue()
-    damaged = bytearray(content)
-    if draw.random() < 0.3:
-        del damaged[draw.randrange(len(damaged)) :]
-    else:
-        for _ in range(draw.choice([1, 4, 32])):
-            damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
-    return bytes(damaged)
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(600, marks=pytest.mark.slow)])

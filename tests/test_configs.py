@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torchattacks
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
 from lightning_muter.errors import ArgumentError
@@ -22,17 +21,11 @@ from lightning_muter.study.methods.base import Competitor
 from lightning_muter.study.models import Classifier
 from lightning_muter.study.requests import Setting
 from lightning_muter.study.setup.train import threat_of
-
-CONF = Path(experiment.config_dir())
+from tests.configs import CONF, composed
 
 
 def names(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-
-
-def composed(*overrides: str) -> DictConfig:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", overrides=list(overrides))
 
 
 def built(node: Any) -> Any:
@@ -41,7 +34,7 @@ def built(node: Any) -> Any:
 
 def test_every_group_has_files_and_every_file_a_group() -> None:
     groups = {path.parent.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml")} - {"."}
-    assert groups == {"dataset", "attack", "model", "method", "request", "evaluation", "trainer", "experiment"}
+    assert groups == {"dataset", "attack", "model", "method", "request", "evaluation", "trainer", "experiment", "audit"}
 
 
 @pytest.mark.parametrize("name", names("dataset"))

@@ -12,12 +12,12 @@ import joblib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torchvision.datasets import CIFAR10, MNIST
 
 from lightning_muter.errors import ArgumentError
 from lightning_muter.study import data as d
 from lightning_muter.study.data.arrays import regroup
+from tests.images import write_images
 
 # -- arrays ------------------------------------------------------------------------------------------------------------
 
@@ -244,13 +244,6 @@ def test_covtype_from_the_fetchers_cache(tmp_path: Path) -> None:
 
 
 # -- folders -----------------------------------------------------------------------------------------------------------
-
-
-def write_images(folder: Path, classes: list[str], n: int = 8) -> None:
-    for j, name in enumerate(classes):
-        (folder / name).mkdir(parents=True)
-        for i in range(n):
-            Image.new("RGB", (20, 10), (40 * j, 10 * i, 255)).save(folder / name / f"{i}.png")
 
 
 def test_folder_split_keeps_colours_and_names(tmp_path: Path) -> None:

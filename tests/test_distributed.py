@@ -24,7 +24,7 @@ from lightning_muter.snapshot.snapshot import Snapshot
 from lightning_muter.snapshot.take import take_snapshot
 from lightning_muter.unlearning.unlearn import unlearn
 from tests.cases import equal_maxima, several_maxima
-from tests.test_matrix_free import EXACT, data, direction, objective, relu_net
+from tests.networks import EXACT, data, direction, objective, relu_net
 
 N = 13  # odd: the shares differ in size
 #: The scale is an estimate whose signs go by the place in a batch; CG amplifies rounding, and so does what is nearly 0.

@@ -38,11 +38,11 @@ from lightning_muter.deletion.transactions import STAGES
 from lightning_muter.snapshot.snapshot import Snapshot
 from lightning_muter.storage import atomic as files
 from lightning_muter.storage.fingerprint import DigestKey
+from tests.commands import environment, fixed, muter, unlearn, weights
+from tests.hostile import Evil, zipped
+from tests.hostile import mutated as mutated_checkpoint
 
 from .faults import WatchedOs, run_killed
-from .test_checkpoints import Evil, zipped
-from .test_checkpoints import mutated as mutated_checkpoint
-from .test_cli import environment, fixed, folder, muter, project, unlearn, weights  # noqa: F401
 
 PLACES = Places.of("last.ckpt")
 
@@ -115,7 +115,7 @@ def seconds_per_stage(board, arguments):
 
 
 @pytest.mark.parametrize("kills", [12, pytest.param(240, marks=pytest.mark.slow)])
-def test_kills_at_random_instants_lose_nothing_and_apply_nothing_twice(folder, tmp_path, capsys, kills):  # noqa: F811
+def test_kills_at_random_instants_lose_nothing_and_apply_nothing_twice(folder, tmp_path, capsys, kills):
     torch.set_num_threads(1)  # forked processes must not meet another process's threads
     assert unlearn("--forget.indices", "[5]", "--request_id", "first") == 0  # warm, and a state to come from
     saved = tmp_path / "saved"
@@ -162,7 +162,7 @@ def test_kills_at_random_instants_lose_nothing_and_apply_nothing_twice(folder, t
 
 
 @pytest.mark.parametrize("step", [17, pytest.param(1, marks=pytest.mark.slow)])
-def test_kills_while_a_request_begins_under_another_name(folder, step):  # noqa: F811
+def test_kills_while_a_request_begins_under_another_name(folder, step):
     assert unlearn("--forget.indices", "[5]") == 0
     before, counts = fixed(folder), []
     for n in range(1, 600, step):
@@ -187,7 +187,7 @@ def test_kills_while_a_request_begins_under_another_name(folder, step):  # noqa:
 
 
 @pytest.mark.parametrize("count", [5, pytest.param(50, marks=pytest.mark.slow)])
-def test_successive_requests_equal_one_for_their_union(folder, tmp_path, count):  # noqa: F811
+def test_successive_requests_equal_one_for_their_union(folder, tmp_path, count):
     rows = random.Random(0).sample(range(120), count)
     together = tmp_path / "together"
     shutil.copytree(folder, together)
@@ -257,7 +257,7 @@ MUTATIONS = {
 
 
 @pytest.mark.parametrize("count", [90, pytest.param(1200, marks=pytest.mark.slow)])
-def test_mutated_files_are_never_accepted_and_never_end_in_a_traceback(folder, capsys, count):  # noqa: F811
+def test_mutated_files_are_never_accepted_and_never_end_in_a_traceback(folder, capsys, count):
     assert unlearn("--forget.indices", "[5]", "--request_id", "r") == 0
     draw, refused = random.Random(0), 0
     for n in range(count):
@@ -281,7 +281,7 @@ def test_mutated_files_are_never_accepted_and_never_end_in_a_traceback(folder, c
 
 
 @pytest.mark.parametrize("name", ["last.muter.snapshot", "last.muter.ckpt", "last.muter.key", "last.muter.ledger"])
-def test_hostile_pickles_run_nowhere(folder, capsys, monkeypatch, name):  # noqa: F811
+def test_hostile_pickles_run_nowhere(folder, capsys, monkeypatch, name):
     monkeypatch.setenv("EVIL", str(folder / "ran"))
     for content in (pickle.dumps({"state_dict": Evil()}), zipped({"state_dict": Evil()})):
         Path(name).write_bytes(content)
@@ -294,7 +294,7 @@ def test_hostile_pickles_run_nowhere(folder, capsys, monkeypatch, name):  # noqa
 
 
 @pytest.mark.parametrize("limit", [0, 600, 4096, 20_000, 34_000, 60_000])
-def test_a_disk_that_fills_up_anywhere(folder, limit):  # noqa: F811
+def test_a_disk_that_fills_up_anywhere(folder, limit):
     """A limit on the size of files stands in for the disk: every writer meets it, SQLite too."""
 
     read, write = os.pipe()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_muter.adversarial.threat_model import ThreatModel
-from lightning_muter.certificate.branch_and_bound import _rise, global_maxima
+from lightning_muter.certificate.branch_and_bound import global_maxima, largest_rise
 from lightning_muter.certificate.dual import Dual
 from lightning_muter.certificate.gibbs import as_dual
 from lightning_muter.certificate.global_maxima import best_maximisers, curvature_gap
@@ -171,7 +171,7 @@ def test_every_bound_holds_at_random_points_of_random_cells(**given):
         q = world.normal((n, m)).softmax(1)
         peak = dual.peak(dual.direction(q))
         ranges = dual.push(a, b)
-        rise, _ = _rise(dual, a, b, q, peak, ranges if dual.separable else None)
+        rise, _ = largest_rise(dual, a, b, q, peak, ranges if dual.separable else None)
         for _ in range(20):
             share = world.normal((n, m)).abs()
             point = a + share * (b - a)  # made to sum to 1 within the cell

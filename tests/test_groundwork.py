@@ -25,7 +25,7 @@ from lightning_muter.study.models import Classifier, LogisticRegression, SmallCN
 from lightning_muter.study.setup import train as groundwork
 from lightning_muter.study.setup.cache import Cache
 from lightning_muter.study.setup.problem import World, head_vector
-from tests.test_data import write_images
+from tests.images import write_images
 
 TRAINER = functools.partial(
     L.Trainer,

@@ -8,25 +8,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_muter.adversarial.threat_model import ThreatModel
-from lightning_muter.curvature.inner.maximiser import InnerSolver, Rho, Smoothing
+from lightning_muter.curvature.inner.maximiser import InnerSolver, Rho
 from lightning_muter.curvature.problem.head import HeadProblem
 from tests import reference
-from tests.cases import NAMES, THREATS, Case, case
+from tests.cases import NAMES, THREATS, case
+from tests.maxima import solved
 
 PAIRS = [(name, threat) for name in NAMES for threat in THREATS]
-
-
-def _solve(one: Case, threat: ThreatModel, **options):
-    problem, theta = one.problem(), reference.theta_of(one)
-    smoothing = Smoothing(anchor=theta if threat.norm == "linf" else None)
-    c = smoothing.coefficients(problem, threat, one.x, one.y)
-    return problem, theta, c, InnerSolver(**options).solve(problem, theta, threat, one.x, one.y, c)
 
 
 @pytest.mark.parametrize(("name", "key"), PAIRS)
 def test_maximisers_are_feasible_and_better_than_what_random_search_finds(name, key):
     one, threat = case(name), THREATS[key]
-    problem, theta, c, found = _solve(one, threat)
+    problem, theta, c, found = solved(one, threat)
     lo, hi = threat.bounds(one.x)
     assert ((found.delta >= lo - 1e-12) & (found.delta <= hi + 1e-12)).all()
     if threat.norm == "l2":
@@ -52,7 +46,7 @@ def test_maximisers_are_feasible_and_better_than_what_random_search_finds(name, 
 def test_maximisers_solve_the_optimality_conditions(name, key):
     """Newton's method on the conditions of the constraints that hold does not move them."""
     one, threat = case(name), THREATS[key]
-    _, theta, c, found = _solve(one, threat)
+    _, theta, c, found = solved(one, threat)
     assert found.converged.all()
     lo, hi = threat.bounds(one.x)
     zero = torch.zeros_like(one.x)
@@ -68,7 +62,7 @@ def test_maximisers_solve_the_optimality_conditions(name, key):
 @pytest.mark.parametrize("name", ["linear-softmax-bias", "smooth-softmax-bias", "relu-softmax"])
 def test_result_does_not_depend_on_the_other_samples_in_the_batch(name, key):
     one, threat = case(name), THREATS[key]
-    problem, theta, c, together = _solve(one, threat)
+    problem, theta, c, together = solved(one, threat)
     for i in range(len(one.x)):
         at = slice(i, i + 1)
         alone = InnerSolver().solve(problem, theta, threat, one.x[at], one.y[at], None if c is None else c[at])
@@ -80,7 +74,7 @@ def test_result_does_not_depend_on_the_other_samples_in_the_batch(name, key):
 @pytest.mark.parametrize("name", NAMES)
 def test_tracked_maximisers_never_fall(name, key):
     one, threat = case(name), THREATS[key]
-    problem, theta, c, _ = _solve(one, threat)
+    problem, theta, c, _ = solved(one, threat)
     generator = torch.Generator().manual_seed(1)
     start = threat.project(torch.randn(one.x.shape, generator=generator, dtype=torch.float64), one.x)
     before = problem.loss_and_input_gradient(theta, one.x + start, one.y)[0] + Rho(threat, one.x, c).value(start)
@@ -123,7 +117,7 @@ def test_nothing_moves_at_radius_zero():
 def test_one_logit_maximiser_is_the_known_one(eps):
     one = case("linear-binary-bias")
     threat = ThreatModel("l2", eps, None)
-    _, theta, _, found = _solve(one, threat)
+    _, theta, _, found = solved(one, threat)
     w = theta[0, :-1]
     expected = -eps * (2 * one.y - 1)[:, None] * w / w.norm()
     torch.testing.assert_close(found.delta, expected, rtol=0, atol=1e-9)
@@ -132,7 +126,7 @@ def test_one_logit_maximiser_is_the_known_one(eps):
 def test_smoothed_objective_lies_between_the_robust_loss_and_its_bound():
     """phi <= phi_smooth <= phi + max rho, and rho vanishes at the vertices."""
     one, threat = case("linear-softmax-bias"), THREATS["linf-box"]
-    _, theta, c, found = _solve(one, threat)
+    _, theta, c, found = solved(one, threat)
     assert c is not None
     lo, hi = threat.bounds(one.x)
     corners = torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64)] * one.x.shape[1])

@@ -12,7 +12,7 @@ from lightning_muter.curvature.objective import kfac as kronecker
 from lightning_muter.curvature.objective.kfac import Kronecker
 from lightning_muter.curvature.objective.network import WideObjective
 from lightning_muter.solvers.cg import TruncatedCG
-from tests.test_matrix_free import direction, objective
+from tests.networks import direction, objective
 
 
 def images(n: int, seed: int = 0, side: int = 6) -> TensorDataset:

@@ -19,7 +19,7 @@ from lightning_muter.snapshot.snapshot import Snapshot
 from lightning_muter.snapshot.take import take_snapshot
 from lightning_muter.storage.fingerprint import DigestKey
 from tests.cases import several_maxima
-from tests.test_matrix_free import data, relu_net
+from tests.networks import data, relu_net
 
 
 @pytest.fixture(autouse=True)

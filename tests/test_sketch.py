@@ -20,7 +20,7 @@ from lightning_muter.curvature.response.operators import LowRankMotion
 from lightning_muter.curvature.response.sketch import choose_directions, rademacher
 from lightning_muter.errors import ArgumentError
 from lightning_muter.model.dataset import SampleSource
-from tests.test_matrix_free import EXACT, data, relu_net
+from tests.networks import EXACT, data, relu_net
 
 
 @pytest.mark.parametrize("width", [1, 31, 32, 33, 100])

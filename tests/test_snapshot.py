@@ -20,7 +20,7 @@ from lightning_muter.storage.container import read_container, write_container
 from lightning_muter.storage.fingerprint import DigestKey
 from tests.cases import THREATS, Case, case
 from tests.faults import WatchedOs, listing, no_space
-from tests.test_unlearning import forget_from, head_of, snapshot_of, state
+from tests.heads import forget_from, head_of, snapshot_of, state
 
 CASES = [
     ("linear-softmax-bias", {}),

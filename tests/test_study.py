@@ -27,7 +27,7 @@ from lightning_muter.study.report.rows import Row, read_rows
 from lightning_muter.study.requests import Fractions, Scenario, Successive
 from lightning_muter.study.setup.cache import Cache
 from lightning_muter.study.setup.problem import World, head_vector
-from tests.test_configs import composed
+from tests.configs import composed
 
 ROW = Row("digits", "softmax", "pgd_l2", "", "", eps=0.1)
 

@@ -16,7 +16,7 @@ from lightning_muter.curvature.response.choose import as_response
 from lightning_muter.model.dataset import SampleSource
 from tests import reference
 from tests.cases import NAMES, THREATS, Case, case, make
-from tests.test_inner import _solve
+from tests.maxima import solved
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
@@ -36,7 +36,7 @@ def _sums(one: Case, key: str, response: str = "auto", *, positions=None, batch_
 @pytest.mark.parametrize("name", NAMES)
 def test_direct_sums_against_dense_derivatives(name, curvature):
     one = case(name)
-    problem, theta, _, found = _solve(one, THREATS["l2-box"])
+    problem, theta, _, found = solved(one, THREATS["l2-box"])
     exact = reference.derivatives(one, theta, one.x + found.delta, one.y)
     weight = torch.ones(len(one.x), dtype=torch.float64) if one.weight is None else one.weight
     each = torch.einsum("na,nb->nab", exact.w, exact.w) if curvature == "fisher" else exact.ww

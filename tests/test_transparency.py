@@ -15,8 +15,7 @@ import pytest
 from lightning_muter import cli
 from lightning_muter.deletion.witness import tell_witness
 from lightning_muter.storage.fingerprint import DigestKey
-
-from .test_cli import fixed, folder, muter, project, unlearn  # noqa: F401
+from tests.commands import fixed, unlearn
 
 README = Path(__file__).parents[1] / "examples/deletion_requests/README.md"
 
@@ -40,7 +39,7 @@ def run_verifier(tmp_path, *arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
 
 
-def test_ten_lines_without_this_package_verify_the_receipts(folder, tmp_path, capsys):  # noqa: F811
+def test_ten_lines_without_this_package_verify_the_receipts(folder, tmp_path, capsys):
     assert unlearn("--forget.indices", "[5]", "--request_id", "t") == 0
     now = head(capsys)
     receipts, public = str(folder / "last.muter.receipts"), str(folder / "last.muter.pub")
@@ -61,7 +60,7 @@ def test_ten_lines_without_this_package_verify_the_receipts(folder, tmp_path, ca
     assert "not one of the public keys" in capsys.readouterr().out
 
 
-def test_a_copy_without_the_key_is_audited_and_not_written_to(folder, tmp_path, capsys):  # noqa: F811
+def test_a_copy_without_the_key_is_audited_and_not_written_to(folder, tmp_path, capsys):
     assert unlearn("--forget.indices", "[5]") == 0
     shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("*.key", "*.lock"))
     os.chdir(tmp_path / "copy")
@@ -78,7 +77,7 @@ def test_a_copy_without_the_key_is_audited_and_not_written_to(folder, tmp_path, 
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
-def test_another_user_audits_what_he_cannot_write_to(folder, capfd):  # noqa: F811
+def test_another_user_audits_what_he_cannot_write_to(folder, capfd):
     with tempfile.TemporaryDirectory() as there:  # pytest's own folders are closed to others
         shutil.copytree(folder, there, dirs_exist_ok=True)
         Path(there).chmod(0o755)
@@ -97,7 +96,7 @@ def test_another_user_audits_what_he_cannot_write_to(folder, capfd):  # noqa: F8
         os.chdir(folder)
 
 
-def test_a_head_seen_once_stays_in_the_history_or_the_audit_fails(folder, tmp_path, capsys):  # noqa: F811
+def test_a_head_seen_once_stays_in_the_history_or_the_audit_fails(folder, tmp_path, capsys):
     first = head(capsys)
     shutil.copytree(folder, tmp_path / "old")
     assert unlearn("--forget.indices", "[5]") == 0
@@ -115,7 +114,7 @@ def test_a_head_seen_once_stays_in_the_history_or_the_audit_fails(folder, tmp_pa
     assert audit("--expect", first) == audit() == 1
 
 
-def test_a_witness_is_told_every_head_and_its_failure_undoes_nothing(folder, capsys, monkeypatch):  # noqa: F811
+def test_a_witness_is_told_every_head_and_its_failure_undoes_nothing(folder, capsys, monkeypatch):
     monkeypatch.setenv("MUTER_WITNESS", f'{sys.executable} -c \'open("{{head}}", "w").write(input())\'')
     assert unlearn("--forget.indices", "[5]") == 0
     told = head(capsys)

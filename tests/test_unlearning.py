@@ -21,39 +21,11 @@ from lightning_muter.snapshot.take import refresh, take_snapshot
 from lightning_muter.solvers.cg import CG
 from lightning_muter.solvers.dense import Schur
 from lightning_muter.solvers.neumann import Neumann
-from lightning_muter.unlearning.result import UnlearnResult
 from lightning_muter.unlearning.unlearn import unlearn
 from tests.cases import THREATS, Case, case, make
+from tests.heads import forget_from, head_of, snapshot_of, state
 
 NONE = ThreatModel("l2", 0.0)
-
-
-def snapshot_of(one: Case, threat: ThreatModel = THREATS["l2-box"], **kwargs: Any) -> Snapshot:
-    options: dict[str, Any] = {"loss": one.loss, "weight_decay": one.decay, "sample_weight": one.weight}
-    options |= {"threat_model": threat, "progress": False} | kwargs
-    return take_snapshot(one.net, one.dataset, **options)
-
-
-def forget_from(one: Case, snapshot: Snapshot, forget: Any, **kwargs: Any) -> UnlearnResult:
-    options: dict[str, Any] = {"loss": one.loss, "progress": False} | kwargs
-    return unlearn(one.net, snapshot, forget, options.pop("data", one.dataset), **options)
-
-
-def head_of(one: Case) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in one.head.parameters()]).clone()
-
-
-def state(model: nn.Module, snapshot: Snapshot) -> tuple[dict[str, bytes], dict[str, bytes], str, list[bool]]:
-    def plain(tensors: dict[str, Tensor]) -> dict[str, bytes]:
-        return {k: v.detach().cpu().contiguous().numpy().tobytes() for k, v in tensors.items()}
-
-    fields, tensors = snapshot.encoded()
-    return (
-        plain(dict(model.state_dict())),
-        plain(tensors),
-        repr(fields),
-        [m.training for m in model.modules()],
-    )
 
 
 # -- the formula ------------------------------------------------------------------------------------------------------

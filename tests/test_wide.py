@@ -17,7 +17,7 @@ from lightning_muter.scope.network import unlearn_wide
 from lightning_muter.snapshot.take import take_snapshot
 from lightning_muter.solvers.cg import CG, TruncatedCG
 from lightning_muter.storage.fingerprint import weight_fingerprint
-from tests.test_matrix_free import data, direction, relu_net
+from tests.networks import data, direction, relu_net
 
 QUIET: dict[str, Any] = {"progress": False, "weight_decay": 0.01}
 

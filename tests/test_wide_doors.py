@@ -31,11 +31,11 @@ from lightning_muter.solvers.cg import CG
 from lightning_muter.storage.container import read_container, write_container
 from lightning_muter.storage.fingerprint import weight_fingerprint
 from lightning_muter.study.methods.newton_cg import NewtonCG
-from tests.test_callback import Plain, _attack, _data, _loader, _trainer
-from tests.test_cli import folder, muter, project, weights  # noqa: F401
-from tests.test_cli import unlearn as unlearn_by_command
-from tests.test_curved import answer, distance, world_of
-from tests.test_matrix_free import data, relu_net
+from tests.commands import muter, weights
+from tests.commands import unlearn as unlearn_by_command
+from tests.fits import Plain, l2_attack, loader_of, short_trainer, table
+from tests.networks import data, relu_net
+from tests.worlds import answer, distance, world_of
 
 THREAT = ThreatModel("l2", 0.05)
 
@@ -151,10 +151,10 @@ def test_polish_and_refresh() -> None:
 @pytest.mark.parametrize("beta", [None, 2.0])
 def test_the_callback_takes_wide_scopes(tmp_path: Path, beta: float | None) -> None:
     torch.manual_seed(0)
-    dataset, module = _data(), Plain(2, "hidden").double()
+    dataset, module = table(), Plain(2, "hidden").double()
     attack = AdversarialTraining(LossAttack(ThreatModel("l2", 0.05), steps=2), trades_beta=beta)
     muter_callback = MUterCallback(scope="all", dirpath=tmp_path, verbose=False)
-    _trainer(tmp_path, attack, muter_callback).fit(module, _loader(dataset))
+    short_trainer(tmp_path, attack, muter_callback).fit(module, loader_of(dataset))
     snapshot = muter_callback.snapshot
     assert isinstance(snapshot, WideSnapshot)
     assert snapshot.trades_beta == beta
@@ -174,17 +174,19 @@ def test_bad_scopes_fail_at_fit_start(tmp_path: Path) -> None:
         MUterCallback(scope="net.*")
     module = Plain(2, "hidden").double()
     with pytest.raises(UnsuitableError, match="encoder"):
-        _trainer(tmp_path, _attack(), MUterCallback(scope=["encoder.*"], verbose=False)).fit(module, _loader(_data()))
+        short_trainer(tmp_path, l2_attack(), MUterCallback(scope=["encoder.*"], verbose=False)).fit(
+            module, loader_of(table())
+        )
 
 
 def test_without_decay_damping_carries_a_wide_scope(tmp_path: Path) -> None:
     module, callback = Plain(2, "hidden", decay=0.0).double(), MUterCallback(scope=["net.2.*"], verbose=False)
     with pytest.warns(UserWarning, match="Weight decay is 0 for net.2.weight"):
-        _trainer(tmp_path, _attack(0.05), callback).fit(module, _loader(_data()))
+        short_trainer(tmp_path, l2_attack(0.05), callback).fit(module, loader_of(table()))
     assert callback.snapshot is not None
 
 
-def test_the_command_line_unlearns_a_wide_scope(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_the_command_line_unlearns_a_wide_scope(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in folder.glob("last.muter*"):
         path.unlink() if path.is_file() else [p.unlink() for p in path.iterdir()]
     assert muter("snapshot", "--config", "threat.yaml", "--scope", "all") == 0

@@ -6,6 +6,7 @@ tabular data in L2 it gives no attack or a wrong one: there ``LossAttack`` climb
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -291,7 +292,7 @@ def _agree(attack: Any, threat: ThreatModel | None) -> ThreatModel:
         if getattr(attack, "normalization_used", None) is not None or getattr(attack, "targeted", False) is True:
             raise
         return threat
-    if (of_attack.norm, of_attack.eps) != (threat.norm, threat.eps):
+    if of_attack.norm != threat.norm or not math.isclose(of_attack.eps, threat.eps, rel_tol=1e-6):
         raise ArgumentError(
             "threat_model",
             threat,

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
+from lightning_muter.adversarial.scalars import as_number
 from lightning_muter.errors import ArgumentError
 
 Norm = Literal["l2", "linf"]
@@ -61,24 +62,24 @@ def read_ball(attack: Any) -> tuple[Norm, float]:
         norm = _NORM_OF[name]
     elif isinstance(own.get("norm"), str):
         norm = _NORM_NAMES.get(own["norm"])
-    eps = own.get("eps")
-    if norm is None or isinstance(eps, bool) or not isinstance(eps, (int, float)):
+    eps = as_number(own.get("eps"))
+    if norm is None or eps is None:
         advice = "Pass threat_model=ThreatModel(norm, eps, box) to say what it may do."
         raise ArgumentError("attack", attack, _CHOICES, advice)
-    return norm, float(eps)
+    return norm, eps
 
 
 def read_climb(attack: Any) -> Climb:
     """Step size, number of steps and start of an attack object (not a factory)."""
     name = _known_class(attack)
-    alpha, steps = getattr(attack, "alpha", None), getattr(attack, "steps", None)
+    alpha, steps = as_number(getattr(attack, "alpha", None)), as_number(getattr(attack, "steps", None))
     if name == "FGSM":
-        alpha = attack.eps
+        alpha = as_number(attack.eps)
     if name in ("FGSM", "FFGSM"):
         steps = 1
     return Climb(
-        float(alpha) if isinstance(alpha, (int, float)) else None,
-        steps if isinstance(steps, int) else None,
+        alpha,
+        int(steps) if steps is not None and steps == int(steps) and steps >= 1 else None,
         bool(getattr(attack, "random_start", name not in _FROM_CLEAN)),
     )
 
@@ -90,7 +91,7 @@ def attack_note(attack: Any) -> str | None:
     if is_factory(attack):
         return attack_note(_build(attack, nn.Linear(1, 1)))
     name = _known_class(attack)
-    becomes = f"unlearning treats it as ThreatModel('linf', eps={getattr(attack, 'eps', 0):g})"
+    becomes = f"unlearning treats it as ThreatModel('linf', eps={as_number(getattr(attack, 'eps', 0)):g})"
     if name in ("FGSM", "FFGSM"):
         return (
             f"{name} takes one step and does not maximise the loss; {becomes}. Train with PGD for a snapshot that fits."

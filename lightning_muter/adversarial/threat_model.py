@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_muter.adversarial.from_torchattacks import read_ball
+from lightning_muter.adversarial.scalars import as_number
 from lightning_muter.errors import ArgumentError
 from lightning_muter.extension import Extensible
 
@@ -114,6 +115,7 @@ class ThreatModel:
 
     Args:
         norm: "l2", "linf" or the name of a :class:`Ball` of your own.
+        eps: the radius: a number, a NumPy or torch scalar, or text such as "8/255".
 
     >>> ThreatModel("linf", eps=8 / 255).box
     (0.0, 1.0)
@@ -128,14 +130,16 @@ class ThreatModel:
             known = ", ".join(map(repr, sorted(Ball.known())))
             advice = "Other norms: subclass lightning_muter.adversarial.threat_model.Ball and import it first."
             raise ArgumentError("norm", self.norm, known, advice)
-        if not (isinstance(self.eps, (int, float)) and math.isfinite(self.eps) and self.eps >= 0):
+        eps = as_number(self.eps)
+        if eps is None or not (math.isfinite(eps) and eps >= 0):
             raise ArgumentError(
                 "eps", self.eps, "a finite number, 0 or larger", "Pass the radius of the ball, e.g. 8/255."
             )
-        object.__setattr__(self, "eps", float(self.eps))
+        object.__setattr__(self, "eps", eps)
         if self.box is not None:
-            lo, hi = (float(b) for b in self.box)
-            if not lo < hi:
+            ends = [as_number(b) for b in self.box]
+            lo, hi = ends if len(ends) == 2 else (None, None)
+            if lo is None or hi is None or not lo < hi:
                 raise ArgumentError("box", self.box, "(low, high) with low < high, or None", "Images use (0.0, 1.0).")
             object.__setattr__(self, "box", (lo, hi))
 
@@ -181,6 +185,21 @@ class ThreatModel:
     def jumps(self) -> bool:
         """Whether maximisers jump between corners, so that the objective has kinks unless it is smoothed."""
         return self.ball.separable and self.eps > 0
+
+    def doubt(self) -> str | None:
+        """What to say of a radius that looks as if it were meant on another scale than the inputs', or None.
+
+        >>> ThreatModel("linf", 8).doubt()
+        'eps=8 for inputs in [0, 1]: the adversary may turn any input into any other. If 256 levels were meant: eps=8/255.'
+        """
+        width = math.inf if self.box is None else self.box[1] - self.box[0]
+        if self.eps < width or not (self.ball.separable or (self.eps >= 4 * width and self.eps == int(self.eps))):
+            return None
+        assert self.box is not None
+        what = "any input into any other" if self.ball.separable else "inputs into very different ones"
+        hint = f" If 256 levels were meant: eps={self.eps:g}/255." if self.box == (0.0, 1.0) else ""
+        ends = f"[{self.box[0]:g}, {self.box[1]:g}]"
+        return f"eps={self.eps:g} for inputs in {ends}: the adversary may turn {what}.{hint}"
 
     # -- geometry, all on flattened samples: x, v (n, D) ----------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -151,6 +152,8 @@ def _build_for_mixin(module: Any) -> Adversary | None:
 
 def _checked(module: Any, adversary: Adversary) -> Adversary:
     """Refuse what would train otherwise than asked."""
+    if (doubt := adversary.threat.doubt()) is not None and not _told_by_callback(module):
+        warnings.warn(doubt, UserWarning, stacklevel=2)
     if isinstance(module, MODULES):
         trains = is_overridden("training_step", module)
         if trains and not getattr(module.training_step, MARK, False) and module._compiler_ctx is None:
@@ -258,6 +261,12 @@ def _on_instance(name: str, before: Callable[..., Any] | None) -> Callable[..., 
         return _steps(self).run(self, name, bound, args, kwargs)
 
     return call
+
+
+def _told_by_callback(module: Any) -> bool:
+    """Whether a callback that unlearns inspects everything at fit start."""
+    callbacks = getattr(getattr(module, "_trainer", None), "callbacks", [])
+    return any(_has(c, "unlearn") and _has(c, "snapshot") for c in callbacks)
 
 
 def _has(thing: Any, name: str) -> bool:

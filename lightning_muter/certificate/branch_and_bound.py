@@ -159,13 +159,13 @@ class _Search:
             span = None if ranges is None else (ranges[0][left], ranges[1][left])
             if trial == 0:  # G(q) <= value: only the rise counts, free of cancellation
                 q, peak = self.p[part.sample], self.peak[part.sample]
-                excess, axis = _rise(here, part.low, part.high, q, peak, span)
+                excess, axis = largest_rise(here, part.low, part.high, q, peak, span)
             else:
                 q, peak = here.climb(centre(part.low, part.high), 8 if trial == 1 else 1)
                 if trial == 1:
                     self._improve(part.sample, here, q)
                 away = here.dual(q, peak)[0] - self.value[part.sample] + self.noise[part.sample]
-                excess, axis = _rise(here, part.low, part.high, q, peak, span)
+                excess, axis = largest_rise(here, part.low, part.high, q, peak, span)
                 excess = away + excess
             cells.excess[left], cells.axis[left] = torch.minimum(cells.excess[left], excess), axis
             below = cells.excess[left] <= self.tolerance[part.sample]
@@ -187,7 +187,7 @@ class _Search:
                 self.p[s], self.peak[s], self.improved[s] = q, peak, True
 
 
-def _rise(
+def largest_rise(
     dual: Dual, low: Tensor, high: Tensor, q: Tensor, peak: Tensor, ranges: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
     """An upper bound of G(p) - G(q) over the cell, inf where none is known (separable sigma); and the worst direction."""

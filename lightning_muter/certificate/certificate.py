@@ -123,7 +123,7 @@ def _certify(objective: RobustObjective, theta: Tensor, evaluation: Evaluation) 
     if mixed.kinks is not None:  # of the mixture at fixed shares
         hessian -= mixed.kinks.stiffness()
     for _ in range(3):
-        kappa = _kappa(found.curvature * math.sqrt(2) * bound * found.reach)
+        kappa = kappa_of(found.curvature * math.sqrt(2) * bound * found.reach)
         nearer = certified_distance_in_metric(mixed.gradient, objective.decay, objective.count, gap, hessian, kappa)
         bound = min(bound, nearer)
         if kappa > 0.8 or nearer > bound:
@@ -131,7 +131,7 @@ def _certify(objective: RobustObjective, theta: Tensor, evaluation: Evaluation) 
     return bound
 
 
-def _kappa(omega: float) -> float:
+def kappa_of(omega: float) -> float:
     exact = 1 - omega / 3 if omega < 1e-4 else 2 * (math.expm1(-omega) + omega) / omega**2
     return exact * (1 - 1e-9)
 

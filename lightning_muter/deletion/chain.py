@@ -12,6 +12,9 @@ from lightning_muter.errors import CorruptFileError
 from lightning_muter.storage.fingerprint import DigestKey
 from lightning_muter.storage.signing import PublicKey
 
+#: Value of a snapshot receipt's metric "counting": its training set is another one than before.
+ANEW = "anew"
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -37,6 +40,11 @@ def repeated(receipt: Mapping[str, Any]) -> tuple[Any, ...]:
     )
 
 
+def counts_anew(receipt: Mapping[str, Any]) -> bool:
+    """Whether positions count in another training set from this receipt on."""
+    return receipt["kind"] == "snapshot" and receipt["metrics"].get("counting") == ANEW
+
+
 def chain_problems(
     entries: Sequence[Entry], forgotten: Mapping[int, str], key: DigestKey | None, trusted: Sequence[PublicKey]
 ) -> list[str]:
@@ -46,7 +54,8 @@ def chain_problems(
     alone: it is chained to all the others, so who signed it vouches for them, those under a key lost since included.
     With the secret `key` at hand it must be that one; else one of the `trusted`, if there are any.
     """
-    problems, previous, expected_forgotten, signed = [], GENESIS, {}, False
+    problems, previous, signed = [], GENESIS, False
+    expected_forgotten: dict[int, str] = {}
     trusted = trusted if key is None else [key.public_key]
     key_id = key.key_id if key is not None else None
     receipt: dict[str, Any] | None = None
@@ -72,6 +81,8 @@ def chain_problems(
             found.append(problem)
         problems += [f"receipt {number}: {line}" for line in found]
         previous = receipt["sha256"]
+        if counts_anew(receipt):
+            expected_forgotten.clear()
         expected_forgotten.update(dict.fromkeys(receipt["forgotten"], receipt["id"]))
     if receipt is not None and trusted and not signed and key is None:
         problems.append("there is a public key, but no receipt is signed: it was signed ones that were replaced")

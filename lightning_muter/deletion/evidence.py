@@ -17,11 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_muter.deletion.authority import older, record_of
 from lightning_muter.deletion.checkpoints import checkpoint_fingerprint, load_checkpoint, remembers
 from lightning_muter.deletion.files import Places
 from lightning_muter.deletion.ledger import Ledger
+from lightning_muter.deletion.ledger_access import weights_before_removals
 from lightning_muter.deletion.request_flow import load_snapshot
 from lightning_muter.errors import ArgumentError, MuterError
+from lightning_muter.forgotten.rows import Forgotten
 
 _LEFTOVER = re.compile(r"\.(?P<target>.+)\.[0-9a-f]{16}\.muter-(?P<kind>new|old|stage|tmp)")
 _LEFTOVER_AGE = 3600.0  # seconds; a younger one may belong to a process at work
@@ -48,39 +51,28 @@ class Lineage:
 
     Attributes:
         before: fingerprints of weights that a later removal replaced, with that request's id; after: of all since.
-        shapes: of the weights; forgotten: positions; key_ids: of the keys that sealed the ledger.
+        shapes: of the weights; record: what was forgotten; key_ids: of the keys that signed the ledger.
     """
 
     places: Places
     before: dict[str, str]
     after: set[str]
     shapes: dict[str, tuple[int, ...]]
-    forgotten: set[int]
+    record: Forgotten
     key_ids: set[str]
 
     @classmethod
     def of(cls, places: Places, ledger: Ledger) -> Lineage | None:
         """None where nothing was forgotten."""
         receipts = ledger.receipts()
-        removals = [receipt for receipt in receipts if receipt["forgotten"]]
-        if not removals:
+        if not any(receipt["forgotten"] for receipt in receipts):
             return None
-        current, last = load_checkpoint(places.checkpoint), removals[-1]
-        after = {checkpoint_fingerprint(current), last["checkpoint"]["fingerprint_after"]}
-        before: dict[str, str] = {}
-        for receipt in receipts:
-            old, new = (receipt["checkpoint"][name] for name in ("fingerprint_before", "fingerprint_after"))
-            if receipt["number"] > last["number"]:
-                after |= {old, new}
-            else:
-                removal = next(r["id"] for r in removals if r["number"] >= receipt["number"])
-                before.setdefault(old, removal)
-                if receipt is not last:
-                    before.setdefault(new, next(r["id"] for r in removals if r["number"] > receipt["number"]))
-        before = {fingerprint: by for fingerprint, by in before.items() if fingerprint not in after}
+        current, before = load_checkpoint(places.checkpoint), weights_before_removals(ledger)
+        fingerprints = {r["checkpoint"][name] for r in receipts for name in ("fingerprint_before", "fingerprint_after")}
+        after = {checkpoint_fingerprint(current), *(fingerprints - set(before))}
         shapes = {name: tuple(tensor.shape) for name, tensor in current["state_dict"].items()}
-        forgotten = set(ledger.forgotten())
-        return cls(places, before, after, shapes, forgotten, {receipt["key_id"] for receipt in receipts})
+        record, _ = record_of(places, ledger)
+        return cls(places, before, after, shapes, record, {receipt["key_id"] for receipt in receipts})
 
     def judge(self, path: Path, name: str) -> Finding | None:
         """What the content of a file of this name proves."""
@@ -103,6 +95,8 @@ class Lineage:
         if fingerprint in self.before:
             return Finding(path, f"weights from before request {self.before[fingerprint]!r}", True)
         extra = remembers(checkpoint)
+        if fingerprint not in self.after and older(checkpoint, self.record):
+            return Finding(path, "weights from before a removal, by the key and the list in it", True)
         if fingerprint in self.after:
             return Finding(path, f"weights after the removals, but with {', '.join(extra)}", True) if extra else None
         shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
@@ -115,7 +109,7 @@ class Lineage:
             snapshot = load_snapshot(path)
         except MuterError:
             return Finding(path, "a snapshot that cannot be read", False)
-        if snapshot.key_id not in self.key_ids or self.forgotten <= {int(index) for index in snapshot.forgotten}:
+        if snapshot.key_id not in self.key_ids or Forgotten.of(snapshot).covers(self.record):
             return None
         return Finding(path, "an earlier snapshot: it still counts rows that were forgotten", True)
 

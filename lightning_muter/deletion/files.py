@@ -39,6 +39,14 @@ class Places:
             raise ArgumentError("ckpt_path", str(checkpoint), "a file named <name>.ckpt")
         return cls(path.parent, stem)
 
+    @classmethod
+    def named(cls, path: str | os.PathLike[str]) -> Places:
+        """The places of a `<stem>.muter.snapshot`, or of a checkpoint."""
+        path = Path(path)
+        if path.name.endswith(".muter.snapshot"):
+            return cls(path.parent, path.name.removesuffix(".muter.snapshot"))
+        return cls.of(path)
+
     def __fspath__(self) -> str:
         return str(self.checkpoint)
 

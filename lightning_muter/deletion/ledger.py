@@ -4,7 +4,8 @@ Tables (schema version 1, kept in `user_version`; a rollback journal, so that th
 every commit synced, and its folder too):
 
     requests   number, id, kind, time, method, scope, status, fingerprints, metrics, versions, and the receipt itself
-    forgotten  position (primary key: no row of the training set can be forgotten twice), request
+    forgotten  position (primary key: no row of the training set can be forgotten twice), request; emptied where the model
+               goes on with another training set (positions count anew; receipts and digests keep what was before)
     users      request, keyed hash of a user id (never the id)
     switches   request, target, stage, sha256: the files that a committed request moves into place
 
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_muter.deletion.chain import Entry, chain_problems, columns
+from lightning_muter.deletion.chain import Entry, chain_problems, columns, counts_anew
 from lightning_muter.deletion.receipts import GENESIS, make_receipt, parse_receipt
 from lightning_muter.errors import CorruptFileError, RequestError
 from lightning_muter.storage.atomic import STAGE, beside, fsync_file, fsync_folder
@@ -246,6 +247,8 @@ class Ledger:
                 "INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?, 'committed', ?, ?, ?, ?, ?, ?, ?)",
                 (*row[:6], asked, *row[6:]),
             )
+            if counts_anew(receipt):
+                self._connection.execute("DELETE FROM forgotten")
             insert = self._connection.executemany
             insert("INSERT INTO forgotten VALUES (?, ?)", [(position, number) for position in receipt["forgotten"]])
             insert("INSERT INTO users VALUES (?, ?)", [(number, digest) for digest in receipt["users"]])

@@ -100,6 +100,23 @@ def _last(places: Places) -> dict[str, Any] | None:
         return ledger.last()
 
 
+def weights_before_removals(ledger: Ledger) -> dict[str, str]:
+    """Fingerprints of weights that a later removal replaced, and the id of that request; those current since left out."""
+    receipts = ledger.receipts()
+    removals = [receipt for receipt in receipts if receipt["forgotten"]]
+    before: dict[str, str] = {}
+    since = set()
+    for receipt in receipts:
+        old, new = (receipt["checkpoint"][name] for name in ("fingerprint_before", "fingerprint_after"))
+        for fingerprint, number in ((old, receipt["number"]), (new, receipt["number"] + 1)):
+            removal = next((r["id"] for r in removals if r["number"] >= number), None)
+            if removal is None:
+                since.add(fingerprint)
+            else:
+                before.setdefault(fingerprint, removal)
+    return {fingerprint: by for fingerprint, by in before.items() if fingerprint not in since}
+
+
 def check_agreement(places: Places, ledger: Ledger | None) -> None:
     """Insist that checkpoint and snapshot are the files that the ledger's last receipt names.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from lightning_muter.deletion.ledger import Ledger
 from lightning_muter.deletion.transactions import commit_request
 from lightning_muter.deletion.verified import check_ledger
 from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError, MuterError, RequestError
-from lightning_muter.snapshot.snapshot import CHECKPOINT_KEY, Snapshot, WideSnapshot
+from lightning_muter.forgotten.modules import ENTRY
+from lightning_muter.forgotten.rows import Forgotten
+from lightning_muter.snapshot.snapshot import Snapshot, WideSnapshot
 from lightning_muter.storage.atomic import Writer
 from lightning_muter.storage.fingerprint import DigestKey, versions, weight_fingerprint
 from lightning_muter.unlearning.result import UnlearnResult
@@ -68,7 +71,8 @@ def known_key(places: Places, ledger: Ledger | None) -> DigestKey:
     if last is not None and last["key_id"] != key.key_id:
         raise MismatchError(
             f"{places.key}: this is key {key.key_id}, but receipt {last['number']} was sealed with key "
-            f"{last['key_id']}. Restore the key file from a backup."
+            f"{last['key_id']}. Restore the key file from a backup, or, if that key is lost for good, delete this file and run "
+            "`muter refresh --recover_key true`."
         )
     if ledger is not None:
         check_ledger(places, ledger, key)
@@ -81,12 +85,14 @@ def vouched(ledger: Ledger | None) -> bool:
 
 
 @contextlib.contextmanager
-def snapshot_key(places: Places, ledger: Ledger) -> Iterator[DigestKey]:
-    """The key of the digests: the one there is, else a new one, which goes again when the snapshot fails."""
+def snapshot_key(places: Places, ledger: Ledger, find: Callable[[], DigestKey | None]) -> Iterator[DigestKey]:
+    """The key of the digests: the one there is, else the one that `find` finds, else a new one; what was not there before
+    goes again when the snapshot fails."""
     if places.key.exists() or len(ledger):
         yield known_key(places, ledger)  # a ledger without its key says how to go on
         return
-    key = DigestKey.load_or_create(places.key)
+    key = find() or DigestKey.generate()
+    key.keep(places.key)
     try:
         yield key
     except BaseException:
@@ -101,31 +107,9 @@ def forgotten_rows(snapshot: AnySnapshot, ledger: Ledger | None) -> dict[int, st
     return {**dict.fromkeys(map(int, snapshot.forgotten), "a request before the ledger began"), **known}
 
 
-def forgotten_again(snapshot: AnySnapshot, ledger: Ledger, gone: list[int]) -> AnySnapshot:
-    """The snapshot with the ledger's list of forgotten rows, which a later training has not seen.
-
-    Raises:
-        MismatchError: it counts positions in another dataset than the ledger does.
-    """
-    last = ledger.last()
-    assert last is not None  # rows were forgotten
-    if snapshot.n_total - len(snapshot.absent) != (expected := last["n_retained"] + len(gone)):
-        raise MismatchError(
-            f"{ledger.path}: it counts positions in {expected} rows, of which {len(gone)} are forgotten; the snapshot "
-            f"here was taken of {snapshot.n_total} rows. Begin anew under another name (--out)."
-        )
-    snapshot.forgotten = gone
-    return snapshot
-
-
-def refuse_resurrection(path: Path, fingerprint: str, ledger: Ledger) -> None:
-    """A checkpoint from before a deletion must not become current again."""
-    for receipt in ledger.receipts():
-        if receipt["forgotten"] and receipt["checkpoint"]["fingerprint_before"] == fingerprint:
-            raise RequestError(
-                f"{path}: these are the weights from before request {receipt['id']!r}, which removed "
-                f"{len(receipt['forgotten'])} rows. Name the current checkpoint, or one trained on the retained rows."
-            )
+def entry_of(snapshot: AnySnapshot) -> dict[str, Any]:
+    """What a checkpoint says of its lineage: the key, and what was forgotten."""
+    return replace(Forgotten.of(snapshot), n_total=snapshot.n_total, key_id=snapshot.key_id).to_dict()
 
 
 def repeated(places: Places, ledger: Ledger, request_id: str, asked: str) -> bool:
@@ -197,10 +181,10 @@ def commit(
             f"left out of the new checkpoint, for they may remember samples: {', '.join(left_out)}"
         )
     expected = weight_fingerprint(new["state_dict"])
-    if snapshot.forgotten:
+    new[ENTRY] = entry_of(snapshot)
+    if Forgotten.of(snapshot):
         # a fit that resumes from here with the callback refuses data that still holds these rows
         new["callbacks"] = {}  # Lightning shows a checkpoint to callbacks only where it has this entry
-        new[CHECKPOINT_KEY] = {"forgotten": list(snapshot.forgotten), "n_total": snapshot.n_total}
     content["checkpoint"]["fingerprint_after"] = expected
 
     def check(stages: Mapping[Path, Path]) -> None:

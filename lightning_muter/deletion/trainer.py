@@ -15,19 +15,20 @@ import torch
 
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.curvature.response.choose import Response
+from lightning_muter.deletion.authority import current, key_of, record_of, refuse_other_rows
+from lightning_muter.deletion.chain import ANEW
 from lightning_muter.deletion.checkpoints import checkpoint_fingerprint, load_checkpoint
 from lightning_muter.deletion.files import Places
 from lightning_muter.deletion.ledger import Ledger
 from lightning_muter.deletion.ledger_access import check_agreement, fork, open_ledger, reading
+from lightning_muter.deletion.lost_key import new_key, under_new_key
 from lightning_muter.deletion.request_flow import (
     commit,
-    forgotten_again,
     forgotten_rows,
     insist_on_snapshot,
     known_key,
     load_snapshot,
     receipt_content,
-    refuse_resurrection,
     repeated,
     report,
     report_dry_run,
@@ -37,6 +38,8 @@ from lightning_muter.deletion.request_flow import (
 from lightning_muter.deletion.requests import ForgetConfig, asked_digest, checked_request_id, refuse_forgotten, resolve
 from lightning_muter.deletion.training_data import load_into, threat_of, trades_beta_of, trained_decay, training_data
 from lightning_muter.deletion.transactions import exclusive
+from lightning_muter.forgotten.modules import remember, remember_instead
+from lightning_muter.forgotten.rows import Forgotten
 from lightning_muter.scope.head_methods import Method
 from lightning_muter.scope.wide_taking import take_wide_snapshot
 from lightning_muter.snapshot.part import snapshot_of_rows
@@ -101,50 +104,56 @@ class MuterTrainer(L.Trainer):
         with (
             exclusive(places, wait=wait, say=_say),
             open_ledger(places) as ledger,
-            snapshot_key(places, ledger) as key,
+            _looking(source, places) as there,
         ):
             if repeated(places, ledger, request_id, asked):
                 return
             checkpoint = load_checkpoint(path)
             before = checkpoint_fingerprint(checkpoint)
-            refuse_resurrection(path, before, ledger)
+            record, old = _lineage(source, places, there, ledger)
+            record = current(path, checkpoint, record, (ledger, there))
             data = training_data(self, model, datamodule)
             load_into(model, checkpoint, path)
-            if gone := ledger.forgotten():
-                # Trained further, on what is retained: the list of forgotten rows stays, and so do the settings.
-                old = forgotten_again(
-                    load_snapshot(places.snapshot, key, unsealed=vouched(ledger)), ledger, sorted(gone)
-                )
-                snapshot = refresh(model, old, data.dataset, loss=loss, collate=data.collate, batch_size=batch_size)
-            else:
-                threat_model, attack = threat_of(self, model, threat_model)
-                decay, read = trained_decay(checkpoint, model) if weight_decay == "auto" else (weight_decay, "given")
-                wide = scope != "head"
-                take: Callable[..., Snapshot | WideSnapshot] = take_wide_snapshot if wide else take_snapshot
-                snapshot = snapshot_of_rows(
-                    take,
-                    model,
-                    data.dataset,
-                    data.rows(),
-                    threat_model=threat_model,
-                    attack=attack,
-                    scope=scope,
-                    response=response,
-                    curvature=curvature or ("ggn" if wide else "hessian"),
-                    loss=loss,
-                    weight_decay=decay,
-                    polish=polish,
-                    collate=data.collate,
-                    batch_size=min(batch_size, WIDE_BATCH) if wide else batch_size,
-                    device=self.strategy.root_device,
-                    key=key,
-                    **({"trades_beta": trades_beta_of(self, model)} if wide else {}),
-                )
-                snapshot.figures["weight_decay_read"] = read
-                print(f"weight_decay: {decay_text(snapshot)}, {read}")
-            content = receipt_content("snapshot", request_id, snapshot, before, model)
-            receipt = commit(places, ledger, content, checkpoint, model, snapshot, asked, key)
-            report(places, receipt, source)
+            with snapshot_key(places, ledger, lambda: key_of(record, places, source) if record else None) as key:
+                remember(model, record)
+                same_rows = record and len(data.dataset) == record.n_total
+                refuse_other_rows(record, old, data.dataset, data.collate)
+                if old is not None and same_rows and scope in ("head", old.scope):
+                    # Trained further, on what is retained: the list of forgotten rows stays, and so do the settings.
+                    snapshot = refresh(model, old, data.dataset, loss=loss, collate=data.collate, batch_size=batch_size)
+                else:
+                    decay, read = (
+                        trained_decay(checkpoint, model) if weight_decay == "auto" else (weight_decay, "given")
+                    )
+                    threat_model, attack = threat_of(self, model, threat_model)
+                    wide = scope != "head"
+                    take: Callable[..., Snapshot | WideSnapshot] = take_wide_snapshot if wide else take_snapshot
+                    snapshot = snapshot_of_rows(
+                        take,
+                        model,
+                        data.dataset,
+                        data.rows(),
+                        threat_model=threat_model,
+                        attack=attack,
+                        scope=scope,
+                        response=response,
+                        curvature=curvature or ("ggn" if wide else "hessian"),
+                        loss=loss,
+                        weight_decay=decay,
+                        polish=polish,
+                        collate=data.collate,
+                        batch_size=min(batch_size, WIDE_BATCH) if wide else batch_size,
+                        device=self.strategy.root_device,
+                        key=key,
+                        **({"trades_beta": trades_beta_of(self, model)} if wide else {}),
+                    )
+                    snapshot.figures["weight_decay_read"] = read
+                    print(f"weight_decay: {decay_text(snapshot)}, {read}")
+                content = receipt_content("snapshot", request_id, snapshot, before, model)
+                if record and not same_rows:
+                    content["metrics"]["counting"] = ANEW
+                receipt = commit(places, ledger, content, checkpoint, model, snapshot, asked, key)
+                report(places, receipt, source)
 
     def unlearn(
         self,
@@ -203,6 +212,7 @@ class MuterTrainer(L.Trainer):
             if ledger is not None and repeated(here, ledger, request_id, asked):
                 return
             snapshot = load_snapshot(here.snapshot, key, unsealed=vouched(ledger))
+            record_of(here, ledger)
             refuse_forgotten(rows.indices, forgotten_rows(snapshot, ledger))
             load_into(model, checkpoint, here.checkpoint)
             model.to(self.strategy.root_device)
@@ -240,6 +250,7 @@ class MuterTrainer(L.Trainer):
         datamodule: L.LightningDataModule | None = None,
         loss: Callable[..., torch.Tensor] | None = None,
         batch_size: int = 1024,
+        recover_key: bool = False,
         request_id: str | None = None,
         wait: float = 0.0,
     ) -> None:
@@ -251,6 +262,8 @@ class MuterTrainer(L.Trainer):
             datamodule: provides the training data, the same rows in the same order as before (all of them).
             loss: the loss that the snapshot was taken with, if it was given there.
             batch_size: samples at a time.
+            recover_key: the key of the digests is lost for good: make a new one, and the digests anew from the data, once
+                the stored sums have shown that these are the rows that were trained on. What was forgotten stays forgotten.
             request_id: your own id of this request; the same id again returns the first receipt.
             wait: seconds to wait for another process that works on the same files.
         """
@@ -262,18 +275,45 @@ class MuterTrainer(L.Trainer):
             if repeated(places, ledger, request_id, asked):
                 return
             insist_on_snapshot(places)
-            key = known_key(places, ledger)
             check_agreement(places, ledger)
-            checkpoint = load_checkpoint(places.checkpoint)
-            data = training_data(self, model, datamodule)
-            load_into(model, checkpoint, places.checkpoint)
-            model.to(self.strategy.root_device)
-            before = checkpoint_fingerprint(checkpoint)
-            old = load_snapshot(places.snapshot, key, unsealed=vouched(ledger))
-            snapshot = refresh(model, old, data.dataset, loss=loss, collate=data.collate, batch_size=batch_size)
-            content = receipt_content("refresh", request_id, snapshot, before, model)
-            receipt = commit(places, ledger, content, checkpoint, model, snapshot, asked, key)
-            report(places, receipt, places)
+            with new_key(places) if recover_key else contextlib.nullcontext(known_key(places, ledger)) as key:
+                checkpoint = load_checkpoint(places.checkpoint)
+                data = training_data(self, model, datamodule)
+                load_into(model, checkpoint, places.checkpoint)
+                model.to(self.strategy.root_device)
+                before = checkpoint_fingerprint(checkpoint)
+                if recover_key:
+                    old = under_new_key(places, model, data, key, loss, batch_size)
+                    remember_instead(model, Forgotten.of(old))
+                else:
+                    old = load_snapshot(places.snapshot, key, unsealed=vouched(ledger))
+                    remember(model, record_of(places, ledger)[0])
+                snapshot = refresh(model, old, data.dataset, loss=loss, collate=data.collate, batch_size=batch_size)
+                snapshot.warnings += [warning for warning in old.warnings if warning not in snapshot.warnings]
+                content = receipt_content("refresh", request_id, snapshot, before, model)
+                receipt = commit(places, ledger, content, checkpoint, model, snapshot, asked, key)
+                report(places, receipt, places)
+
+
+@contextlib.contextmanager
+def _looking(source: Places, places: Places) -> Iterator[Ledger | None]:
+    """The source's ledger to look at, where it is another model's than the one written to."""
+    if source == places:
+        yield None
+        return
+    with reading(source) as seen:
+        yield seen
+
+
+def _lineage(
+    source: Places, places: Places, there: Ledger | None, here: Ledger
+) -> tuple[Forgotten, Snapshot | WideSnapshot | None]:
+    """What was forgotten of the model that a snapshot is taken of, and the snapshot there is."""
+    record, old = record_of(places, here)
+    if source == places:
+        return record, old
+    of_source, theirs = record_of(source, there)
+    return record | of_source, old or theirs
 
 
 @contextlib.contextmanager

@@ -125,23 +125,28 @@ def _resampled(attack: Attack, seen: Observed, halves: list[Flags], weights: Flo
     """Mean AUC over the halves, per draw."""
     total = np.zeros(len(weights))
     for learn in halves:
-        scores = np.broadcast_to(attack.scores(seen, learn, weights), weights.shape)
+        scores = attack.scores(seen, learn, weights)
         use = (seen.removed | seen.out) & _tested(attack, learn)
         total += weighted_auc(scores[:, use], seen.removed[use], weights[:, use])
     return total / len(halves)
 
 
 def weighted_auc(scores: Floats, positive: Flags, weights: Floats) -> Floats:
-    """AUC per row where entries count with weights, equal scores half. scores, weights: (rows, n); positive: (n,)."""
+    """AUC per row where entries count with weights, equal scores half. scores: (rows, n), or (1, n) for all; weights: (rows, n);
+    positive: (n,)."""
     order = np.argsort(scores, axis=1, kind="stable")
-    s, w, p = np.take_along_axis(scores, order, 1), np.take_along_axis(weights, order, 1), positive[order]
+    s, p = np.take_along_axis(scores, order, 1), positive[order]
+    w = np.take_along_axis(weights, np.broadcast_to(order, weights.shape), 1)
     below = np.cumsum(np.where(p, 0.0, w), axis=1)  # weight of negatives up to here, in order
-    rows, n = s.shape
-    fresh = np.concatenate([np.ones((rows, 1), bool), s[:, 1:] != s[:, :-1]], axis=1)
+    n = s.shape[1]
+    fresh = np.concatenate([np.ones((len(s), 1), bool), s[:, 1:] != s[:, :-1]], axis=1)
     first = np.maximum.accumulate(np.where(fresh, np.arange(n), 0), axis=1)
-    ends = np.concatenate([fresh[:, 1:], np.ones((rows, 1), bool)], axis=1)
+    ends = np.concatenate([fresh[:, 1:], np.ones((len(s), 1), bool)], axis=1)
     last = np.minimum.accumulate(np.where(ends, np.arange(n), n - 1)[:, ::-1], axis=1)[:, ::-1]
-    before = np.where(first > 0, np.take_along_axis(below, np.maximum(first - 1, 0), 1), 0.0)
-    halfway = (before + np.take_along_axis(below, last, 1)) / 2
+
+    def upto(index: NDArray[np.int64]) -> Floats:
+        return np.take_along_axis(below, np.broadcast_to(index, below.shape), 1)
+
+    halfway = (np.where(first > 0, upto(np.maximum(first - 1, 0)), 0.0) + upto(last)) / 2
     hits, pairs = (np.where(p, w, 0.0) * halfway).sum(1), np.where(p, w, 0.0).sum(1) * below[:, -1]
     return np.where(pairs > 0, hits / np.where(pairs > 0, pairs, 1.0), 0.5)

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from lightning_muter.errors import CorruptFileError, MismatchError, RequestError
 from lightning_muter.forgotten.rows import Forgotten
+from lightning_muter.model.rows import collate_of
 
 if TYPE_CHECKING:
     from lightning_muter.snapshot.snapshot import Stored
@@ -41,12 +42,17 @@ def remember(module: nn.Module, record: Forgotten) -> None:
     """
     if not record:
         return
-    first = not recalled(module)
     vars(module)[_ATTRIBUTE] = recalled(module) | record
-    if first:
+    if _into_metadata not in module._state_dict_hooks.values():
         module._register_state_dict_hook(_into_metadata)
         if callable(getattr(type(module), "on_fit_start", None)):  # a LightningModule, which asks at the start of a fit
             vars(module)["on_fit_start"] = functools.partial(_start_fit, module)
+
+
+def remember_instead(module: nn.Module, record: Forgotten) -> None:
+    """Replace what a module remembers: the same rows, known under another key from now on."""
+    vars(module).pop(_ATTRIBUTE, None)
+    remember(module, record)
 
 
 def check_remembered(module: nn.Module, snapshot: Stored) -> None:
@@ -58,24 +64,32 @@ def check_remembered(module: nn.Module, snapshot: Stored) -> None:
         )
 
 
-def recorded_in(checkpoint: Mapping[str, Any], origin: str = "checkpoint") -> Forgotten:
-    """What a checkpoint says was forgotten: its own entry, the states of callbacks, the metadata of its weights.
+def entries_of(checkpoint: Mapping[str, Any], origin: str = "checkpoint") -> list[Forgotten]:
+    """The lists in a checkpoint, empty ones included: its own entry, the states of callbacks, the metadata of its weights.
 
     Raises:
-        CorruptFileError: an entry is damaged; MismatchError: they contradict one another.
+        CorruptFileError: one is damaged.
     """
     metadata = getattr(checkpoint.get("state_dict"), "_metadata", None) or {}
     callbacks = checkpoint.get("callbacks")
     states = list(callbacks.values()) if isinstance(callbacks, Mapping) else []
     found = [checkpoint.get(ENTRY), *(part.get(ENTRY) for part in metadata.values() if isinstance(part, Mapping))]
     found += [state for state in states if isinstance(state, Mapping) and {"forgotten", "n_total"} <= set(state)]
+    try:
+        return [Forgotten.from_dict(entry) for entry in found if entry is not None]
+    except ValueError as error:
+        raise CorruptFileError(f"{origin}: {error}. Restore it from a backup.") from error
+
+
+def recorded_in(checkpoint: Mapping[str, Any], origin: str = "checkpoint") -> Forgotten:
+    """What a checkpoint says was forgotten.
+
+    Raises:
+        CorruptFileError: an entry is damaged; MismatchError: they contradict one another.
+    """
     record = Forgotten()
-    for entry in found:
-        if entry is not None:
-            try:
-                record = record | Forgotten.from_dict(entry)
-            except ValueError as error:
-                raise CorruptFileError(f"{origin}: {error}. Restore it from a backup.") from error
+    for entry in entries_of(checkpoint, origin):
+        record = record | entry
     return record
 
 
@@ -108,5 +122,5 @@ def _start_fit(module: Any) -> None:
                 f"train_dataloader: {recalled(module).count} rows were forgotten, and it cannot be told whether they are among "
                 f"those of a {type(dataset).__name__}. Train on a map-style dataset (with __getitem__ and __len__)."
             )
-        refuse_forgotten_rows(recalled(module), dataset, getattr(loader, "collate_fn", None))
+        refuse_forgotten_rows(recalled(module), dataset, collate_of(loader))
     type(module).on_fit_start(module)

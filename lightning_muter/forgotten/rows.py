@@ -240,7 +240,7 @@ class Forgotten:
         if not self:
             return []
         length: int = len(dataset)  # type: ignore[arg-type]
-        placed = self._by_position(dataset)
+        placed = set(self.placed(dataset))
         if self.positions and not len(self.barred):
             return sorted(self._without_digests(placed, dataset, argument))
         key = _KEYS.get(self.key_id)
@@ -260,8 +260,8 @@ class Forgotten:
         over = {i for digest, found in where.items() for i in found[allowed[digest] :]}
         return sorted(placed | over)
 
-    def _by_position(self, dataset: Dataset[Any]) -> set[int]:
-        """Through parts of parts: a part of the training set counts in it."""
+    def placed(self, dataset: Dataset[Any]) -> list[int]:
+        """Where the forgotten positions lie in a dataset of the training set's length, or in a part (of a part) of one."""
         length: int = len(dataset)  # type: ignore[arg-type]
         at = list(range(length))  # where each row lies in the dataset looked at
         gone, found = set(self.positions), set()
@@ -273,7 +273,7 @@ class Forgotten:
                 break
             at = [int(level.indices[position]) for position in at]
             level = level.dataset
-        return found
+        return sorted(found)
 
     def _without_digests(self, placed: set[int], dataset: Dataset[Any], argument: str) -> set[int]:
         """Files from before digests were kept know positions alone."""

@@ -82,6 +82,8 @@ def inspect_fit(
             out += inspect_outside(module, names, trainer.optimizers)
     threat = threat_model or (adversary.threat if adversary is not None else None)
     if threat is not None:
+        if (doubt := threat.doubt()) is not None:
+            out.append(Finding("warning", doubt))
         out += _caught(lambda: storable(as_response(response, threat)))
     if readable:
         x, y = (t.to(module.device) for t in example_batch(loaders[0]))

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Subset
 
 from lightning_muter.errors import MismatchError, RequestError
 from lightning_muter.forgotten.modules import recalled
-from lightning_muter.forgotten.rows import Forgotten, known_keys
+from lightning_muter.forgotten.rows import Forgotten, known_keys, remember_key
 from lightning_muter.snapshot.snapshot import Snapshot, Stored
 
 Take = TypeVar("Take", bound=Callable[..., Any])
@@ -33,6 +33,7 @@ def leaves_out_forgotten(take: Take) -> Take:
         record = recalled(model) | (Forgotten.of(like) if like is not None else Forgotten())
         if not record:
             return cast(Stored, take(model, dataset, **options))
+        remember_key(options.get("key"))
         gone = positions_to_leave_out(record, dataset, options.get("collate"))
         key = options.get("key") or known_keys().get(record.key_id)
         if key is not None and record.key_id and key.key_id != record.key_id:
@@ -63,7 +64,7 @@ def positions_to_leave_out(record: Forgotten, dataset: Dataset[Any], collate: An
     """
     gone = record.located(dataset, collate)
     length = len(dataset)  # type: ignore[arg-type]
-    expected = list(record.positions) if length == record.n_total else []
+    expected = record.placed(dataset)
     if gone != expected:
         moved = sorted(set(gone) - set(expected))
         raise RequestError(

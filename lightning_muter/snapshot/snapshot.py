@@ -43,8 +43,6 @@ from lightning_muter.storage.fingerprint import DigestKey, versions, weight_fing
 
 KIND = "snapshot"
 VERSION = 2
-#: Entry of an unlearned checkpoint that lists the forgotten rows.
-CHECKPOINT_KEY = "lightning_muter"
 #: Samples at a time where derivatives of a whole network are taken.
 WIDE_BATCH = 256
 
@@ -178,6 +176,18 @@ class Stored(ABC):
         """
         if key is None and os.access(key_path(path), os.R_OK):  # an auditor may not read it
             key = DigestKey.load(key_path(path))
+        snapshot = cls.read(path, key, unsealed=unsealed)
+        if key is not None and key.key_id != snapshot.key_id:
+            raise MismatchError(
+                f"{path}: its digests were made with key {snapshot.key_id}, the key at hand is {key.key_id}. Restore "
+                f"{key_path(path).name} from a backup."
+            )
+        snapshot.key = key
+        return snapshot
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str], key: DigestKey | None = None, *, unsealed: bool = False) -> Any:
+        """As :meth:`load`, with no other key than this one (None: neither seal nor samples can be checked)."""
         meta, tensors = read_container(path, KIND, key, unsealed=unsealed)
         if meta.get("version") not in (1, VERSION):
             raise CorruptFileError(
@@ -197,12 +207,6 @@ class Stored(ABC):
                 f"{path}: its content does not describe a snapshot ({type(error).__name__}: {error}). Restore it from a "
                 "backup, or take a new one with `muter snapshot`."
             ) from error
-        if key is not None and key.key_id != snapshot.key_id:
-            raise MismatchError(
-                f"{path}: its digests were made with key {snapshot.key_id}, the key at hand is {key.key_id}. Restore "
-                f"{key_path(path).name} from a backup."
-            )
-        snapshot.key = key
         return snapshot
 
     def check(self) -> None:

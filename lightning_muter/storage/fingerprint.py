@@ -91,7 +91,10 @@ class DigestKey:
         try:
             descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         except FileNotFoundError:
-            advice = "Restore the key file: without it samples cannot be recognised. Else take a new snapshot."
+            advice = (
+                "Restore the key file: without it samples cannot be recognised. If it is lost for good: "
+                "`muter refresh --recover_key true`."
+            )
             raise ArgumentError("key", str(path), "an existing key file", advice) from None
         with os.fdopen(descriptor, "rb") as file:
             status = os.fstat(file.fileno())

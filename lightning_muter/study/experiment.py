@@ -23,6 +23,8 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_muter import __version__
 from lightning_muter.errors import ArgumentError, MuterError
 from lightning_muter.study import compare as protocol
+from lightning_muter.study.audit.job import run_audit
+from lightning_muter.study.audit.tables import ATTACKS_FILE, summary
 from lightning_muter.study.hydra import resolvers
 from lightning_muter.study.hydra.progress import Progress
 from lightning_muter.study.hydra.sweeps import CombinedTable, FinishedJobs, job_key
@@ -30,7 +32,7 @@ from lightning_muter.study.methods.base import Competitor
 from lightning_muter.study.report import tables
 from lightning_muter.study.report.report import wide_console, write_report
 from lightning_muter.study.report.rows import FILE, Row, append_rows, write_rows
-from lightning_muter.study.requests import Setting
+from lightning_muter.study.requests import Scenario, Setting
 from lightning_muter.study.setup import train as groundwork
 from lightning_muter.study.setup.cache import Cache
 from lightning_muter.study.setup.problem import World
@@ -89,37 +91,60 @@ def build_world(config: DictConfig, cache: Cache, begin: Callable[[str], None] =
 
 def run_job(config: DictConfig, folder: Path, *, sweep: bool = False) -> list[Row]:
     """One job: all rows, written to ``folder/results.csv`` as they come."""
+    config = resolvers.with_numbers(config)
     key = job_key(config, __version__)
     finished = FinishedJobs(config.cache_dir)
+    taken: list[Row] | None = None
     if config.resume is True or (config.resume == "auto" and sweep):
-        rows = finished.rows(key)
-        if rows is not None:
+        taken = finished.rows(key)
+        if taken is not None:
             log.info("This job has been run before; its rows are taken over (resume=false runs it again).")
-            write_rows(folder / FILE, rows)
-            return rows
+            write_rows(folder / FILE, taken)
+            if not config.audit.worlds:
+                return taken
     cache = Cache(config.cache_dir)
     methods = methods_of(config)
     setting = instantiate(config.request, _convert_="all")
     with Progress(groundwork.STEPS, shown=config.progress) as progress:
         world = build_world(config, cache, progress.begin)
         scenarios = setting.scenarios(world.data, config.forget_seed)
-        progress.extend(protocol.steps(methods, scenarios))
-        shared = Row(
-            dataset=config.dataset.name,
-            model=config.model.name,
-            attack=config.attack.name,
-            setting="",
-            method="",
-            eps=0.0 if world.threat is None else world.threat.eps,
-            seed=config.seed,
-            forget_seed=config.forget_seed,
-            job=key,
-        )
-        rows = []
-        for row in protocol.run(world, methods, scenarios, cache, shared, progress.begin):
-            rows.append(row)
-            append_rows(folder / FILE, [row])
-    finished.keep(key, rows)
+        rows = taken
+        if rows is None:
+            rows = _compare(config, world, methods, scenarios, cache, folder, key, progress)
+            finished.keep(key, rows)
+        if config.audit.worlds:
+            found = run_audit(config, world, methods, scenarios, cache, folder, progress)
+            log.info("Audit: %s\n%s", folder / ATTACKS_FILE, "\n".join(summary(found)))
+    return rows
+
+
+def _compare(
+    config: DictConfig,
+    world: World,
+    methods: Sequence[Competitor],
+    scenarios: Sequence[Scenario],
+    cache: Cache,
+    folder: Path,
+    key: str,
+    progress: Progress,
+) -> list[Row]:
+    """The comparison with retraining, row by row."""
+    progress.extend(protocol.steps(methods, scenarios))
+    shared = Row(
+        dataset=config.dataset.name,
+        model=config.model.name,
+        attack=config.attack.name,
+        setting="",
+        method="",
+        eps=0.0 if world.threat is None else world.threat.eps,
+        seed=config.seed,
+        forget_seed=config.forget_seed,
+        job=key,
+    )
+    rows = []
+    for row in protocol.run(world, methods, scenarios, cache, shared, progress.begin):
+        rows.append(row)
+        append_rows(folder / FILE, [row])
     return rows
 
 

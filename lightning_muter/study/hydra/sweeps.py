@@ -20,8 +20,8 @@ from lightning_muter.study.setup.cache import digest
 log = logging.getLogger(__name__)
 
 FAILURES = "failures.csv"
-# what changes where and how a job runs, but none of its figures
-VOLATILE = ("cache_dir", "resume", "progress", "device")
+# what changes where and how a job runs, but none of the figures in its rows
+VOLATILE = ("cache_dir", "resume", "progress", "device", "audit")
 
 
 def job_key(config: DictConfig, version: str) -> str:
