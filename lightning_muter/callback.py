@@ -27,11 +27,13 @@ from lightning_muter.deletion.fit_door import (
 )
 from lightning_muter.deletion.request_flow import entry_of
 from lightning_muter.deletion.saving import save_fit, save_requests
-from lightning_muter.errors import ArgumentError, MuterError, RequestError, UnsuitableError
+from lightning_muter.errors import ArgumentError, MismatchError, MuterError, RequestError, UnsuitableError
 from lightning_muter.forgotten.modules import ENTRY, entries_of, recalled, remember
 from lightning_muter.forgotten.rows import Forgotten, known_keys
 from lightning_muter.lightning_names import Callback
 from lightning_muter.model.losses import Loss
+from lightning_muter.model.read_step import read_objective
+from lightning_muter.model.reading import Reading
 from lightning_muter.model.rows import collate_of
 from lightning_muter.preflight.checks import DEFAULT_CAP, inspect_fit
 from lightning_muter.preflight.findings import enforce
@@ -64,12 +66,14 @@ class MUterCallback(Callback):
         curvature: direct part, "hessian", "ggn" or "fisher"; None: "hessian" for the head, "ggn" for wider scopes.
         solver: how H_R delta = g is solved: "auto", "cholesky", "cg", "neumann", "schur" or a Solver.
         threat_model: read off the adversarial training when None; ``ThreatModel("l2", 0.0)`` for standard training.
-        loss: ``callable(logits, y, reduction="none")``; the module's ``criterion``, else cross-entropy.
+        loss: None reads it off the module's own ``training_step``; a given ``callable(logits, y, reduction="none")`` must be the
+            step's, or is taken at its word where the step cannot be read.
         weight_decay: lambda, one number or by parameter name; "auto" reads it off the optimiser.
         polish: "auto", a number of passes (wider scopes: of Newton-CG steps, "auto" takes none), or 0 to leave the weights as
             they are.
         dirpath: folder of the files; None puts them beside the last checkpoint, and writes none where there is none.
         size_cap: largest snapshot in bytes (default 2 GiB).
+        inputs, label: key or position in a batch, where it cannot be told which tensor is the input (or the label).
         verbose: progress bars and a summary.
     """
 
@@ -87,6 +91,8 @@ class MUterCallback(Callback):
         verbose: bool = True,
         batch_size: int = 1024,
         size_cap: int = DEFAULT_CAP,
+        inputs: str | int | None = None,
+        label: str | int | None = None,
     ) -> None:
         if not scope or (isinstance(scope, str) and scope not in ("head", "all")):
             raise ArgumentError("scope", scope, "'head', 'all' or a list of patterns", "A pattern goes in a list.")
@@ -95,12 +101,12 @@ class MUterCallback(Callback):
         self.threat_model, self.loss, self.weight_decay, self.polish = threat_model, loss, weight_decay, polish
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.verbose, self.batch_size, self.size_cap = verbose, batch_size, size_cap
+        self.inputs, self.label = inputs, label
         self.snapshot: Snapshot | WideSnapshot | None = None
         self.paths: dict[str, Path] = {}
         self._skip: str | None = "No snapshot was taken yet: fit a model with this callback, or use take_snapshot."
         self._dataset: Dataset[Any] | None = None
         self._collate: Any = None
-        self._loss: Loss | None = None
         self._record = Forgotten()  # rows once forgotten, kept over later fits
         self._key: DigestKey | None = None
         self._resumed: list[Forgotten] = []  # the lists in the checkpoint that a run is resumed from
@@ -126,6 +132,8 @@ class MUterCallback(Callback):
             threat_model=self.threat_model,
             response=self.response,
             loss=self.loss,
+            inputs=self.inputs,
+            label=self.label,
             weight_decay=self.weight_decay,
             callback=self,
             cap=self.size_cap,
@@ -184,16 +192,16 @@ class MUterCallback(Callback):
             if self.snapshot is None:
                 self._skip = "No snapshot was taken: the fit made no step. Use take_snapshot(model, dataset, ...)."
             return
+        collate = collate_of(loader)
         try:
             rows = self._rows.positions()
-        except UnsuitableError as error:
+            reading = self._read(pl_module, loader, rows)
+        except (UnsuitableError, MismatchError) as error:
             self._skip = str(error)
             rank_zero_warn(self._skip)
             return
-        collate = collate_of(loader)
         adversary = adversary_of(pl_module)
         threat = self.threat_model or (adversary.threat if adversary is not None else None)
-        loss = self.loss if self.loss is not None else (adversary.loss if adversary is not None else None)
         wide = self.scope != "head"
         trained = weight_fingerprint(pl_module.state_dict())
         take: Callable[..., Snapshot | WideSnapshot] = take_wide_snapshot if wide else take_snapshot
@@ -207,7 +215,7 @@ class MUterCallback(Callback):
             scope=self.scope,
             response=self.response,
             curvature=self.curvature or ("ggn" if wide else "hessian"),
-            loss=loss,
+            reading=reading,
             weight_decay=self.weight_decay,
             optimizers=trainer.optimizers,
             polish=self.polish,
@@ -222,7 +230,6 @@ class MUterCallback(Callback):
             rank_zero_warn(note)
             snapshot.warnings.append(note)
         self.snapshot, self._dataset, self._collate = snapshot, loader.dataset, collate
-        self._loss = loss
         self._module, self._unsaved, self._on_disk, self._changed = pl_module, [], None, True
         remember(pl_module, Forgotten.of(snapshot))
         self._record = recalled(pl_module)
@@ -234,6 +241,19 @@ class MUterCallback(Callback):
         stem = self._stem(trainer)
         if stem is not None and trainer.is_global_zero:
             self._write(snapshot, pl_module, written, stem, trained)
+
+    def _read(self, pl_module: pl.LightningModule, loader: Any, rows: list[int] | None) -> Reading:
+        """What the step minimises, as the module stands now."""
+        return read_objective(
+            pl_module,
+            loader.dataset,
+            positions=rows,
+            loss=self.loss,
+            collate=collate_of(loader),
+            inputs=self.inputs,
+            label=self.label,
+            rows_per_step=getattr(loader, "batch_size", None),
+        )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self.snapshot is None:
@@ -409,7 +429,9 @@ class MUterCallback(Callback):
             within=within,
             accept=accept,
             dry_run=dry_run,
-            loss=self._loss,
+            loss=self.loss,
+            inputs=self.inputs,
+            label=self.label,
             collate=self._collate,
             batch_size=self.batch_size,
             progress=self.verbose if progress is None else progress,
@@ -427,7 +449,14 @@ class MUterCallback(Callback):
         if dataset is None:
             raise ArgumentError("data", None, "the training dataset", "Pass data=train_dataset.")
         self.snapshot = refresh(
-            model, self._at_hand(), dataset, progress=self.verbose, loss=self._loss, collate=self._collate
+            model,
+            self._at_hand(),
+            dataset,
+            progress=self.verbose,
+            loss=self.loss,
+            collate=self._collate,
+            inputs=self.inputs,
+            label=self.label,
         )
         self._module, self._changed = model, True
         return self.snapshot

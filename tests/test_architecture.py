@@ -67,8 +67,8 @@ TO_SHORTEN = {
     "scope.network.unlearn_stored",
     "scope.network.wide_objective",
     "unlearning.unlearn.unlearn",
+    "callback.MUterCallback.__init__",
     "minimise.polish.polish",
-    "deletion.transactions.commit_request",
 }
 
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_muter.adversarial.adversary import Adversary, divergence
 from lightning_muter.errors import UnsuitableError
-from lightning_muter.model.batches import split_batch
-from lightning_muter.model.losses import accuracy, mean_loss
+from lightning_muter.model.losses import accuracy, loss_identity, mean_loss
+from lightning_muter.model.replay import replaying
 
 STEPS = ("training_step", "validation_step", "test_step")
 MARK = "_muter_wrapped"  # on wrapped methods
@@ -49,7 +49,7 @@ class AdversarialSteps:
 
     def run(self, module: pl.LightningModule, name: str, step: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call ``step(*args, **kwargs)`` on the attacked batch (training), or measure afterwards (validation, test)."""
-        if self.running or (name != "training_step" and not self.measure[name]):
+        if self.running or replaying.get() or (name != "training_step" and not self.measure[name]):
             return step(*args, **kwargs)
         self.running = True
         try:
@@ -57,21 +57,28 @@ class AdversarialSteps:
             if adversary is None:
                 return step(*args, **kwargs)
             if name == "training_step":
-                return self._train(adversary, step, args, kwargs)
+                return self._train(adversary, module, step, args, kwargs)
             out = step(*args, **kwargs)
             _measure(adversary, module, name.removesuffix("_step"), _batch(step, args, kwargs)[0])
             return out
         finally:
             self.running = False
 
-    def _train(self, adversary: Adversary, step: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _train(
+        self, adversary: Adversary, module: pl.LightningModule, step: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
         batch, put = _batch(step, args, kwargs)
-        x, y, rebuild = split_batch(batch)
+        adversary.read(module, batch)
+        x, y, rebuild = adversary.split(batch)
         found = adversary(x, y)
         if not self.told:
             self.told = True
             if adversary.attack is not None and adversary.why_own is not None:
                 rank_zero_info(f"Adversarial training climbs with LossAttack: {adversary.why_own}.")
+            if adversary.unread is not None:
+                rank_zero_warn(
+                    f"The attack raises {loss_identity(adversary.loss)}, for the step's own loss is not known: {adversary.unread}"
+                )
         if adversary.trades_beta is None:
             args, kwargs = put(rebuild(found))
             return step(*args, **kwargs)
@@ -95,7 +102,7 @@ def _measure(adversary: Adversary, module: pl.LightningModule, stage: str, batch
     trainer = module._trainer
     if trainer is None or trainer.barebones:
         return
-    x, y, _ = split_batch(batch)
+    x, y, _ = adversary.split(batch)
     found = adversary(x, y)
     stage = {"validation": "val"}.get(stage, stage)
     with torch.no_grad():

@@ -23,8 +23,8 @@ from lightning_muter.curvature.objective.sharded import ShardedObjective
 from lightning_muter.curvature.response.choose import Response
 from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError
 from lightning_muter.forgotten.digests import sample_digests
+from lightning_muter.model.losses import loss_identity
 from lightning_muter.snapshot.codec import encode
-from lightning_muter.snapshot.snapshot import loss_name
 from lightning_muter.storage.container import read_container, write_container
 from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
 
@@ -125,7 +125,7 @@ def _identity(
         "settings": settings,
         "tensors": weight_fingerprint({"theta": theta, "positions": torch.tensor(positions), **tensors}),
         "curvature": curvature,
-        "loss": loss_name(objective.problem.loss),
+        "loss": loss_identity(objective.problem.loss),
         "batch": objective.source.batch_size,
         "process": [objective.shards.rank, objective.shards.world],
     }

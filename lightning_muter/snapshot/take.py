@@ -29,10 +29,13 @@ from lightning_muter.forgotten.digests import check_digests, sample_digests
 from lightning_muter.minimise import polish as descent
 from lightning_muter.minimise.best import Best, best_head
 from lightning_muter.model.dataset import SampleSource
-from lightning_muter.model.losses import Loss, accuracy, resolve_loss
+from lightning_muter.model.losses import Loss, accuracy
+from lightning_muter.model.read_step import read_objective
+from lightning_muter.model.reading import Reading
+from lightning_muter.snapshot.reread import read_stored
 from lightning_muter.snapshot.resume import Resumable
 from lightning_muter.snapshot.retaken import leaves_out_forgotten, spread
-from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot, loss_name
+from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot
 from lightning_muter.snapshot.trained import Decay, head_decay, trained_threat
 from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
 
@@ -66,6 +69,9 @@ def take_snapshot(
     key: DigestKey | None = None,
     like: Snapshot | None = None,
     resume: Resumable | None = None,
+    inputs: Any = None,
+    label: Any = None,
+    reading: Reading | None = None,
     progress: bool = True,
 ) -> Snapshot:
     """Statistics of a trained model's head, from which samples of ``dataset`` can be unlearned later.
@@ -76,7 +82,10 @@ def take_snapshot(
         threat_model: norm, eps, box; read off ``attack`` or the module's adversarial training when not given.
             ``ThreatModel("l2", 0.0)`` for standard training.
         response: "auto", "none", "unconstrained", "l2", "linf" or a Response.
-        loss: ``callable(logits, y, reduction="none")``; the module's ``criterion``, else cross-entropy.
+        loss: None reads it off the module's own ``training_step``; a plain module has its ``criterion``, else cross-entropy, or
+            what is given: ``callable(logits, y, reduction="none")``. A given one must be the step's, where there is a step.
+        inputs, label: key or position in a batch, where it cannot be told which tensor is the input (or the label).
+        reading: what :func:`lightning_muter.model.read_step.read_objective` gave, if it was read before.
         weight_decay: lambda (one number, or by parameter name); "auto" reads it off ``optimizers`` or
             ``configure_optimizers()``.
         polish: "auto" minimises until stationary (1e-6 in float64, 1e-4 in float32), a number limits the passes over the
@@ -104,9 +113,11 @@ def take_snapshot(
         raise ArgumentError("polish", polish, "'auto', 0 or a number of passes")
     if device is not None:
         model.to(device)
-    loss = resolve_loss(loss, model)
     threat = trained_threat(model, threat_model, attack)
     parameter = next(model.parameters())
+    if reading is None:
+        reading = read_objective(model, dataset, loss=loss, collate=collate, inputs=inputs, label=label)
+    loss = reading.loss
     source = SampleSource(
         dataset,
         collate=collate,
@@ -115,8 +126,9 @@ def take_snapshot(
         device=parameter.device,
         weight=sample_weight,
         threat=threat,
-    )
-    problem = HeadProblem(model, loss, source.examples())
+        reading=reading,
+    ).settle()
+    problem = HeadProblem(model, loss, source.examples(), reading)
     decay = head_decay(problem, model, weight_decay, optimizers)
     chosen = as_response(response, threat).resolved(problem.backbone, source.n)
     inner = inner or (like.inner if like is not None else InnerSolver())
@@ -154,7 +166,7 @@ def take_snapshot(
         else:
             sums, final = objective.sums(theta, response=chosen, curvature=curvature)
     reached = objective.evaluation(theta, sums, final)
-    notes = _notes(problem, model, theta, reached, aim, polish, decay, sums, attack)
+    notes = [*reading.notes, *_notes(problem, model, theta, reached, aim, polish, decay, sums, attack)]
     if done is not None:
         assert best is not None
         figures |= _polish_figures(objective, problem, loss, before_theta, theta, done, best)
@@ -189,7 +201,8 @@ def take_snapshot(
         threat_model=threat,
         response=chosen,
         curvature=curvature,
-        loss_name=loss_name(loss),
+        loss_name=reading.identity,
+        mass=source.mass,
         head_name=problem.head.name,
         input_shape=source.input_shape,
         smoothing=replace(
@@ -219,6 +232,8 @@ def refresh(
     loss: Loss | None = None,
     collate: Callable[[list[Any]], Any] | None = None,
     batch_size: int = 1024,
+    inputs: Any = None,
+    label: Any = None,
 ) -> Snapshot | WideSnapshot:
     """A new snapshot of the retained samples at the current weights: nothing computed at the old ones remains.
 
@@ -232,30 +247,31 @@ def refresh(
     if isinstance(snapshot, WideSnapshot):
         from lightning_muter.scope.wide_taking import refresh_wide
 
-        return refresh_wide(model, snapshot, data, loss=loss, collate=collate, batch_size=min(batch_size, WIDE_BATCH))
+        return refresh_wide(
+            model, snapshot, data, loss=loss, collate=collate, batch_size=min(batch_size, WIDE_BATCH), inputs=inputs, label=label
+        )  # fmt: skip
     snapshot.check_length(data, "data")
     kept = snapshot.retained_positions
-    check_digests(snapshot, data, kept, "data", collate=collate)
-    weight = None if snapshot.sample_weight is None else snapshot.sample_weight[kept]
+    reading = read_stored(model, snapshot, data, kept, loss=loss, collate=collate, inputs=inputs, label=label)
+    check_digests(snapshot, data, kept, "data", collate)
     part = take_snapshot(
         model,
         Subset(data, kept),
         threat_model=snapshot.threat_model,
         response=snapshot.response,
         curvature=snapshot.curvature,
-        loss=loss,
+        reading=reading.of_rows(kept),
         weight_decay=_by_name(snapshot, model),
         polish=polish,
         inner=snapshot.inner,
         smoothing=replace(snapshot.smoothing, anchor=None),
-        sample_weight=weight,
         collate=collate,
         batch_size=batch_size,
         key=snapshot.key,
         progress=progress,
     )
     part.barred = snapshot.barred
-    return spread(part, snapshot.n_total, snapshot.forgotten, snapshot.sample_weight, snapshot.absent)
+    return spread(part, snapshot.n_total, snapshot.forgotten, snapshot.absent)
 
 
 def _by_name(snapshot: Snapshot, model: nn.Module) -> dict[str, float]:
