@@ -21,7 +21,7 @@ class Best:
     """Which head was kept ("polished", "before" or "constant"), and what F is there, before, and at the best constant head.
 
     Attributes:
-        stationary: the polished head is a minimiser, however little it may be better than a constant one.
+        stopped: polish could go no further, short of a stationary head.
     """
 
     theta: Tensor
@@ -29,19 +29,23 @@ class Best:
     value: float
     before: float
     constant: float
-    stationary: bool
+    stopped: bool
 
     @property
     def is_constant(self) -> bool:
         """Whether no head that was found is better than a constant one: F has a kink there, where nothing becomes stationary."""
-        return not self.stationary and not self.value < self.constant * (1 - _NO_BETTER)
+        return self.stopped and not self.value < self.constant * (1 - _NO_BETTER)
 
 
-def best_head(objective: RobustObjective, before: Tensor, done: Polish, *, constants: bool) -> Best:
-    """The best of the head before a polish, the one after it and (``constants``) the best constant one, by F without smoothing,
-    evaluated anew. A polish that converged may be above by what the smoothing adds to F, for that is what it minimised.
+def best_head(objective: RobustObjective, before: Tensor, done: Polish, *, constants: bool, anchored: bool) -> Best:
+    """The best of the head before a polish and the one after it, by F without smoothing, evaluated anew. A polish that converged may be
+    above by what the smoothing adds to F, for that is what it minimised.
 
     ``objective`` is left at the maximisers of the head that is returned.
+
+    Args:
+        constants: polish could take its time: where it did not become stationary, the best constant head is compared too.
+        anchored: the smoothing was given and stays.
     """
     exact = unsmoothed(objective)
     fixed, constant = constant_head(objective)
@@ -51,19 +55,22 @@ def best_head(objective: RobustObjective, before: Tensor, done: Polish, *, const
     stationary = done.status == "converged"
     added = max(done.evaluation.value - at_last, 0.0) if stationary else 0.0
     allowed = at_last - added - rounding_of(objective, at_last)
-    found = Best(done.theta, "polished", at_last, at_first, constant, stationary)
+    found = Best(done.theta, "polished", at_last, at_first, constant, constants and not stationary)
     if at_first < allowed:
-        found = replace(found, theta=before, kept="before", value=at_first, stationary=False)
-    if constants and not found.stationary and constant < min(allowed, found.value):
+        found = replace(found, theta=before, kept="before", value=at_first)
+    if found.stopped and constant < min(allowed, found.value):
         found = replace(found, theta=fixed, kept="constant", value=constant)
     if found.kept != "polished":
-        move_to(objective, found.theta)
+        move_to(objective, found.theta, anchored=anchored)
     return found
 
 
-def move_to(objective: RobustObjective, theta: Tensor) -> None:
-    """Begin anew at another head: smoothing anchored there (nothing is smoothed at a constant one), maximisers from scratch."""
-    if not bool(objective.problem.weight(theta).any()):
+def move_to(objective: RobustObjective, theta: Tensor, *, anchored: bool = False) -> None:
+    """Begin anew at another head: smoothing anchored there, unless it is given (nothing is smoothed at a constant one), maximisers
+    from scratch."""
+    if anchored:
+        pass
+    elif not bool(objective.problem.weight(theta).any()):
         objective.set_smoothing(replace(objective.smoothing, anchor=None))
     elif objective.smoothing.anchor is not None:
         objective.anchor(theta)

@@ -155,7 +155,7 @@ def take_snapshot(
             done = descent.polish(
                 objective, theta, metric, tolerance=aim, max_passes=limit, anchored=anchored, on_step=on_step
             )
-            best = best_head(objective, before_theta, done, constants=polish == "auto")
+            best = best_head(objective, before_theta, done, constants=polish == "auto", anchored=anchored)
             theta = problem.rounded(best.theta)
     if objective.delta is None and not objective.reproducible:
         objective.accept(objective.evaluate(theta, explore=True))
