@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_muter.curvature.inner.maximiser import Smoothing
 from lightning_muter.curvature.objective.head import RobustObjective
-from lightning_muter.minimise.polish import Polish
+from lightning_muter.minimise.train_on import TrainedOn
 
 #: A head that is better than a constant one by less than this share of the objective has learnt nothing that the adversary leaves.
 _NO_BETTER = 1e-3
@@ -36,24 +37,38 @@ class Best:
         """Whether no head that was found is better than a constant one: F has a kink there, where nothing becomes stationary."""
         return self.stopped and not self.value < self.constant * (1 - _NO_BETTER)
 
+    def to_dict(self) -> dict[str, Any]:
+        """For a snapshot's figures."""
+        return {
+            "kept": self.kept,
+            "objective_before": self.before,
+            "objective_after": self.value,
+            "objective_constant": self.constant,
+            "constant": self.is_constant,
+        }
 
-def best_head(objective: RobustObjective, before: Tensor, done: Polish, *, constants: bool, anchored: bool) -> Best:
-    """The best of the head before a polish and the one after it, by F without smoothing, evaluated anew. A polish that converged may be
-    above by what the smoothing adds to F, for that is what it minimised.
 
-    ``objective`` is left at the maximisers of the head that is returned.
+def best_head(objective: RobustObjective, before: Tensor, done: TrainedOn, *, constants: bool, anchored: bool) -> Best:
+    """The best of the head before a polish and the one after it, by F without smoothing, evaluated anew (cutting sets have done so).
+
+    A polish that converged may be above by what the smoothing adds to F, for that is what it minimised. ``objective`` is left at the
+    maximisers of the head that is returned.
 
     Args:
         constants: polish could take its time: where it did not become stationary, the best constant head is compared too.
         anchored: the smoothing was given and stays.
     """
-    exact = unsmoothed(objective)
     fixed, constant = constant_head(objective)
-    at_first = exact.evaluate(before, explore=True).value
-    at_last = exact.evaluate(done.theta, explore=True).value
-    objective.passes += exact.passes
+    reached = float(done.figures["objective"])
+    if done.as_found:
+        at_first, at_last = float(done.figures["objective_before"]), reached
+    else:
+        exact = unsmoothed(objective)
+        at_first = exact.evaluate(before, explore=True).value
+        at_last = exact.evaluate(done.theta, explore=True).value
+        objective.passes += exact.passes
     stationary = done.status == "converged"
-    added = max(done.evaluation.value - at_last, 0.0) if stationary else 0.0
+    added = max(reached - at_last, 0.0) if stationary else 0.0
     allowed = at_last - added - rounding_of(objective, at_last)
     found = Best(done.theta, "polished", at_last, at_first, constant, constants and not stationary)
     if at_first < allowed:
@@ -62,6 +77,7 @@ def best_head(objective: RobustObjective, before: Tensor, done: Polish, *, const
         found = replace(found, theta=fixed, kept="constant", value=constant)
     if found.kept != "polished":
         move_to(objective, found.theta, anchored=anchored)
+        done.as_found = False
     return found
 
 

@@ -34,6 +34,7 @@ from lightning_muter.minimise.levenberg_marquardt import Found, LevenbergMarquar
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards, refuse_sharded_parameters
 from lightning_muter.model.losses import Loss
+from lightning_muter.model.modes import full_precision
 from lightning_muter.model.read_step import read_objective
 from lightning_muter.model.reading import Reading
 from lightning_muter.snapshot.reread import read_stored
@@ -54,6 +55,7 @@ _KINKED = InnerSolver(tolerance=1e-3, max_iter=8, tracking=4, finish=1)
 
 
 @torch.inference_mode(False)
+@full_precision()
 def unlearn_wide(
     model: nn.Module,
     forget: Iterable[int],
@@ -147,6 +149,7 @@ def unlearn_wide(
 
 
 @torch.inference_mode(False)
+@full_precision()
 def unlearn_stored(
     model: nn.Module,
     snapshot: WideSnapshot,

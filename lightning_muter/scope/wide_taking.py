@@ -20,6 +20,7 @@ from lightning_muter.errors import ArgumentError, UnsuitableError
 from lightning_muter.forgotten.digests import check_digests, sample_digests
 from lightning_muter.minimise.levenberg_marquardt import LevenbergMarquardt
 from lightning_muter.model.losses import Loss
+from lightning_muter.model.modes import full_precision
 from lightning_muter.model.read_step import read_objective
 from lightning_muter.model.reading import Reading
 from lightning_muter.scope.network import DAMPING, left_outside, stored_objective, wide_decay, wide_objective
@@ -36,6 +37,7 @@ _STATIONARY = 1e-2
 
 @leaves_out_forgotten
 @torch.inference_mode(False)
+@full_precision()
 def take_wide_snapshot(
     model: nn.Module,
     dataset: Dataset[Any],
@@ -60,6 +62,7 @@ def take_wide_snapshot(
     key: DigestKey | None = None,
     inputs: Any = None,
     label: Any = None,
+    normalization: Any = None,
     reading: Reading | None = None,
     progress: bool = True,
 ) -> WideSnapshot:
@@ -81,7 +84,9 @@ def take_wide_snapshot(
     if device is not None:
         model.to(device)
     if reading is None:
-        reading = read_objective(model, dataset, loss=loss, collate=collate, inputs=inputs, label=label)
+        reading = read_objective(
+            model, dataset, loss=loss, collate=collate, inputs=inputs, label=label, normalization=normalization
+        )
     objective = wide_objective(
         model,
         dataset,
@@ -135,6 +140,7 @@ def take_wide_snapshot(
         curvature=curvature,
         loss_name=reading.identity,
         mass=source.mass,
+        normalization=reading.normalization,
         input_shape=source.input_shape,
         inner=objective.inner,
         smoothing=objective.smoothing,
@@ -157,6 +163,7 @@ def take_wide_snapshot(
 
 
 @torch.inference_mode(False)
+@full_precision()
 def refresh_wide(
     model: nn.Module,
     snapshot: WideSnapshot,

@@ -24,6 +24,7 @@ from lightning_muter.minimise.refine import refined
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards
 from lightning_muter.model.losses import Loss
+from lightning_muter.model.modes import full_precision
 from lightning_muter.scope.head_methods import Method, MUter, Request, Step
 from lightning_muter.scope.network import unlearn_stored
 from lightning_muter.snapshot.reread import read_stored
@@ -48,6 +49,7 @@ from lightning_muter.unlearning.within import check_within, refine_within
 
 
 @torch.inference_mode(False)
+@full_precision()
 def unlearn(
     model: nn.Module,
     snapshot: Snapshot | WideSnapshot,
