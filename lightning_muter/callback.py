@@ -74,6 +74,7 @@ class MUterCallback(Callback):
         dirpath: folder of the files; None puts them beside the last checkpoint, and writes none where there is none.
         size_cap: largest snapshot in bytes (default 2 GiB).
         inputs, label: key or position in a batch, where it cannot be told which tensor is the input (or the label).
+        normalization: (mean, std) where the data come normalised; of the adversarial training when None.
         verbose: progress bars and a summary.
     """
 
@@ -93,6 +94,7 @@ class MUterCallback(Callback):
         size_cap: int = DEFAULT_CAP,
         inputs: str | int | None = None,
         label: str | int | None = None,
+        normalization: Any = None,
     ) -> None:
         if not scope or (isinstance(scope, str) and scope not in ("head", "all")):
             raise ArgumentError("scope", scope, "'head', 'all' or a list of patterns", "A pattern goes in a list.")
@@ -101,7 +103,7 @@ class MUterCallback(Callback):
         self.threat_model, self.loss, self.weight_decay, self.polish = threat_model, loss, weight_decay, polish
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.verbose, self.batch_size, self.size_cap = verbose, batch_size, size_cap
-        self.inputs, self.label = inputs, label
+        self.inputs, self.label, self.normalization = inputs, label, normalization
         self.snapshot: Snapshot | WideSnapshot | None = None
         self.paths: dict[str, Path] = {}
         self._skip: str | None = "No snapshot was taken yet: fit a model with this callback, or use take_snapshot."
@@ -134,6 +136,7 @@ class MUterCallback(Callback):
             loss=self.loss,
             inputs=self.inputs,
             label=self.label,
+            normalization=self.normalization,
             weight_decay=self.weight_decay,
             callback=self,
             cap=self.size_cap,
@@ -242,6 +245,10 @@ class MUterCallback(Callback):
         if stem is not None and trainer.is_global_zero:
             self._write(snapshot, pl_module, written, stem, trained)
 
+    def _normalization(self, pl_module: pl.LightningModule) -> Any:
+        adversary = adversary_of(pl_module)
+        return self.normalization or (None if adversary is None else adversary.normalization)
+
     def _read(self, pl_module: pl.LightningModule, loader: Any, rows: list[int] | None) -> Reading:
         """What the step minimises, as the module stands now."""
         return read_objective(
@@ -252,6 +259,7 @@ class MUterCallback(Callback):
             collate=collate_of(loader),
             inputs=self.inputs,
             label=self.label,
+            normalization=self._normalization(pl_module),
             rows_per_step=getattr(loader, "batch_size", None),
         )
 

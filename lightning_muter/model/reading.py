@@ -22,6 +22,7 @@ from lightning_muter.model.head import Head, features
 from lightning_muter.model.known_losses import Known
 from lightning_muter.model.leaves import flatten, rows
 from lightning_muter.model.losses import Loss
+from lightning_muter.model.normalization import Normalization
 from lightning_muter.model.replay import prepared, replaying
 from lightning_muter.model.row_loss import packed
 from lightning_muter.model.rowwise import BatchLoss, Denominator, Probe, Shares, masses
@@ -78,6 +79,7 @@ class Reading:
         direct: ``module(x)`` reaches the head as the step does.
         plain: cross-entropy of ``module(x)`` is this loss (what attack libraries climb).
         convex: in the head's output.
+        normalization: of the batch's inputs; x everywhere here is in the scale of the data.
         factor: c_i of every row, where the loss can only be replayed (then it is the same for all).
     """
 
@@ -97,6 +99,7 @@ class Reading:
     convex: bool = True
     factor: float | None = None
     settled: Settled | None = None
+    normalization: Normalization | None = None
     rows_per_step: int | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -116,7 +119,10 @@ class Reading:
     def split(self, batch: Any) -> tuple[Tensor, Tensor, Callable[[Tensor], Any]]:
         """Inputs, labels and what puts other inputs in their place, of a batch as the step receives it."""
         probe, rebuild = self.layout.probe(batch)
-        return probe.leaves[self.layout.input], self._labels(probe), rebuild
+        x, of = probe.leaves[self.layout.input], self.normalization
+        if of is None:
+            return x, self._labels(probe), rebuild
+        return of.to_data(x), self._labels(probe), lambda new: rebuild(of.to_model(new))
 
     def _labels(self, probe: Probe) -> Tensor:
         return self.known.label(probe.leaves) if self.known is not None else packed(probe, self.layout.labels)
@@ -127,9 +133,9 @@ class Reading:
         Raises:
             UnsuitableError: the loss of some row is not what the first rows' was.
         """
-        probe, _ = self.layout.probe(self.prepared(batch))
-        y, weight, mass = self.weighed(probe)
-        return Rows(probe.leaves[self.layout.input], y, weight, mass)
+        batch = self.prepared(batch)
+        y, weight, mass = self.weighed(self.layout.probe(batch)[0])
+        return Rows(self.split(batch)[0], y, weight, mass)
 
     def weighed(self, probe: Probe) -> tuple[Tensor, Tensor, Tensor]:
         """Labels, c_i and d_i of some rows."""
@@ -161,6 +167,9 @@ class Reading:
 
     def features(self, x: Tensor, values: dict[str, Tensor] | None = None) -> Tensor:
         """phi(x) (n, f), the head's input, with its graph; ``values``: of parameters and buffers, in place of the module's own."""
+        return self._features(x if self.normalization is None else self.normalization.to_model(x), values)
+
+    def _features(self, x: Tensor, values: dict[str, Tensor] | None) -> Tensor:
         if self.direct:
             return features(self.module, self.head, x, values)
         if values is not None:
@@ -206,10 +215,10 @@ class _ToTheHead(nn.Module):
     def __init__(self, reading: Reading) -> None:
         super().__init__()
         self.module = reading.module
-        self._features = reading.features
+        self._to_the_head = reading._features
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._features(x)
+        return self._to_the_head(x, None)
 
 
 class _AtTheHeadError(BaseException):

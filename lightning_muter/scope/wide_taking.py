@@ -62,6 +62,7 @@ def take_wide_snapshot(
     key: DigestKey | None = None,
     inputs: Any = None,
     label: Any = None,
+    normalization: Any = None,
     reading: Reading | None = None,
     progress: bool = True,
 ) -> WideSnapshot:
@@ -83,7 +84,9 @@ def take_wide_snapshot(
     if device is not None:
         model.to(device)
     if reading is None:
-        reading = read_objective(model, dataset, loss=loss, collate=collate, inputs=inputs, label=label)
+        reading = read_objective(
+            model, dataset, loss=loss, collate=collate, inputs=inputs, label=label, normalization=normalization
+        )
     training = Training(
         scope,
         trained_threat(model, threat_model, attack),
@@ -106,13 +109,6 @@ def take_wide_snapshot(
     key = key or DigestKey.generate()
     digests = sample_digests(key, objective.source, every)
     problem.write(w)
-    figures = {
-        "seconds": time.perf_counter() - began,
-        "passes": objective.passes,
-        "objective": now.value,
-        "stationarity_before": first.stationarity,
-        "converged": now.converged,
-    }
     return WideSnapshot(
         patterns=[scope] if isinstance(scope, str) else list(scope),
         parameters=list(problem.names),
@@ -124,6 +120,7 @@ def take_wide_snapshot(
         curvature=curvature,
         loss_name=reading.identity,
         mass=objective.source.mass,
+        normalization=reading.normalization,
         input_shape=objective.source.input_shape,
         inner=objective.inner,
         smoothing=objective.smoothing,
@@ -134,7 +131,7 @@ def take_wide_snapshot(
         trades_beta=trades_beta,
         sample_weight=objective.source.weight,
         warnings=notes,
-        figures=figures,
+        figures=_figures(objective, first, now) | {"seconds": time.perf_counter() - began},
         key=key,
     )
 
@@ -154,6 +151,15 @@ def _polished(objective: WideObjective, steps: int, progress: bool) -> tuple[Ten
     if not bool(torch.isfinite(now.gradient).all()):
         raise UnsuitableError("The objective is not finite at the model's weights. Check the weights and the loss.")
     return w, first, now
+
+
+def _figures(objective: WideObjective, first: Evaluation, now: Evaluation) -> dict[str, Any]:
+    return {
+        "passes": objective.passes,
+        "objective": now.value,
+        "stationarity_before": first.stationarity,
+        "converged": now.converged,
+    }
 
 
 def _notes(model: nn.Module, names: list[str], reading: Reading, now: Evaluation) -> list[str]:

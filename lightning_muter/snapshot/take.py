@@ -70,6 +70,7 @@ def take_snapshot(
     resume: Resumable | None = None,
     inputs: Any = None,
     label: Any = None,
+    normalization: Any = None,
     reading: Reading | None = None,
     progress: bool = True,
 ) -> Snapshot:
@@ -84,6 +85,8 @@ def take_snapshot(
         loss: None reads it off the module's own ``training_step``; a plain module has its ``criterion``, else cross-entropy, or
             what is given: ``callable(logits, y, reduction="none")``. A given one must be the step's, where there is a step.
         inputs, label: key or position in a batch, where it cannot be told which tensor is the input (or the label).
+        normalization: (mean, std) where the dataset gives normalised inputs; threat model and box are then in the scale of the
+            data (``ThreatModel("linf", 8 / 255)``).
         reading: what :func:`lightning_muter.model.read_step.read_objective` gave, if it was read before.
         weight_decay: lambda (one number, or by parameter name); "auto" reads it off ``optimizers`` or
             ``configure_optimizers()``.
@@ -115,7 +118,9 @@ def take_snapshot(
     threat = trained_threat(model, threat_model, attack)
     parameter = next(model.parameters())
     if reading is None:
-        reading = read_objective(model, dataset, loss=loss, collate=collate, inputs=inputs, label=label)
+        reading = read_objective(
+            model, dataset, loss=loss, collate=collate, inputs=inputs, label=label, normalization=normalization
+        )
     loss = reading.loss
     source = SampleSource(
         dataset,
@@ -197,6 +202,7 @@ def take_snapshot(
         curvature=curvature,
         loss_name=reading.identity,
         mass=source.mass,
+        normalization=reading.normalization,
         head_name=problem.head.name,
         input_shape=source.input_shape,
         smoothing=replace(
