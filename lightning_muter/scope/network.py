@@ -35,6 +35,7 @@ from lightning_muter.model.distributed import Shards
 from lightning_muter.model.losses import Loss
 from lightning_muter.model.read_step import read_objective
 from lightning_muter.scope.network_objective import Rows, Training, left_outside, stored_objective
+from lightning_muter.snapshot.ranks import ranks_agree
 from lightning_muter.snapshot.reread import read_stored
 from lightning_muter.snapshot.retaken import positions_to_leave_out
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, WideSnapshot
@@ -50,6 +51,7 @@ from lightning_muter.unlearning.result import UnlearnResult
 DAMPING = 1e-2
 
 
+@ranks_agree
 @torch.inference_mode(False)
 def unlearn_wide(
     model: nn.Module,

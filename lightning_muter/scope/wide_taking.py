@@ -25,6 +25,7 @@ from lightning_muter.model.read_step import read_objective
 from lightning_muter.model.reading import Reading
 from lightning_muter.scope.network import DAMPING
 from lightning_muter.scope.network_objective import Rows, Training, left_outside, stored_objective
+from lightning_muter.snapshot.ranks import ranks_agree
 from lightning_muter.snapshot.reread import read_stored
 from lightning_muter.snapshot.retaken import leaves_out_forgotten
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, WideSnapshot
@@ -36,6 +37,7 @@ from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
 _STATIONARY = 1e-2
 
 
+@ranks_agree
 @leaves_out_forgotten
 @torch.inference_mode(False)
 def take_wide_snapshot(
@@ -105,7 +107,7 @@ def take_wide_snapshot(
     w, first, now = _polished(objective, 0 if polish == "auto" else int(polish), progress)
     notes = _notes(model, problem.names, reading, now)
     for note in notes:  # before anything is changed: a warning may be an error
-        warning_module.warn(note, stacklevel=3)
+        warning_module.warn(note, stacklevel=5)
     key = key or DigestKey.generate()
     digests = sample_digests(key, objective.source, every)
     problem.write(w)
