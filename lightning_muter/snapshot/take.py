@@ -34,6 +34,7 @@ from lightning_muter.model.losses import Loss, accuracy
 from lightning_muter.model.modes import full_precision
 from lightning_muter.model.read_step import read_objective
 from lightning_muter.model.reading import Reading
+from lightning_muter.snapshot.ranks import ranks_agree
 from lightning_muter.snapshot.reread import read_stored
 from lightning_muter.snapshot.resume import Resumable
 from lightning_muter.snapshot.retaken import leaves_out_forgotten, spread
@@ -49,6 +50,7 @@ _UNKNOWN = 0.1
 AIM = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 
+@ranks_agree
 @leaves_out_forgotten
 @torch.inference_mode(False)
 @full_precision()
@@ -221,7 +223,7 @@ def take_snapshot(
         raise MismatchError("like: it was taken of other rows, or in another order. Pass the same dataset.")
     assert sums.hessian is not None
     for note in notes:  # before anything is changed: a warning may be an error
-        warning_module.warn(note, stacklevel=3)
+        warning_module.warn(note, stacklevel=5)
     if done is not None:
         problem.write_theta(theta)
     return Snapshot(
@@ -257,6 +259,7 @@ def take_snapshot(
     )
 
 
+@ranks_agree
 def refresh(
     model: nn.Module,
     snapshot: Snapshot | WideSnapshot,
