@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_muter.adversarial.adversary import LossAttack
 from lightning_muter.curvature.objective.head import RobustObjective
 from lightning_muter.curvature.problem.head import HeadProblem
+from lightning_muter.minimise.best import Best
 from lightning_muter.minimise.train_on import TrainedOn
 from lightning_muter.model.losses import Loss, accuracy, per_sample
 
@@ -18,12 +19,18 @@ _SAMPLES, _STEPS = 256, 10
 
 
 def polish_figures(
-    objective: RobustObjective, problem: HeadProblem, loss: Loss, before: Tensor, after: Tensor, done: TrainedOn
+    objective: RobustObjective,
+    problem: HeadProblem,
+    loss: Loss,
+    before: Tensor,
+    after: Tensor,
+    done: TrainedOn,
+    best: Best,
 ) -> dict[str, Any]:
     """The entry "polish" of a snapshot's figures.
 
-    ``step_norm`` over ``head_norm`` says how far the head moved. Robust accuracy and the objective (mean robust loss and weight
-    decay) are estimates on up to 256 samples, with the package's own climb at both heads.
+    ``step_norm`` over ``head_norm`` says how far the head moved. Robust accuracy is an estimate on up to 256 samples, with the
+    package's own climb at both heads.
     """
     figures: dict[str, Any] = {
         "status": done.status,
@@ -35,9 +42,9 @@ def polish_figures(
     }
     clean = _clean(objective, problem, loss, before, after)
     for name, theta, share in zip(("before", "after"), (before, after), clean, strict=True):
-        robust, value = _robust(objective, problem, loss, theta)
-        figures |= {f"accuracy_{name}": share, f"robust_accuracy_{name}": robust, f"objective_{name}": value}
-    return {"polish": figures | done.figures}
+        figures[f"accuracy_{name}"] = share
+        figures[f"robust_accuracy_{name}"] = None if share is None else _robust(objective, problem, loss, theta)
+    return {"polish": figures | done.figures | best.to_dict()}
 
 
 def _clean(objective: RobustObjective, problem: HeadProblem, loss: Loss, *heads: Tensor) -> list[float | None]:
@@ -55,29 +62,21 @@ def _clean(objective: RobustObjective, problem: HeadProblem, loss: Loss, *heads:
     return [float(r) / count for r in right]
 
 
-def _robust(
-    objective: RobustObjective, problem: HeadProblem, loss: Loss, theta: Tensor
-) -> tuple[float | None, float | None]:
-    """Accuracy and objective per sample at the perturbations found, on some samples; None for what has none."""
+def _robust(objective: RobustObjective, problem: HeadProblem, loss: Loss, theta: Tensor) -> float:
+    """Accuracy at the perturbations found, on some samples."""
     source = objective.source
     chosen = torch.linspace(0, source.n - 1, min(source.n, _SAMPLES)).long().tolist()
     climb = LossAttack(objective.threat, None, steps=_STEPS, random_start=False)
-    right: float | None = 0.0
-    total = 0.0
+    right = 0.0
     for batch in source.batches(chosen):
-        x = batch.x.to(problem.backbone.exact_dtype)
         y = batch.y
 
         def logits(at: Tensor) -> Tensor:
             return problem.logits(theta, problem.backbone(at))
 
-        found = climb.maximise(logits, x, lambda z, y=y: per_sample(loss, z, y))  # type: ignore[misc]
+        found = climb.maximise(logits, batch.x.to(problem.backbone.exact_dtype), lambda z, y=y: per_sample(loss, z, y))  # type: ignore[misc]
         with torch.no_grad():
-            z = logits(found)
-            losses = per_sample(loss, z, y)
-            share = accuracy(loss, z, y)
-        weights = 1.0 if batch.weight is None else batch.weight.to(losses)
-        total += float((losses * weights).sum())
-        right = None if share is None or right is None else right + float(share) * len(x)
-    decay = 0.5 * float((objective.decay * theta.square()).sum())
-    return None if right is None else right / len(chosen), total / source.total(chosen) + decay
+            share = accuracy(loss, logits(found), y)
+        assert share is not None
+        right += float(share) * len(y)
+    return right / len(chosen)

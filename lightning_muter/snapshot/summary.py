@@ -33,7 +33,7 @@ def polish_text(figures: Mapping[str, Any]) -> str | None:
 
     >>> polish_text({"polish": {"status": "converged", "passes": 9, "step_norm": 0.1, "head_norm": 2.0,
     ...     "accuracy_before": 0.9, "accuracy_after": 0.91, "objective_before": 0.4, "objective_after": 0.39}})
-    'converged in 9 passes, step 5.0 % of the head, accuracy 0.900 -> 0.910, objective 0.4000 -> 0.3900'
+    'converged in 9 passes, step 5.0 % of the head, accuracy 0.900 -> 0.910, objective 0.4 -> 0.39'
     """
     found = figures.get("polish")
     if not found:
@@ -41,14 +41,10 @@ def polish_text(figures: Mapping[str, Any]) -> str | None:
     parts = [f"{found['status']} in {found['passes']} passes"]
     if found.get("head_norm"):
         parts.append(f"step {100 * found['step_norm'] / found['head_norm']:.1f} % of the head")
-    for name, key, digits in (
-        ("accuracy", "accuracy", 3),
-        ("robust accuracy", "robust_accuracy", 3),
-        ("objective", "objective", 4),
-    ):
+    for key, form in (("accuracy", ".3f"), ("robust_accuracy", ".3f"), ("objective", ".6g")):
         pair = [found.get(f"{key}_{when}") for when in ("before", "after")]
         if None not in pair:
-            parts.append(f"{name} {pair[0]:.{digits}f} -> {pair[1]:.{digits}f}")
+            parts.append(f"{key.replace('_', ' ')} {pair[0]:{form}} -> {pair[1]:{form}}")
     return ", ".join(parts)
 
 
