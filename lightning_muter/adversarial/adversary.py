@@ -198,6 +198,11 @@ class Adversary:
         self.why_own: str | None = "no torchattacks attack was given" if own_climb else self._why_own()
         self._one_logit: bool | None = None
 
+    @property
+    def gradients(self) -> int:
+        """What an epoch against it costs per sample: its steps, and the training step."""
+        return self._own.steps + 1
+
     def _why_own(self) -> str | None:
         if not self._torchattacks:  # somebody's own attack under an explicit threat model: taken at its word
             return None

@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 from torch import nn
 
 from lightning_muter.adversarial.adversary import Adversary, LossAttack
+from lightning_muter.adversarial.examples import LastExamples
 from lightning_muter.adversarial.steps import (
     MARK,
     STATE,
@@ -143,6 +144,14 @@ def _steps(module: Any) -> AdversarialSteps:
 def adversary_of(module: Any) -> Adversary | None:
     """The adversary this module trains against (threat, attack, loss, ``trades_beta``), or None for plain training."""
     return _steps(module).adversary
+
+
+def examples_of(module: Any) -> LastExamples:
+    """The adversarial examples of this module's last epoch, kept from the first call on (none for plain training)."""
+    steps = _steps(module)
+    if steps.examples is None:
+        steps.examples = LastExamples()
+    return steps.examples
 
 
 def _build_for_mixin(module: Any) -> Adversary | None:

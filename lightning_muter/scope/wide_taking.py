@@ -23,6 +23,7 @@ from lightning_muter.model.losses import Loss
 from lightning_muter.model.read_step import read_objective
 from lightning_muter.model.reading import Reading
 from lightning_muter.scope.network import DAMPING, left_outside, stored_objective, wide_decay, wide_objective
+from lightning_muter.snapshot.ranks import ranks_agree
 from lightning_muter.snapshot.reread import read_stored
 from lightning_muter.snapshot.retaken import leaves_out_forgotten
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, WideSnapshot
@@ -34,6 +35,7 @@ from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
 _STATIONARY = 1e-2
 
 
+@ranks_agree
 @leaves_out_forgotten
 @torch.inference_mode(False)
 def take_wide_snapshot(
@@ -122,7 +124,7 @@ def take_wide_snapshot(
             "goes on minimising; train longer, or pass polish=<steps>, to see the removal alone."
         )
     for note in notes:  # before anything is changed: a warning may be an error
-        warning_module.warn(note, stacklevel=3)
+        warning_module.warn(note, stacklevel=5)
     key = key or DigestKey.generate()
     digests = sample_digests(key, source, range(source.n))
     problem.write(w)

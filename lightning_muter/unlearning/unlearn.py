@@ -26,6 +26,7 @@ from lightning_muter.model.distributed import Shards
 from lightning_muter.model.losses import Loss
 from lightning_muter.scope.head_methods import Method, MUter, Request, Step
 from lightning_muter.scope.network import unlearn_stored
+from lightning_muter.snapshot.ranks import ranks_agree
 from lightning_muter.snapshot.reread import read_stored
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot
 from lightning_muter.snapshot.take import bar, outside_head
@@ -37,6 +38,7 @@ from lightning_muter.unlearning.result import UnlearnResult
 from lightning_muter.unlearning.within import check_within, refine_within
 
 
+@ranks_agree
 @torch.inference_mode(False)
 def unlearn(
     model: nn.Module,
@@ -162,7 +164,7 @@ def unlearn(
     result.warnings += _warnings(model, problem, snapshot, result, retain)
     outside = outside_head(model, problem)
     if outside:  # before anything is changed: a warning may be an error
-        warning_module.warn(outside, stacklevel=3)
+        warning_module.warn(outside, stacklevel=4)
     commit(
         model, problem.head.linear.parameters(), lambda: problem.write_theta(theta), adopter(snapshot, after), result
     )
