@@ -38,7 +38,7 @@ def plain_mean_of(
             z = (scale * points(probe.n, k, dtype, probe_device(probe), 31 + seed)).requires_grad_(True)
             value = step(z, *probe.leaves)
             (slope,) = torch.autograd.grad(value, z, allow_unused=True, materialize_grads=True)
-            looks.append((probe, z.detach(), float(value), slope))
+            looks.append((probe, z.detach(), float(value.detach()), slope))
     every = torch.ones(probes[0].n, dtype=torch.bool)
     for loss, label in candidates(probes[0], uses, k, every):
         known = Known(loss, label, k)
@@ -69,7 +69,7 @@ def _scale(known: Known, looks: list[tuple[Probe, Tensor, float, Tensor]], near:
             return None
         if float((slope - scale * like).abs().max()) > 10 * near * size:
             return None
-        if abs(value - scale * float(mean)) > 2 * near * max(abs(value), 1e-3):
+        if abs(value - scale * float(mean.detach())) > 2 * near * max(abs(value), 1e-3):
             return None
     assert scale is not None
     return round(scale, 4) if abs(scale - round(scale, 4)) < 10 * near else scale
