@@ -33,6 +33,7 @@ from lightning_muter.forgotten.rows import Forgotten, barred_after, barred_of, k
 from lightning_muter.minimise.levenberg_marquardt import Found, LevenbergMarquardt
 from lightning_muter.model.distributed import Shards
 from lightning_muter.model.losses import Loss
+from lightning_muter.model.modes import full_precision
 from lightning_muter.model.read_step import read_objective
 from lightning_muter.scope.network_objective import Rows, Training, left_outside, stored_objective
 from lightning_muter.snapshot.ranks import ranks_agree
@@ -53,6 +54,7 @@ DAMPING = 1e-2
 
 @ranks_agree
 @torch.inference_mode(False)
+@full_precision()
 def unlearn_wide(
     model: nn.Module,
     forget: Iterable[int],
@@ -141,6 +143,7 @@ def unlearn_wide(
 
 
 @torch.inference_mode(False)
+@full_precision()
 def unlearn_stored(
     model: nn.Module,
     snapshot: WideSnapshot,
@@ -251,6 +254,11 @@ def _carry_out(
         fingerprint_before=weight_fingerprint(problem.module.state_dict()),
         refine=found.history,
     )
+    result.quality = {
+        "objective_before": found.first.value,
+        "objective_after": found.last.value,
+        "maximisers_converged": found.last.converged,
+    }
     result.warnings += _notes(problem, found)
     return result, found.w
 

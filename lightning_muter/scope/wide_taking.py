@@ -21,6 +21,7 @@ from lightning_muter.errors import ArgumentError, UnsuitableError
 from lightning_muter.forgotten.digests import check_digests, sample_digests
 from lightning_muter.minimise.levenberg_marquardt import LevenbergMarquardt
 from lightning_muter.model.losses import Loss
+from lightning_muter.model.modes import full_precision
 from lightning_muter.model.read_step import read_objective
 from lightning_muter.model.reading import Reading
 from lightning_muter.scope.network import DAMPING
@@ -40,6 +41,7 @@ _STATIONARY = 1e-2
 @ranks_agree
 @leaves_out_forgotten
 @torch.inference_mode(False)
+@full_precision()
 def take_wide_snapshot(
     model: nn.Module,
     dataset: Dataset[Any],
@@ -178,6 +180,7 @@ def _notes(model: nn.Module, names: list[str], reading: Reading, now: Evaluation
 
 
 @torch.inference_mode(False)
+@full_precision()
 def refresh_wide(
     model: nn.Module,
     snapshot: WideSnapshot,
