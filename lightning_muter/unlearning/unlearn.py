@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings as warning_module
 from collections.abc import Callable, Iterable
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_muter.certificate.certificate import certify, why_no_certificate
+from lightning_muter.certificate.certificate import certify as certified
+from lightning_muter.certificate.certificate import why_no_certificate
 from lightning_muter.curvature.objective.base import Evaluation
 from lightning_muter.curvature.problem.head import HeadProblem
 from lightning_muter.errors import ArgumentError, MismatchError, SolveError, UnsuitableError
@@ -21,6 +23,7 @@ from lightning_muter.forgotten.modules import check_remembered, remember
 from lightning_muter.forgotten.rows import Forgotten, barred_after
 from lightning_muter.minimise.polish import Descent
 from lightning_muter.minimise.refine import refined
+from lightning_muter.minimise.train_on import refined_by_cuts
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards
 from lightning_muter.model.losses import Loss
@@ -36,6 +39,9 @@ from lightning_muter.unlearning.positions import checked_positions
 from lightning_muter.unlearning.result import UnlearnResult
 from lightning_muter.unlearning.within import check_within, refine_within
 
+#: For how long a certificate is looked for unless somebody asks for more.
+CERTIFY_SECONDS = 5.0
+
 
 @torch.inference_mode(False)
 def unlearn(
@@ -49,6 +55,7 @@ def unlearn(
     retain: Dataset[Any] | None = None,
     refine: int = 0,
     within: float | None = None,
+    certify: bool | float = CERTIFY_SECONDS,
     dry_run: bool = False,
     loss: Loss | None = None,
     collate: Callable[[list[Any]], Any] | None = None,
@@ -77,6 +84,8 @@ def unlearn(
             where the request went too far for the stored one (a whole class).
         within: refine until the certified distance to retraining is below this, else refuse. For
             :func:`lightning_muter.publish`: fix it before you see any request.
+        certify: with ``retain``, look for a certificate (linear models): for about so many seconds of a processor beyond a first
+            look at every sample, True: as long as a tight one may take (minutes), False: not at all.
         dry_run: compute everything, change nothing.
         shards: this process's share of the samples; None asks torch.distributed. Every process of the group makes the same
             call and gets the same weights; ``Shards()``: this one works alone.
@@ -100,6 +109,7 @@ def unlearn(
     if refine and retain is None:
         raise ArgumentError("refine", refine, "0 without retained data", "Pass retain=train_dataset as well.")
     check_within(within, retain)
+    seconds = _seconds(certify)
     chosen_solver, method = as_solver(solver), method or MUter()
     snapshot.check_length(data, "data")
     snapshot.check_model(model)
@@ -155,7 +165,7 @@ def unlearn(
     after.barred = barred_after(snapshot, data, positions, collate)
     theta = step.theta
     if retain is not None:
-        theta = _with_retained(request, step, kept, now, after, result, refine, within, progress)
+        theta = _with_retained(request, step, kept, now, after, result, refine, within, seconds, progress)
     if not bool(torch.isfinite(theta).all()):
         raise SolveError("The new weights are not finite. Nothing was changed; take a new snapshot and try again.")
     result.step_norm = float((theta - now).norm())
@@ -170,6 +180,15 @@ def unlearn(
         remember(model, Forgotten.of(snapshot))
     result.seconds = time.perf_counter() - began
     return result
+
+
+def _seconds(certify: bool | float) -> float | None:
+    """How long a certificate may be looked for; None: not at all."""
+    if isinstance(certify, bool):
+        return 60.0 if certify else None
+    if not (isinstance(certify, (int, float)) and 0 < certify < math.inf):
+        raise ArgumentError("certify", certify, "True, False or a number of seconds above 0")
+    return float(certify)
 
 
 def _downdated(snapshot: Snapshot, step: Step, positions: list[int]) -> Snapshot:
@@ -207,22 +226,26 @@ def _with_retained(
     result: UnlearnResult,
     refine: int,
     within: float | None,
+    seconds: float | None,
     progress: bool,
 ) -> Tensor:
     """Stationarity before and after, refine steps, and the certificate; updates ``after`` and ``result``."""
     snapshot, theta = request.snapshot, step.theta
     starts = snapshot.base_starts if snapshot.base_starts is not None else snapshot.starts
     objective = request.objective(kept, starts, request.retained)
+    settle = not snapshot.inner.as_found
     with bar(objective, "refine" if refine else "certify", progress) as on_step:
-        at_now = objective.evaluate(now)
+        at_now = objective.evaluate(now) if settle else objective.as_tracked(now)
         objective.accept(at_now)
         result.stationarity_before = at_now.stationarity
         why = why_no_certificate(request.problem, objective.decay, snapshot.threat_model)
         if within is not None and why is not None:
             raise UnsuitableError(f"within: {why}. Leave it out, or retrain.")
-        evaluation = objective.evaluate(theta, explore=bool(refine))
+        evaluation = objective.evaluate(theta, explore=bool(refine)) if settle else objective.as_tracked(theta)
 
         def further(theta: Tensor, first: Evaluation, steps: int) -> Descent:
+            if not settle:
+                return refined_by_cuts(objective, theta, steps, on_step.gap)
             response, curvature = snapshot.response, snapshot.curvature
             return refined(
                 objective,
@@ -242,13 +265,13 @@ def _with_retained(
             else:
                 start = Descent(theta, evaluation, "capped", 0, [evaluation.stationarity])
                 found, result.bound = refine_within(
-                    further, lambda w, e: certify(objective, w, e), start, step.matrix, refine, within
+                    further, lambda w, e: certified(objective, w, e), start, step.matrix, refine, within
                 )
             theta, evaluation = found.theta, found.evaluation
             result.refine = found.history[1:]
             # from now on gradients count from here; curvature stays at theta_ref
             base_starts = objective.stored_starts()
-            sums, delta = objective.sums(theta)
+            sums, delta = objective.sums(theta, settle=settle)
             evaluation = objective.evaluation(theta, sums, delta)
             after.theta_base, after.gradient = theta.cpu(), sums.gradient.cpu()
             if base_starts is not None:
@@ -258,8 +281,10 @@ def _with_retained(
         result.stationarity_after = evaluation.stationarity
         after.stationarity = evaluation.stationarity
         if why is None:
+            if result.bound is None and seconds is not None:
+                result.bound = certified(objective, theta, evaluation, seconds)
             if result.bound is None:
-                result.bound = certify(objective, theta, evaluation)
+                result.warnings.append("no certificate: certify=False did not ask for one")
         else:
             result.warnings.append(why)
     return theta
