@@ -434,6 +434,7 @@ class MUterCallback(Callback):
         refine: int = 0,
         within: float | None = None,
         certify: bool | float = CERTIFY_SECONDS,
+        accept: str | None = None,
         method: Method | None = None,
         solver: str | Solver | None = None,
         dry_run: bool = False,
@@ -445,6 +446,7 @@ class MUterCallback(Callback):
             forget: positions in the training dataset of the fit.
             data: that dataset, if it is another object by now.
             certify: seconds that the search for a certificate may take, True: as long as a tight one may, False: none.
+            accept: "worse" takes a step that raises the robust objective; None refuses it.
             within: refine until the certified distance to retraining is below this, else refuse; for `publish`.
             retain: the full training dataset: allows ``refine``, stationarity and the certificate. Wider scopes read it in any
                 case (from ``data`` if it is not given).
@@ -464,6 +466,7 @@ class MUterCallback(Callback):
             refine=refine,
             within=within,
             certify=certify,
+            accept=accept,
             dry_run=dry_run,
             loss=self.loss,
             inputs=self.inputs,

@@ -27,8 +27,10 @@ from lightning_muter.minimise.train_on import refined_by_cuts
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards
 from lightning_muter.model.losses import Loss
+from lightning_muter.model.modes import full_precision
 from lightning_muter.scope.head_methods import Method, MUter, Request, Step
 from lightning_muter.scope.network import unlearn_stored
+from lightning_muter.snapshot.ranks import ranks_agree
 from lightning_muter.snapshot.reread import read_stored
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot
 from lightning_muter.snapshot.take import bar, outside_head
@@ -36,6 +38,16 @@ from lightning_muter.solvers.base import Solver
 from lightning_muter.solvers.choose import as_solver
 from lightning_muter.unlearning.commit import adopter, commit
 from lightning_muter.unlearning.positions import checked_positions
+from lightning_muter.unlearning.quality import (
+    check_accept,
+    or_constant,
+    quality_of,
+    remember_owed,
+    require_no_worse,
+    require_trust,
+    start_of,
+    warnings_of,
+)
 from lightning_muter.unlearning.result import UnlearnResult
 from lightning_muter.unlearning.within import check_within, refine_within
 
@@ -43,7 +55,9 @@ from lightning_muter.unlearning.within import check_within, refine_within
 CERTIFY_SECONDS = 5.0
 
 
+@ranks_agree
 @torch.inference_mode(False)
+@full_precision()
 def unlearn(
     model: nn.Module,
     snapshot: Snapshot | WideSnapshot,
@@ -56,6 +70,7 @@ def unlearn(
     refine: int = 0,
     within: float | None = None,
     certify: bool | float = CERTIFY_SECONDS,
+    accept: str | None = None,
     dry_run: bool = False,
     loss: Loss | None = None,
     collate: Callable[[list[Any]], Any] | None = None,
@@ -86,13 +101,16 @@ def unlearn(
             :func:`lightning_muter.publish`: fix it before you see any request.
         certify: with ``retain``, look for a certificate (linear models): for about so many seconds of a processor beyond a first
             look at every sample, True: as long as a tight one may take (minutes), False: not at all.
+        accept: "worse" takes the step even where it raises the robust objective of the retained rows (known with ``retain``), or
+            where most of it is owed to a snapshot that could not be made stationary. None refuses it.
         dry_run: compute everything, change nothing.
         shards: this process's share of the samples; None asks torch.distributed. Every process of the group makes the same
             call and gets the same weights; ``Shards()``: this one works alone.
 
     Raises:
         ArgumentError, RequestError: bad positions; MismatchError: model, data or loss are not the snapshot's;
-        SolveError: the system was not solved, or ``within`` was not reached. Model and snapshot are as they were.
+        SolveError: the system was not solved, ``within`` was not reached, or the step makes the model worse.
+        Model and snapshot are as they were.
     """
     if isinstance(snapshot, WideSnapshot):
         if within is not None:
@@ -110,6 +128,7 @@ def unlearn(
         raise ArgumentError("refine", refine, "0 without retained data", "Pass retain=train_dataset as well.")
     check_within(within, retain)
     seconds = _seconds(certify)
+    check_accept(accept)
     chosen_solver, method = as_solver(solver), method or MUter()
     snapshot.check_length(data, "data")
     snapshot.check_model(model)
@@ -161,18 +180,25 @@ def unlearn(
         within=within,
         parameters=[f"{snapshot.head_name}.{name}".lstrip(".") for name, _ in problem.head.linear.named_parameters()],
     )
+    result.quality = quality_of(request, step)
+    if not refine:  # which would lead away from a bad step
+        result.warnings += warnings_of(result.quality)
     after = _downdated(snapshot, step, positions)
+    remember_owed(after, result.quality)
     after.barred = barred_after(snapshot, data, positions, collate)
+    step.theta = problem.rounded(step.theta)
     theta = step.theta
     if retain is not None:
-        theta = _with_retained(request, step, kept, now, after, result, refine, within, seconds, progress)
+        theta = _with_retained(request, step, kept, now, after, result, refine, seconds, accept, progress)
+    else:
+        require_trust(snapshot, result.quality, accept)
     if not bool(torch.isfinite(theta).all()):
         raise SolveError("The new weights are not finite. Nothing was changed; take a new snapshot and try again.")
     result.step_norm = float((theta - now).norm())
     result.warnings += _warnings(model, problem, snapshot, result, retain)
     outside = outside_head(model, problem)
     if outside:  # before anything is changed: a warning may be an error
-        warning_module.warn(outside, stacklevel=3)
+        warning_module.warn(outside, stacklevel=4)
     commit(
         model, problem.head.linear.parameters(), lambda: problem.write_theta(theta), adopter(snapshot, after), result
     )
@@ -225,12 +251,12 @@ def _with_retained(
     after: Snapshot,
     result: UnlearnResult,
     refine: int,
-    within: float | None,
     seconds: float | None,
+    accept: str | None,
     progress: bool,
 ) -> Tensor:
     """Stationarity before and after, refine steps, and the certificate; updates ``after`` and ``result``."""
-    snapshot, theta = request.snapshot, step.theta
+    snapshot, theta, within = request.snapshot, step.theta, result.within
     starts = snapshot.base_starts if snapshot.base_starts is not None else snapshot.starts
     objective = request.objective(kept, starts, request.retained)
     settle = not snapshot.inner.as_found
@@ -247,19 +273,11 @@ def _with_retained(
             if not settle:
                 return refined_by_cuts(objective, theta, steps, on_step.gap)
             response, curvature = snapshot.response, snapshot.curvature
-            return refined(
-                objective,
-                theta,
-                step.matrix,
-                response,
-                curvature,
-                before=at_now,
-                first=first,
-                steps=steps,
-                on_step=on_step,
-            )
+            told: dict[str, Any] = {"before": at_now, "first": first, "steps": steps, "on_step": on_step}
+            return refined(objective, theta, step.matrix, response, curvature, **told)
 
         if refine or within is not None:
+            theta, evaluation = start_of(objective, now, at_now, theta, evaluation)
             if within is None:
                 found = further(theta, evaluation, refine)
             else:
@@ -267,7 +285,8 @@ def _with_retained(
                 found, result.bound = refine_within(
                     further, lambda w, e: certified(objective, w, e), start, step.matrix, refine, within
                 )
-            theta, evaluation = found.theta, found.evaluation
+            theta, evaluation = or_constant(objective, snapshot, found.theta, found.evaluation)
+            theta, result.bound = _rounded(request.problem, theta, result.bound)
             result.refine = found.history[1:]
             # from now on gradients count from here; curvature stays at theta_ref
             base_starts = objective.stored_starts()
@@ -278,16 +297,24 @@ def _with_retained(
                 full = torch.zeros(snapshot.n_total, *base_starts.shape[1:], dtype=base_starts.dtype)
                 full[torch.tensor(kept)] = base_starts
                 after.base_starts = full
+        before = at_now.value
+        if refine and not settle:  # measured by what was found since
+            before = max(before, objective.as_tracked(now).value)
+        require_no_worse(objective, now, before, evaluation.value, accept, result.quality)
+        result.quality["maximisers_converged"] = evaluation.converged
         result.stationarity_after = evaluation.stationarity
         after.stationarity = evaluation.stationarity
-        if why is None:
-            if result.bound is None and seconds is not None:
-                result.bound = certified(objective, theta, evaluation, seconds)
-            if result.bound is None:
-                result.warnings.append("no certificate: certify=False did not ask for one")
-        else:
-            result.warnings.append(why)
+        if why is None and result.bound is None and seconds is not None:
+            result.bound = certified(objective, theta, evaluation, seconds)
+        if result.bound is None:
+            result.warnings.append(why or "no certificate: certify=False did not ask for one")
     return theta
+
+
+def _rounded(problem: HeadProblem, theta: Tensor, bound: float | None) -> tuple[Tensor, float | None]:
+    """theta as the model will hold it, and its certified distance."""
+    kept = problem.rounded(theta)
+    return kept, None if bound is None else bound + float((kept - theta).norm())
 
 
 def _warnings(
