@@ -51,7 +51,7 @@ from lightning_muter.storage.atomic import commit_files
 from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
 from lightning_muter.storage.plain import Plain, plain
 from lightning_muter.unlearning.result import UnlearnResult
-from lightning_muter.unlearning.unlearn import unlearn
+from lightning_muter.unlearning.unlearn import CERTIFY_SECONDS, unlearn
 
 
 class MUterCallback(Callback):
@@ -432,6 +432,7 @@ class MUterCallback(Callback):
         retain: Dataset[Any] | None = None,
         refine: int = 0,
         within: float | None = None,
+        certify: bool | float = CERTIFY_SECONDS,
         accept: str | None = None,
         method: Method | None = None,
         solver: str | Solver | None = None,
@@ -443,6 +444,7 @@ class MUterCallback(Callback):
         Args:
             forget: positions in the training dataset of the fit.
             data: that dataset, if it is another object by now.
+            certify: seconds that the search for a certificate may take, True: as long as a tight one may, False: none.
             accept: "worse" takes a step that raises the robust objective; None refuses it.
             within: refine until the certified distance to retraining is below this, else refuse; for `publish`.
             retain: the full training dataset: allows ``refine``, stationarity and the certificate. Wider scopes read it in any
@@ -462,6 +464,7 @@ class MUterCallback(Callback):
             retain=retain,
             refine=refine,
             within=within,
+            certify=certify,
             accept=accept,
             dry_run=dry_run,
             loss=self.loss,

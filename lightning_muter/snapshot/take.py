@@ -27,7 +27,7 @@ from lightning_muter.errors import ArgumentError, MismatchError, UnsuitableError
 from lightning_muter.forgotten.digests import check_digests, sample_digests
 from lightning_muter.minimise.best import Best, best_head
 from lightning_muter.minimise.budget import FORWARD, Budget, Fit
-from lightning_muter.minimise.train_on import TrainedOn, cost_of_sums, train_on
+from lightning_muter.minimise.train_on import TrainedOn, affordable, cost_of_sums, train_on
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.losses import Loss
 from lightning_muter.model.modes import full_precision
@@ -173,6 +173,8 @@ def take_snapshot(
     before_theta = theta
     spending = Budget((fit or Fit()).allowance(budget))
     if polish != 0:
+        if not isinstance(response, Response):
+            chosen = affordable(chosen, objective, spending)
         spending.spend(cost_of_sums(objective, chosen) + 2 * FORWARD)  # what comes after, with the accuracies
         with bar(objective, "polish", progress, spending) as told:
             done = train_on(
