@@ -81,7 +81,7 @@ class Reader:
     def _ran(self, leaves: list[Any]) -> Tensor:
         try:
             return self.run(self.rebuild(leaves))
-        except UnsuitableError:
+        except (UnsuitableError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise UnsuitableError(
