@@ -5,6 +5,7 @@ The function is a module's training step (`read_step`) or a given loss on the mo
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class Reader:
             v.detach().clone().requires_grad_(True) if isinstance(v, Tensor) and v.is_floating_point() else v
             for v in self.leaves
         ]
-        with record_calls(self.module) as calls:
+        with record_calls(self.module) as calls, _copied_outputs(self.module):
             loss = self._ran(leaves)
         if not bool(torch.isfinite(loss.detach())):
             raise UnsuitableError("The loss is NaN or infinite on the first samples. Check data and weights.")
@@ -79,7 +80,7 @@ class Reader:
 
     def _ran(self, leaves: list[Any]) -> Tensor:
         try:
-            return self.run(self.rebuild(leaves))
+            return self.run(self.rebuild([v.clone() if isinstance(v, Tensor) else v for v in leaves]))
         except UnsuitableError:
             raise
         except Exception as error:
@@ -93,7 +94,7 @@ class Reader:
             raise UnsuitableError(
                 f"{self.what} calls no nn.Linear: end the model with one, whose output the loss takes."
             )
-        for call in reversed(seen.calls):
+        for call in reversed([c for c in seen.calls if c.output.requires_grad]):
             (slope,) = torch.autograd.grad(seen.loss, call.output, retain_graph=True, allow_unused=True)
             if slope is not None:
                 return call
@@ -118,28 +119,37 @@ class Reader:
             )
         n = len(call.output)
         at = self._input(call, seen, n)
-        head = Head(call.name, call.linear)
-        batch_loss, uses = self._loss(head, call, at, n)
+        first: UnsuitableError | None = None
+        for batch_loss, uses in self._losses(call, at, n):
+            try:
+                return self._reading(call, seen, batch_loss, Layout(self.names, at, uses), rows_per_step)
+            except UnsuitableError as error:
+                first = first or error
+        assert first is not None
+        raise first
+
+    def _reading(
+        self, call: HeadCall, seen: _Seen, batch_loss: BatchLoss, layout: Layout, rows_per_step: int | None
+    ) -> Reading:
+        n, uses = len(call.output), layout.labels
         probes = self._probes(n)
-        k = call.linear.out_features
-        device = call.output.device
+        k, device = call.linear.out_features, call.output.device
         found = [shares(batch_loss, p, k, self.algebra, device) for p in probes]
         kind = denominator(found, probes)
         counts = [s.active for s in found]
         known = recognise(batch_loss, probes[0], uses, k, counts[0], self.algebra)
-        first = int(counts[0].nonzero()[0, 0])
-        reference = probes[0].rows(torch.tensor([first]))
+        reference = probes[0].rows(counts[0].nonzero()[:1, 0])
         graph_identity = getattr(batch_loss, "identity", None)
         factor = self._same_for_all(known, batch_loss, probes, kind, counts) if graph_identity is None else None
         identity = loss_identity(known.loss) if known is not None else f"traced:{str(graph_identity)[:32]}"
         loss: Loss = known.loss if known is not None else RowLoss(batch_loss, probes[0], uses, identity)
-        whole = Probe(self.leaves, n)
         reading = Reading(
-            self.module, self.run, head, Layout(self.names, at, uses), loss, identity, batch_loss, kind, reference,
+            self.module, self.run, Head(call.name, call.linear), layout, loss, identity, batch_loss, kind, reference,
             self.rebuild(self.leaves), known, rows_per_step=rows_per_step, factor=factor,
             convex=known is not None or convex(batch_loss, probes[0].rows(counts[0].nonzero()[:, 0]), k, self.algebra, device),
         )  # fmt: skip
-        self._look_at_features(reading, call, whole, at)
+        whole = Probe(self.leaves, n)
+        self._look_at_features(reading, call, whole, layout.input)
         self._verify(reading, call, seen, whole)
         self._note(reading)
         return reading
@@ -171,22 +181,28 @@ class Reader:
             "one tensor, or pass inputs= (key or position)."
         )
 
-    def _loss(self, head: Head, call: HeadCall, at: int, n: int) -> tuple[BatchLoss, list[int]]:
-        """L(z, leaves), traced; where the step looks at values, the step itself, replayed."""
-        z = points(n, call.linear.out_features, self.dtype, call.output.device, 4)
+    def _losses(self, call: HeadCall, at: int, n: int) -> Iterator[tuple[BatchLoss, list[int]]]:
+        """L(z, leaves) and the leaves it uses: traced; then (where the step looks at values) the step itself, replayed."""
+        k, device, whole = call.linear.out_features, call.output.device, Probe(self.leaves, n)
 
         def step(z: Tensor, *leaves: Any) -> Tensor:
-            with _answering(head.linear, z):
+            with _answering(call.linear, z):
                 return self.run(self.rebuild(list(leaves)))
 
-        try:
-            graph = trace(step, z, self.leaves, self.algebra, storages(self.module))
+        def copies(count: int) -> tuple[Tensor, list[Any]]:
+            rows = torch.tensor([0, n // 2, n - 1]).repeat(count)
+            return points(len(rows), k, self.dtype, device, count), whole.rows(rows).leaves
+
+        try:  # more than one copy: a selection of a single row is another operation than one of several
+            graph = trace(step, (copies(2), copies(3)), self.algebra, storages(self.module))
         except UnsuitableError:
             raise
         except Exception:
-            return _Replayed(step, self.dtype), [i for i, v in enumerate(self.leaves) if i != at and rows(v, n)]
-        refuse(graph, head.name, at)
-        return graph, graph.uses
+            pass
+        else:
+            refuse(graph, call.name, at)
+            yield graph, graph.uses
+        yield _Replayed(step, self.dtype), [i for i, v in enumerate(self.leaves) if i != at and rows(v, n)]
 
     def _same_for_all(
         self, known: Known | None, batch_loss: BatchLoss, probes: list[Probe], kind: str, counts: list[Tensor]
@@ -274,10 +290,10 @@ class Reader:
 
     def _verify(self, reading: Reading, call: HeadCall, seen: _Seen, whole: Probe) -> None:
         """Value and gradient in the head, of the step and of what was read, on two batches, at the weights and at moved ones."""
-        near = _EQUAL.get(self.dtype, 2e-2)
+        near = max(_EQUAL.get(d, 2e-2) for d in (self.dtype, seen.loss.dtype))
         linear = call.linear
         for probe in (whole, *self._probes(whole.n)):
-            for moved in (0.0, 0.3):
+            for moved in (0.0, 0.3) if probe is not whole else (0.0, 0.3, 4.0):
                 generator = torch.Generator().manual_seed(7)
                 phi = reading.features(probe.leaves[reading.layout.input]).detach()
                 z = linear(phi).detach()
@@ -324,17 +340,41 @@ class _Replayed:
         self.step, self.dtype = step, dtype
 
     def __call__(self, z: Tensor, leaves: list[Any]) -> Tensor:
-        return self.step(z.to(self.dtype), *leaves).to(z.dtype)
+        copies = [v.clone() if isinstance(v, Tensor) else v for v in leaves]  # the step may work in place
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of small batches
+                return self.step(z.to(self.dtype), *copies).to(z.dtype)
+        except UnsuitableError:
+            raise
+        except Exception as error:
+            raise UnsuitableError(
+                f"training_step looks at values and fails on a batch of {len(z)} of the same rows ({type(error).__name__}: "
+                f"{str(error)[:200]}): its loss cannot be read row by row. {WAY_OUT}"
+            ) from error
 
 
 @contextmanager
 def _answering(linear: nn.Module, z: Tensor) -> Iterator[None]:
     """Inside, the head answers z."""
-    handle = linear.register_forward_hook(lambda *_: z)
+    handle = linear.register_forward_hook(lambda *_: z.clone())  # the step may work in place on it
     try:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def _copied_outputs(module: nn.Module) -> Iterator[None]:
+    """Inside, what follows a linear layer works on a copy of its output: the step may work in place."""
+    handles = [
+        m.register_forward_hook(lambda *call: call[-1].clone()) for m in module.modules() if isinstance(m, nn.Linear)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def objective_at(reading: Reading, probe: Probe, z: Tensor) -> tuple[Tensor, Tensor]:
