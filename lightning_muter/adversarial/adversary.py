@@ -211,7 +211,7 @@ class Adversary:
             return
         self.asks = False
         try:
-            reading = read_batch(module, batch, inputs=self.inputs, label=self.label, ready=True)
+            reading = read_batch(module, batch, inputs=self.inputs, label=self.label, ready=True, fixed=True)
         except UnsuitableError as error:
             self.unread = str(error)
         else:

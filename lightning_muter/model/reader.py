@@ -46,12 +46,20 @@ class _Seen:
 
 
 class Reader:
-    """Reads ``run(batch) -> scalar``, which goes through ``module`` and its head once; ``what``: its name in messages."""
+    """Reads ``run(batch) -> scalar``, which goes through ``module`` and its head once; ``what``: its name in messages; ``fixed``: the
+    head itself is not asked for, only what follows it (to be climbed): it may be frozen, tied or adapted."""
 
     def __init__(
-        self, module: nn.Module, batch: Any, run: Run, inputs: Any = None, what: str = "training_step"
+        self,
+        module: nn.Module,
+        batch: Any,
+        run: Run,
+        inputs: Any = None,
+        what: str = "training_step",
+        *,
+        fixed: bool = False,
     ) -> None:
-        self.module, self.run, self.inputs, self.what = module, run, inputs, what
+        self.module, self.run, self.inputs, self.what, self.fixed = module, run, inputs, what, fixed
         self.names, self.leaves, self.rebuild = flatten(batch)
         self.dtype = next(module.parameters()).dtype
         first = next((v for v in self.leaves if isinstance(v, Tensor)), None)
@@ -112,7 +120,7 @@ class Reader:
                 f"attack written into the step): its loss is no function of one output. Let AdversarialTraining attack. {WAY_OUT}"
             )
         reasons = unsuitable_head(self.module, call)
-        if reasons:
+        if reasons and not (self.fixed and call.inputs.dim() == 2):
             raise UnsuitableError(
                 f"The layer {call.name!r} gives what the loss takes but cannot serve as the head:\n"
                 + "\n".join(f"- {r}" for r in reasons)
