@@ -77,7 +77,7 @@ def read_batch(
     ready: bool = False,
     fixed: bool = False,
 ) -> Reading:
-    """:func:`read_objective` off one batch as collated, or (``ready``) as the step receives it; ``fixed``: the head stays as it is."""
+    """:func:`read_objective` off one batch as collated, or (``ready``) as the step receives it; ``fixed``: the head stays."""
     if not ready:
         batch = prepared(module, batch)
     batch = _on_device(module, _few_rows(batch))
