@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Subset
 
 from lightning_muter.adversarial.from_torchattacks import attack_note
 from lightning_muter.adversarial.threat_model import ThreatModel
-from lightning_muter.adversarial.training import adversary_of
+from lightning_muter.adversarial.training import adversary_of, examples_of
 from lightning_muter.curvature.hessian.direct import Curvature
 from lightning_muter.curvature.response.choose import Response
 from lightning_muter.deletion.checkpoints import checkpoint_fingerprint, load_checkpoint
@@ -31,6 +31,7 @@ from lightning_muter.errors import ArgumentError, MismatchError, MuterError, Req
 from lightning_muter.forgotten.modules import ENTRY, entries_of, recalled, remember
 from lightning_muter.forgotten.rows import Forgotten, known_keys
 from lightning_muter.lightning_names import Callback
+from lightning_muter.minimise.budget import Fit
 from lightning_muter.model.losses import Loss
 from lightning_muter.model.read_step import read_objective
 from lightning_muter.model.reading import Reading
@@ -45,6 +46,7 @@ from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot
 from lightning_muter.snapshot.take import refresh, take_snapshot
 from lightning_muter.solvers.base import Solver
 from lightning_muter.solvers.choose import as_solver
+from lightning_muter.stopping import stopped_by_sigterm
 from lightning_muter.storage.atomic import commit_files
 from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
 from lightning_muter.storage.plain import Plain, plain
@@ -69,11 +71,14 @@ class MUterCallback(Callback):
         loss: None reads it off the module's own ``training_step``; a given ``callable(logits, y, reduction="none")`` must be the
             step's, or is taken at its word where the step cannot be read.
         weight_decay: lambda, one number or by parameter name; "auto" reads it off the optimiser.
+        budget: of the end of the fit (polish and snapshot), in gradients per sample: "auto" is the larger of a tenth of the fit and
+            three of its epochs, a number a share of the fit, None no limit: until converged, or at the noise floor.
         polish: "auto", a number of passes (wider scopes: of Newton-CG steps, "auto" takes none), or 0 to leave the weights as
             they are.
         dirpath: folder of the files; None puts them beside the last checkpoint, and writes none where there is none.
         size_cap: largest snapshot in bytes (default 2 GiB).
         inputs, label: key or position in a batch, where it cannot be told which tensor is the input (or the label).
+        normalization: (mean, std) where the data come normalised; of the adversarial training when None.
         verbose: progress bars and a summary.
     """
 
@@ -91,17 +96,21 @@ class MUterCallback(Callback):
         verbose: bool = True,
         batch_size: int = 1024,
         size_cap: int = DEFAULT_CAP,
+        budget: float | str | None = "auto",
         inputs: str | int | None = None,
         label: str | int | None = None,
+        normalization: Any = None,
     ) -> None:
         if not scope or (isinstance(scope, str) and scope not in ("head", "all")):
             raise ArgumentError("scope", scope, "'head', 'all' or a list of patterns", "A pattern goes in a list.")
         as_solver(solver)
+        Fit().allowance(budget)
+        self.budget = budget
         self.scope, self.response, self.curvature, self.solver = scope, response, curvature, solver
         self.threat_model, self.loss, self.weight_decay, self.polish = threat_model, loss, weight_decay, polish
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.verbose, self.batch_size, self.size_cap = verbose, batch_size, size_cap
-        self.inputs, self.label = inputs, label
+        self.inputs, self.label, self.normalization = inputs, label, normalization
         self.snapshot: Snapshot | WideSnapshot | None = None
         self.paths: dict[str, Path] = {}
         self._skip: str | None = "No snapshot was taken yet: fit a model with this callback, or use take_snapshot."
@@ -134,6 +143,7 @@ class MUterCallback(Callback):
             loss=self.loss,
             inputs=self.inputs,
             label=self.label,
+            normalization=self.normalization,
             weight_decay=self.weight_decay,
             callback=self,
             cap=self.size_cap,
@@ -156,6 +166,8 @@ class MUterCallback(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._rows is not None:
             self._rows.epoch_starts()
+        if self._skip is None and self.scope == "head" and self.polish != 0:
+            examples_of(pl_module).next_epoch()  # the last epoch's adversarial examples are where polish begins
         loader: Any = trainer.train_dataloader
         if self._record and getattr(loader, "dataset", None) is not self._looked_at:  # reloaded
             refuse_forgotten_data([self._record], loader)
@@ -192,7 +204,6 @@ class MUterCallback(Callback):
             if self.snapshot is None:
                 self._skip = "No snapshot was taken: the fit made no step. Use take_snapshot(model, dataset, ...)."
             return
-        collate = collate_of(loader)
         try:
             rows = self._rows.positions()
             reading = self._read(pl_module, loader, rows)
@@ -200,12 +211,32 @@ class MUterCallback(Callback):
             self._skip = str(error)
             rank_zero_warn(self._skip)
             return
+        with stopped_by_sigterm(trainer):
+            self._take(trainer, pl_module, loader, rows, reading)
+
+    def _take(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        loader: Any,
+        rows: list[int] | None,
+        reading: Reading | None,
+    ) -> None:
+        """Polish, sums, files."""
+        collate = collate_of(loader)
         adversary = adversary_of(pl_module)
         threat = self.threat_model or (adversary.threat if adversary is not None else None)
         wide = self.scope != "head"
         trained = weight_fingerprint(pl_module.state_dict())
         take: Callable[..., Snapshot | WideSnapshot] = take_wide_snapshot if wide else take_snapshot
         options: dict[str, Any] = {"trades_beta": adversary.trades_beta} if wide and adversary is not None else {}
+        if not wide:
+            gradients = 1 if adversary is None else adversary.gradients
+            options |= {
+                "budget": self.budget,
+                "fit": Fit(trainer.current_epoch, gradients),
+                "examples": examples_of(pl_module).of,
+            }
         snapshot = snapshot_of_rows(
             take,
             pl_module,
@@ -242,6 +273,10 @@ class MUterCallback(Callback):
         if stem is not None and trainer.is_global_zero:
             self._write(snapshot, pl_module, written, stem, trained)
 
+    def _normalization(self, pl_module: pl.LightningModule) -> Any:
+        adversary = adversary_of(pl_module)
+        return self.normalization or (None if adversary is None else adversary.normalization)
+
     def _read(self, pl_module: pl.LightningModule, loader: Any, rows: list[int] | None) -> Reading:
         """What the step minimises, as the module stands now."""
         return read_objective(
@@ -252,6 +287,7 @@ class MUterCallback(Callback):
             collate=collate_of(loader),
             inputs=self.inputs,
             label=self.label,
+            normalization=self._normalization(pl_module),
             rows_per_step=getattr(loader, "batch_size", None),
         )
 
@@ -397,6 +433,7 @@ class MUterCallback(Callback):
         retain: Dataset[Any] | None = None,
         refine: int = 0,
         within: float | None = None,
+        accept: str | None = None,
         method: Method | None = None,
         solver: str | Solver | None = None,
         dry_run: bool = False,
@@ -407,6 +444,7 @@ class MUterCallback(Callback):
         Args:
             forget: positions in the training dataset of the fit.
             data: that dataset, if it is another object by now.
+            accept: "worse" takes a step that raises the robust objective; None refuses it.
             within: refine until the certified distance to retraining is below this, else refuse; for `publish`.
             retain: the full training dataset: allows ``refine``, stationarity and the certificate. Wider scopes read it in any
                 case (from ``data`` if it is not given).
@@ -425,6 +463,7 @@ class MUterCallback(Callback):
             retain=retain,
             refine=refine,
             within=within,
+            accept=accept,
             dry_run=dry_run,
             loss=self.loss,
             inputs=self.inputs,

@@ -21,6 +21,7 @@ from lightning_muter.errors import ArgumentError, UnsuitableError
 from lightning_muter.model.batches import split_batch
 from lightning_muter.model.head import eval_mode
 from lightning_muter.model.losses import Loss, is_cross_entropy, one_logit, per_sample, resolve_loss
+from lightning_muter.model.normalization import Normalization
 from lightning_muter.model.read_step import read_batch
 from lightning_muter.model.reading import Reading
 from lightning_muter.model.replay import has_step
@@ -130,8 +131,8 @@ def check_box(x: Tensor, threat: ThreatModel) -> None:
             "inputs",
             (lo, hi),
             f"values in the box {threat.box}",
-            "Put the normalisation inside the model and feed inputs in the box, or pass "
-            f"threat_model=ThreatModel({threat.norm!r}, {threat.eps:g}, box=None) for data without bounds (tables).",
+            "Inputs that were normalised: pass normalization=(mean, std), or put it inside the model. Data without bounds (tables): "
+            f"threat_model=ThreatModel({threat.norm!r}, {threat.eps:g}, box=None).",
         )
 
 
@@ -150,6 +151,7 @@ class Adversary:
         loss: what is maximised; None: the step's own loss (of a plain module its ``criterion``, else cross-entropy).
         maximise: "step", or "attack" to leave an attack library its own loss, whatever the step minimises.
         inputs, label: key or position in a batch, where it cannot be told which tensor is the input (or the label).
+        normalization: (mean, std) of inputs that come normalised; ball and box are then in the scale of the data.
         trades_beta: weight of the TRADES term, or None; then the divergence from the clean prediction is maximised.
 
     Raises:
@@ -166,6 +168,7 @@ class Adversary:
         maximise: Literal["step", "attack"] = "step",
         inputs: Any = None,
         label: Any = None,
+        normalization: Any = None,
     ) -> None:
         if maximise not in ("step", "attack"):
             raise ArgumentError("maximise", maximise, "'step' or 'attack'")
@@ -180,6 +183,7 @@ class Adversary:
             loss = attack.loss
         self.loss = resolve_loss(loss, module)
         self.trades_beta, self.inputs, self.label = trades_beta, inputs, label
+        self.normalization = Normalization.of(normalization)
         self.reading: Reading | None = None
         self.unread: str | None = None
         self.asks = loss is None and maximise == "step"
@@ -193,6 +197,11 @@ class Adversary:
         self._own = LossAttack(self.threat, self.loss, climb.alpha, climb.steps or 10, climb.random_start)
         self.why_own: str | None = "no torchattacks attack was given" if own_climb else self._why_own()
         self._one_logit: bool | None = None
+
+    @property
+    def gradients(self) -> int:
+        """What an epoch against it costs per sample: its steps, and the training step."""
+        return self._own.steps + 1
 
     def _why_own(self) -> str | None:
         if not self._torchattacks:  # somebody's own attack under an explicit threat model: taken at its word
@@ -211,8 +220,18 @@ class Adversary:
             return
         self.asks = False
         try:
-            reading = read_batch(module, batch, inputs=self.inputs, label=self.label, ready=True, fixed=True)
+            reading = read_batch(
+                module,
+                batch,
+                inputs=self.inputs,
+                label=self.label,
+                normalization=self.normalization,
+                ready=True,
+                fixed=True,
+            )
         except UnsuitableError as error:
+            if self.normalization is not None:  # nothing else would undo it
+                raise
             self.unread = str(error)
         else:
             self.adopt(reading)
@@ -222,7 +241,11 @@ class Adversary:
         self.asks = False
         self.reading, self.loss, self._own.loss = reading, reading.loss, reading.loss
         if self.why_own is None and self._torchattacks and self.trades_beta is None and not reading.plain:
-            self.why_own = f"it raises cross-entropy of forward's output, training_step minimises {reading.identity}"
+            self.why_own = (
+                "the inputs come normalised, and perturbations are of the data"
+                if reading.normalization is not None
+                else f"it raises cross-entropy of forward's output, training_step minimises {reading.identity}"
+            )
 
     def split(self, batch: Any) -> tuple[Tensor, Tensor, Callable[[Tensor], Any]]:
         """Inputs, labels and what puts other inputs in their place, as the step takes a batch (of validation too, where its

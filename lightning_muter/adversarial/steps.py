@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_muter.adversarial.adversary import Adversary, divergence
+from lightning_muter.adversarial.examples import LastExamples
 from lightning_muter.errors import UnsuitableError
 from lightning_muter.model.losses import accuracy, loss_identity, mean_loss
 from lightning_muter.model.replay import replaying
@@ -39,6 +40,7 @@ class AdversarialSteps:
         self.measure = {"training_step": False, "validation_step": validation, "test_step": test}
         self.running = False  # an inner step (super().training_step) must not attack a second time
         self.told = False
+        self.examples: LastExamples | None = None  # kept where somebody asks for them
 
     @property
     def adversary(self) -> Adversary | None:
@@ -71,6 +73,8 @@ class AdversarialSteps:
         adversary.read(module, batch)
         x, y, rebuild = adversary.split(batch)
         found = adversary(x, y)
+        if self.examples is not None:
+            self.examples.add(x, found)
         if not self.told:
             self.told = True
             if adversary.attack is not None and adversary.why_own is not None:

@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 from torch import nn
 
 from lightning_muter.adversarial.adversary import Adversary, LossAttack
+from lightning_muter.adversarial.examples import LastExamples
 from lightning_muter.adversarial.steps import (
     MARK,
     STATE,
@@ -44,6 +45,7 @@ class AdversarialTrainingMixin:
         threat_model: a ``ThreatModel``, where the attack does not tell (unknown attacks, data outside [0, 1]).
         criterion: the loss that is maximised where ``training_step`` does not tell; default cross-entropy.
         trades_beta: TRADES: ``training_step`` receives the clean batch, and beta KL(clean || adversarial) is added.
+        normalization: (mean, std) where the data come normalised: the attack is then in the scale of the data.
         adversarial_validation, adversarial_test: log ``val/clean_acc``, ``val/robust_acc`` (``test/...``).
 
     Example::
@@ -55,6 +57,7 @@ class AdversarialTrainingMixin:
 
     threat_model: ThreatModel | None = None
     trades_beta: float | None = None
+    normalization: Any = None
     adversarial_validation: bool = True
     adversarial_test: bool = True
 
@@ -143,11 +146,23 @@ def adversary_of(module: Any) -> Adversary | None:
     return _steps(module).adversary
 
 
+def examples_of(module: Any) -> LastExamples:
+    """The adversarial examples of this module's last epoch, kept from the first call on (none for plain training)."""
+    steps = _steps(module)
+    if steps.examples is None:
+        steps.examples = LastExamples()
+    return steps.examples
+
+
 def _build_for_mixin(module: Any) -> Adversary | None:
     attack = module.configure_attack()
     if attack is None:
         return None
-    return _checked(module, Adversary(module, attack, module.threat_model, None, module.trades_beta))
+    return _checked(module, _adversary_of_mixin(module, attack))
+
+
+def _adversary_of_mixin(module: Any, attack: Any) -> Adversary:
+    return Adversary(module, attack, module.threat_model, None, module.trades_beta, normalization=module.normalization)
 
 
 def _checked(module: Any, adversary: Adversary) -> Adversary:
@@ -185,6 +200,7 @@ class AdversarialTraining(Callback):
             the cross-entropy an attack library raises, the attack's eps, step size and steps drive our own climb of the step's loss.
         maximise: "attack" leaves the attack library its own loss, whatever the step minimises.
         inputs, label: key or position in a batch, where it cannot be told which tensor is the input (or the label).
+        normalization: (mean, std) where the data come normalised: radius, step size and box are then in the scale of the data.
         trades_beta: train by TRADES: the step receives the clean batch, and beta KL(clean || adversarial) is added.
         adversarial_validation, adversarial_test: log ``val/clean_acc`` and ``val/robust_acc`` (``test/...``), for a
             regression ``..._loss``.
@@ -208,9 +224,10 @@ class AdversarialTraining(Callback):
         maximise: Literal["step", "attack"] = "step",
         inputs: str | int | None = None,
         label: str | int | None = None,
+        normalization: Any = None,
     ) -> None:
         self.attack, self.threat_model, self.loss, self.trades_beta = attack, threat_model, loss, trades_beta
-        self.maximise, self.inputs, self.label = maximise, inputs, label
+        self.maximise, self.inputs, self.label, self.normalization = maximise, inputs, label, normalization
         self.adversarial_validation, self.adversarial_test = adversarial_validation, adversarial_test
         self._module: pl.LightningModule | None = None
         self._replaced: dict[str, Any] = {}
@@ -247,7 +264,15 @@ class AdversarialTraining(Callback):
 
     def _build(self, module: pl.LightningModule) -> Adversary:
         adversary = Adversary(
-            module, self.attack, self.threat_model, self.loss, self.trades_beta, self.maximise, self.inputs, self.label
+            module,
+            self.attack,
+            self.threat_model,
+            self.loss,
+            self.trades_beta,
+            self.maximise,
+            self.inputs,
+            self.label,
+            self.normalization,
         )
         return _checked(module, adversary)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -40,6 +40,7 @@ from lightning_muter.deletion.training_data import load_into, threat_of, trades_
 from lightning_muter.deletion.transactions import exclusive
 from lightning_muter.forgotten.modules import remember, remember_instead
 from lightning_muter.forgotten.rows import Forgotten
+from lightning_muter.minimise.budget import Fit
 from lightning_muter.scope.head_methods import Method
 from lightning_muter.scope.wide_taking import take_wide_snapshot
 from lightning_muter.snapshot.part import snapshot_of_rows
@@ -65,6 +66,7 @@ class MuterTrainer(L.Trainer):
         loss: Callable[..., torch.Tensor] | None = None,
         weight_decay: float | Literal["auto"] = "auto",
         polish: int | Literal["auto"] = "auto",
+        budget: float | Literal["auto"] | None = "auto",
         batch_size: int = 1024,
         out: str | None = None,
         request_id: str | None = None,
@@ -90,6 +92,8 @@ class MuterTrainer(L.Trainer):
                 off configure_optimizers() where it holds none.
             polish: steps of further minimisation until stationary (beyond the head "auto" takes none); 0 never touches
                 the weights.
+            budget: of polish and snapshot, in gradients per sample: auto, the larger of a tenth of the fit and three of its
+                epochs; a share of the fit; or null, no limit.
             batch_size: samples at a time.
             out: write under this name (<name>.ckpt) instead of beside the checkpoint.
             request_id: your own id of this request; the same id again returns the first receipt.
@@ -145,7 +149,7 @@ class MuterTrainer(L.Trainer):
                         batch_size=min(batch_size, WIDE_BATCH) if wide else batch_size,
                         device=self.strategy.root_device,
                         key=key,
-                        **({"trades_beta": trades_beta_of(self, model)} if wide else {}),
+                        **_of_scope(self, model, checkpoint, wide, budget),
                     )
                     snapshot.figures["weight_decay_read"] = read
                     print(f"weight_decay: {decay_text(snapshot)}, {read}")
@@ -165,6 +169,7 @@ class MuterTrainer(L.Trainer):
         solver: str | Solver = "auto",
         refine: int = 0,
         within: float | None = None,
+        accept: Literal["worse"] | None = None,
         certify: bool = True,
         loss: Callable[..., torch.Tensor] | None = None,
         batch_size: int = 1024,
@@ -183,6 +188,7 @@ class MuterTrainer(L.Trainer):
             method: how; the constraint-aware MUter by default.
             solver: how the linear system is solved: auto, cholesky, cg, neumann, schur or a Solver.
             refine: further steps with the retained data, each closer to retraining (beyond the head: of Newton-CG).
+            accept: worse takes a step that raises the robust objective; without it such a step is refused.
             within: refine until the certified distance to retraining is below this, else refuse. `muter publish` needs it;
                 choose it before you see any request, and keep to it.
             certify: measure the result on the retained data: stationarity, and a certificate for linear models. It
@@ -225,6 +231,7 @@ class MuterTrainer(L.Trainer):
                 retain=data.dataset if refine or certify or within is not None else None,
                 refine=refine,
                 within=within,
+                accept=accept,
                 dry_run=dry_run,
                 loss=loss,
                 collate=data.collate,
@@ -311,6 +318,15 @@ def _lineage(
         return record, old
     of_source, theirs = record_of(source, there)
     return record | of_source, old or theirs
+
+
+def _of_scope(
+    trainer: L.Trainer, model: L.LightningModule, checkpoint: dict[str, Any], wide: bool, budget: Any
+) -> dict[str, Any]:
+    """What only one kind of snapshot is asked for with."""
+    if wide:
+        return {"trades_beta": trades_beta_of(trainer, model)}
+    return {"budget": budget, "fit": Fit(float(checkpoint.get("epoch", 0)))}
 
 
 @contextlib.contextmanager

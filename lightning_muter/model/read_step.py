@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from lightning_muter.model.head import eval_mode, find_head
 from lightning_muter.model.known_losses import Known
 from lightning_muter.model.leaves import flatten, rows
 from lightning_muter.model.losses import Loss, loss_identity, reduced, resolve_loss
+from lightning_muter.model.normalization import Normalization
 from lightning_muter.model.reader import WAY_OUT, Reader, objective_at
 from lightning_muter.model.reading import Layout, Reading, algebra
 from lightning_muter.model.replay import has_step, prepared, run_step
@@ -32,6 +34,7 @@ def read_objective(
     positions: Sequence[int] | None = None,
     inputs: Any = None,
     label: Any = None,
+    normalization: Any = None,
     rows_per_step: int | None = None,
 ) -> Reading:
     """The objective of ``module``, read off a few rows spread over ``dataset`` (over ``positions`` of it).
@@ -58,7 +61,9 @@ def read_objective(
             "dataset", "NaN or infinity in the first samples", "finite inputs and labels", "Clean the data."
         )
     batch = (collate or torch.utils.data.default_collate)(whole)
-    return read_batch(module, batch, loss=loss, inputs=inputs, label=label, rows_per_step=rows_per_step)
+    return read_batch(
+        module, batch, loss=loss, inputs=inputs, label=label, normalization=normalization, rows_per_step=rows_per_step
+    )
 
 
 def _finite(sample: Any) -> bool:
@@ -73,11 +78,32 @@ def read_batch(
     loss: Loss | None = None,
     inputs: Any = None,
     label: Any = None,
+    normalization: Any = None,
     rows_per_step: int | None = None,
     ready: bool = False,
     fixed: bool = False,
 ) -> Reading:
-    """:func:`read_objective` off one batch as collated, or (``ready``) as the step receives it; ``fixed``: the head stays."""
+    """:func:`read_objective` off one batch as collated, or (``ready``) as the step receives it; ``fixed``: the head stays.
+
+    ``normalization``: (mean, std) of inputs that come normalised: perturbations are then of the data as it was before.
+    """
+    of = Normalization.of(normalization)
+    reading = _read_batch(module, batch, loss, inputs, label, rows_per_step, ready, fixed)
+    if of is None:
+        return reading
+    return replace(reading, normalization=of, plain=False)
+
+
+def _read_batch(
+    module: nn.Module,
+    batch: Any,
+    loss: Loss | None,
+    inputs: Any,
+    label: Any,
+    rows_per_step: int | None,
+    ready: bool,
+    fixed: bool,
+) -> Reading:
     if not ready:
         batch = prepared(module, batch)
     batch = _on_device(module, _few_rows(batch))

@@ -6,7 +6,7 @@ The function is a module's training step (`read_step`) or a given loss on the mo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from lightning_muter.model.head import Head, HeadCall, record_calls, unsuitable_
 from lightning_muter.model.known_losses import Known, recognise
 from lightning_muter.model.leaves import flatten, rows
 from lightning_muter.model.losses import Loss, loss_identity, per_sample
+from lightning_muter.model.plain_mean import plain_mean_of
 from lightning_muter.model.reading import Layout, Reading, algebra
 from lightning_muter.model.replay import undone
 from lightning_muter.model.row_loss import RowLoss
@@ -88,7 +89,7 @@ class Reader:
 
     def _ran(self, leaves: list[Any]) -> Tensor:
         try:
-            return self.run(self.rebuild([v.clone() if isinstance(v, Tensor) else v for v in leaves]))
+            return self.run(self.rebuild(_copied(leaves)))
         except UnsuitableError:
             raise
         except Exception as error:
@@ -127,19 +128,66 @@ class Reader:
             )
         n = len(call.output)
         at = self._input(call, seen, n)
+        head = Head(call.name, call.linear)
         first: UnsuitableError | None = None
-        for batch_loss, uses in self._losses(call, at, n):
+        for reading in self._readings(head, call, at, n, rows_per_step):
             try:
-                return self._reading(call, seen, batch_loss, Layout(self.names, at, uses), rows_per_step)
+                self._look_at_features(reading, call, Probe(self.leaves, n), at)
+                self._verify(reading, call, seen, Probe(self.leaves, n))
             except UnsuitableError as error:
                 first = first or error
+            else:
+                self._note(reading)
+                return reading
         assert first is not None
         raise first
 
-    def _reading(
-        self, call: HeadCall, seen: _Seen, batch_loss: BatchLoss, layout: Layout, rows_per_step: int | None
+    def _readings(self, head: Head, call: HeadCall, at: int, n: int, rows_per_step: int | None) -> Iterator[Reading]:
+        """What the step may be, the quickest to be told first; none is proved yet.
+
+        Raises:
+            UnsuitableError: it cannot be any; the message is of the first that was tried.
+        """
+        quick = self._quick(head, call, at, n, rows_per_step)
+        if quick is not None:
+            yield quick
+        first: UnsuitableError | None = None
+        for loss in self._losses(head, call, at, n):
+            try:
+                found = self._traced(head, call, loss, at, rows_per_step)
+            except UnsuitableError as error:
+                first = first or error
+            else:
+                yield found
+        if first is not None:
+            raise first
+
+    def _quick(self, head: Head, call: HeadCall, at: int, n: int, rows_per_step: int | None) -> Reading | None:
+        """Where the step is the plain mean of a known loss, it is traced when its rows are first asked one by one."""
+        step, probes = self._step(head), self._probes(n)
+        labels = [i for i, v in enumerate(self.leaves) if i != at and rows(v, n)]
+        try:
+            told = plain_mean_of(step, probes, labels, call.linear.out_features, self.dtype)
+        except Exception:  # of the step, on other rows
+            told = None
+        if told is None:
+            return None
+        known, scale = told
+
+        def traced() -> BatchLoss:
+            with undone(self.module):
+                return next(self._losses(head, call, at, n))[0]
+
+        return Reading(
+            self.module, self.run, head, Layout(self.names, at, labels), known.loss, loss_identity(known.loss), _Later(traced),
+            "rows", probes[0].rows(torch.tensor([0])), self.rebuild(self.leaves), known, rows_per_step=rows_per_step, uniform=scale,
+        )  # fmt: skip
+
+    def _traced(
+        self, head: Head, call: HeadCall, of: tuple[BatchLoss, list[int]], at: int, rows_per_step: int | None
     ) -> Reading:
-        n, uses = len(call.output), layout.labels
+        batch_loss, uses = of
+        n = len(call.output)
         probes = self._probes(n)
         k, device = call.linear.out_features, call.output.device
         found = [shares(batch_loss, p, k, self.algebra, device) for p in probes]
@@ -148,19 +196,14 @@ class Reader:
         known = recognise(batch_loss, probes[0], uses, k, counts[0], self.algebra)
         reference = probes[0].rows(counts[0].nonzero()[:1, 0])
         graph_identity = getattr(batch_loss, "identity", None)
-        factor = self._same_for_all(known, batch_loss, probes, kind, counts) if graph_identity is None else None
+        uniform = self._same_for_all(known, batch_loss, probes, kind, counts) if graph_identity is None else None
         identity = loss_identity(known.loss) if known is not None else f"traced:{str(graph_identity)[:32]}"
         loss: Loss = known.loss if known is not None else RowLoss(batch_loss, probes[0], uses, identity)
-        reading = Reading(
-            self.module, self.run, Head(call.name, call.linear), layout, loss, identity, batch_loss, kind, reference,
-            self.rebuild(self.leaves), known, rows_per_step=rows_per_step, factor=factor,
+        return Reading(
+            self.module, self.run, head, Layout(self.names, at, uses), loss, identity, batch_loss, kind, reference,
+            self.rebuild(self.leaves), known, rows_per_step=rows_per_step, uniform=uniform,
             convex=known is not None or convex(batch_loss, probes[0].rows(counts[0].nonzero()[:, 0]), k, self.algebra, device),
         )  # fmt: skip
-        whole = Probe(self.leaves, n)
-        self._look_at_features(reading, call, whole, layout.input)
-        self._verify(reading, call, seen, whole)
-        self._note(reading)
-        return reading
 
     def _input(self, call: HeadCall, seen: _Seen, n: int) -> int:
         """The leaf that reaches the head."""
@@ -189,13 +232,10 @@ class Reader:
             "one tensor, or pass inputs= (key or position)."
         )
 
-    def _losses(self, call: HeadCall, at: int, n: int) -> Iterator[tuple[BatchLoss, list[int]]]:
+    def _losses(self, head: Head, call: HeadCall, at: int, n: int) -> Iterator[tuple[BatchLoss, list[int]]]:
         """L(z, leaves) and the leaves it uses: traced; then (where the step looks at values) the step itself, replayed."""
         k, device, whole = call.linear.out_features, call.output.device, Probe(self.leaves, n)
-
-        def step(z: Tensor, *leaves: Any) -> Tensor:
-            with _answering(call.linear, z):
-                return self.run(self.rebuild(list(leaves)))
+        step = self._step(head)
 
         def copies(count: int) -> tuple[Tensor, list[Any]]:
             rows = torch.tensor([0, n // 2, n - 1]).repeat(count)
@@ -211,6 +251,15 @@ class Reader:
             refuse(graph, call.name, at)
             yield graph, graph.uses
         yield _Replayed(step, self.dtype), [i for i, v in enumerate(self.leaves) if i != at and rows(v, n)]
+
+    def _step(self, head: Head) -> Callable[..., Tensor]:
+        """The step as a function of the head's output and the leaves of a batch."""
+
+        def step(z: Tensor, *leaves: Any) -> Tensor:
+            with _answering(head.linear, z):
+                return self.run(self.rebuild(_copied(leaves)))
+
+        return step
 
     def _same_for_all(
         self, known: Known | None, batch_loss: BatchLoss, probes: list[Probe], kind: str, counts: list[Tensor]
@@ -283,7 +332,7 @@ class Reader:
         if loss_identity(reading.loss) != loss_identity(torch.nn.functional.cross_entropy):
             return False
         out = self.module(x)
-        y = reading._labels(whole)
+        y = reading.labels(whole)
         if not isinstance(out, Tensor) or out.dim() != 2 or y.is_floating_point():
             return False
         z = reading.logits(x)
@@ -339,6 +388,26 @@ class Reader:
             )
 
 
+class _Later:
+    """L(z, leaves), traced at the first need."""
+
+    def __init__(self, trace: Callable[[], BatchLoss]) -> None:
+        self._trace = trace
+        self._found: BatchLoss | None = None
+
+    @property
+    def by_row(self) -> bool:
+        return getattr(self._loss(), "by_row", False)
+
+    def _loss(self) -> BatchLoss:
+        if self._found is None:
+            self._found = self._trace()
+        return self._found
+
+    def __call__(self, z: Tensor, leaves: list[Any]) -> Tensor:
+        return self._loss()(z, leaves)
+
+
 class _Replayed:
     """L(z, leaves) by the step itself."""
 
@@ -348,11 +417,10 @@ class _Replayed:
         self.step, self.dtype = step, dtype
 
     def __call__(self, z: Tensor, leaves: list[Any]) -> Tensor:
-        copies = [v.clone() if isinstance(v, Tensor) else v for v in leaves]  # the step may work in place
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of small batches
-                return self.step(z.to(self.dtype), *copies).to(z.dtype)
+                return self.step(z.to(self.dtype), *leaves).to(z.dtype)
         except UnsuitableError:
             raise
         except Exception as error:
@@ -372,6 +440,11 @@ def _answering(linear: nn.Module, z: Tensor) -> Iterator[None]:
         handle.remove()
 
 
+def _copied(leaves: Iterable[Any]) -> list[Any]:
+    """The step may work in place."""
+    return [v.clone() if isinstance(v, Tensor) else v for v in leaves]
+
+
 @contextmanager
 def _copied_outputs(module: nn.Module) -> Iterator[None]:
     """Inside, what follows a linear layer works on a copy of its output: the step may work in place."""
@@ -387,7 +460,11 @@ def _copied_outputs(module: nn.Module) -> Iterator[None]:
 
 def objective_at(reading: Reading, probe: Probe, z: Tensor) -> tuple[Tensor, Tensor]:
     """sum c_i l_i / sum d_i at z, and its gradient."""
-    y, weight, mass = reading.weighed(probe)
+    if reading.uniform is None:
+        y, weight, mass = reading.weighed(probe)
+    else:
+        y, mass = reading.labels(probe), torch.ones_like(z[:, 0])
+        weight = reading.uniform * mass
     point = z.clone().requires_grad_(True)
     values = per_sample(reading.loss, point, y).to(z.dtype)
     values = torch.where(weight > 0, values, torch.zeros_like(values))

@@ -22,6 +22,7 @@ from lightning_muter.model.head import Head, features
 from lightning_muter.model.known_losses import Known
 from lightning_muter.model.leaves import flatten, rows
 from lightning_muter.model.losses import Loss
+from lightning_muter.model.normalization import Normalization
 from lightning_muter.model.replay import prepared, replaying
 from lightning_muter.model.row_loss import packed
 from lightning_muter.model.rowwise import BatchLoss, Denominator, Probe, Shares, masses
@@ -78,7 +79,8 @@ class Reading:
         direct: ``module(x)`` reaches the head as the step does.
         plain: cross-entropy of ``module(x)`` is this loss (what attack libraries climb).
         convex: in the head's output.
-        factor: c_i of every row, where the loss can only be replayed (then it is the same for all).
+        normalization: of the batch's inputs; x everywhere here is in the scale of the data.
+        uniform: c_i of the first rows, where it is the same for all of them and each counts once.
     """
 
     module: nn.Module
@@ -95,8 +97,9 @@ class Reading:
     direct: bool = True
     plain: bool = False
     convex: bool = True
-    factor: float | None = None
+    uniform: float | None = None
     settled: Settled | None = None
+    normalization: Normalization | None = None
     rows_per_step: int | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -116,9 +119,12 @@ class Reading:
     def split(self, batch: Any) -> tuple[Tensor, Tensor, Callable[[Tensor], Any]]:
         """Inputs, labels and what puts other inputs in their place, of a batch as the step receives it."""
         probe, rebuild = self.layout.probe(batch)
-        return probe.leaves[self.layout.input], self._labels(probe), rebuild
+        x, of = probe.leaves[self.layout.input], self.normalization
+        if of is None:
+            return x, self.labels(probe), rebuild
+        return of.to_data(x), self.labels(probe), lambda new: rebuild(of.to_model(new))
 
-    def _labels(self, probe: Probe) -> Tensor:
+    def labels(self, probe: Probe) -> Tensor:
         return self.known.label(probe.leaves) if self.known is not None else packed(probe, self.layout.labels)
 
     def rows(self, batch: Any) -> Rows:
@@ -127,18 +133,19 @@ class Reading:
         Raises:
             UnsuitableError: the loss of some row is not what the first rows' was.
         """
-        probe, _ = self.layout.probe(self.prepared(batch))
-        y, weight, mass = self.weighed(probe)
-        return Rows(probe.leaves[self.layout.input], y, weight, mass)
+        batch = self.prepared(batch)
+        y, weight, mass = self.weighed(self.layout.probe(batch)[0])
+        return Rows(self.split(batch)[0], y, weight, mass)
 
     def weighed(self, probe: Probe) -> tuple[Tensor, Tensor, Tensor]:
         """Labels, c_i and d_i of some rows."""
-        y = self._labels(probe)
+        y = self.labels(probe)
         dtype = algebra(y.device)
+        if self.uniform is not None and getattr(self.batch_loss, "by_row", False):  # replayed: its rows are not asked
+            every = torch.ones(probe.n, dtype=dtype, device=y.device)
+            return y, self.uniform * every, self._each * every
         mass, active = self._masses(probe, y.device, dtype)
         weight = torch.ones_like(mass) if self.denominator == "sum" else mass.clone()
-        if self.factor is not None:
-            return y, weight * self.factor, mass
         if self.known is not None:
             found = self.known.factors(self.batch_loss, probe, active, dtype)
             if found is None:
@@ -149,10 +156,14 @@ class Reading:
             weight = weight * rounded(found)
         return y, weight, mass
 
+    @property
+    def _each(self) -> float:
+        """d_i where it is the same for all rows."""
+        return 1.0 / (self.rows_per_step or 1) if self.denominator == "sum" else 1.0
+
     def _masses(self, probe: Probe, device: torch.device, dtype: torch.dtype) -> Shares:
-        if self.denominator == "sum" or self.factor is not None:
-            per_row = 1.0 / (self.rows_per_step or 1) if self.denominator == "sum" else 1.0
-            every = torch.full((probe.n,), per_row, dtype=dtype, device=device)
+        if self.denominator == "sum":
+            every = torch.full((probe.n,), self._each, dtype=dtype, device=device)
             return Shares(every, torch.ones_like(every, dtype=torch.bool))
         found = masses(self.batch_loss, probe, self.reference, self.head.linear.out_features, dtype, device)
         return Shares(rounded(found.values), found.active)
@@ -161,6 +172,9 @@ class Reading:
 
     def features(self, x: Tensor, values: dict[str, Tensor] | None = None) -> Tensor:
         """phi(x) (n, f), the head's input, with its graph; ``values``: of parameters and buffers, in place of the module's own."""
+        return self._features(x if self.normalization is None else self.normalization.to_model(x), values)
+
+    def _features(self, x: Tensor, values: dict[str, Tensor] | None) -> Tensor:
         if self.direct:
             return features(self.module, self.head, x, values)
         if values is not None:
@@ -206,10 +220,10 @@ class _ToTheHead(nn.Module):
     def __init__(self, reading: Reading) -> None:
         super().__init__()
         self.module = reading.module
-        self._features = reading.features
+        self._to_the_head = reading._features
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._features(x)
+        return self._to_the_head(x, None)
 
 
 class _AtTheHeadError(BaseException):

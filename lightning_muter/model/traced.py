@@ -125,7 +125,7 @@ def _traced(step: Callable[..., Tensor], z: Tensor, leaves: list[Any]) -> GraphM
     def of_tensors(z: Tensor, *tensors: Tensor) -> Tensor:
         every = list(leaves)
         for i, tensor in zip(at, tensors, strict=True):
-            every[i] = tensor.clone()  # the step may work in place
+            every[i] = tensor
         with _Rewritten():
             return step(z, *every)
 

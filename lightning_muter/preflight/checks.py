@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,6 +18,7 @@ from lightning_muter.errors import ArgumentError, MismatchError, UnsuitableError
 from lightning_muter.lightning_names import is_overridden
 from lightning_muter.model.head import Head
 from lightning_muter.model.losses import Loss, loss_identity, same_loss
+from lightning_muter.model.normalization import Normalization, normalization_in
 from lightning_muter.model.read_step import read_objective
 from lightning_muter.model.reading import Reading
 from lightning_muter.model.rows import collate_of
@@ -50,6 +52,7 @@ def inspect_fit(
     loss: Loss | None = None,
     inputs: Any = None,
     label: Any = None,
+    normalization: Any = None,
     weight_decay: object = "auto",
     callback: pl.Callback | None = None,
     cap: int = DEFAULT_CAP,
@@ -89,7 +92,9 @@ def inspect_fit(
             out.append(Finding("warning", doubt))
         out += _caught(lambda: storable(as_response(response, threat)))
     if readable:
-        found, reading = inspect_objective(module, loaders[0], loss, inputs, label, threat)
+        if normalization is None and adversary is not None:
+            normalization = adversary.normalization
+        found, reading = inspect_objective(module, loaders[0], loss, inputs, label, threat, normalization)
         out += [*found, *inspect_layers(module)]
         if adversary is not None and reading is not None:
             out += inspect_climb(adversary, reading)
@@ -203,7 +208,13 @@ def inspect_adversary(
 
 
 def inspect_objective(
-    module: nn.Module, loader: Any, loss: Loss | None, inputs: Any, label: Any, threat: ThreatModel | None
+    module: nn.Module,
+    loader: Any,
+    loss: Loss | None,
+    inputs: Any,
+    label: Any,
+    threat: ThreatModel | None,
+    normalization: Any = None,
 ) -> tuple[list[Finding], Reading | None]:
     """What the step's own loss is, or why it cannot be read; whether it is finite and the inputs lie in the box."""
     try:
@@ -215,6 +226,7 @@ def inspect_objective(
                 collate=collate_of(loader),
                 inputs=inputs,
                 label=label,
+                normalization=normalization,
                 rows_per_step=loader.batch_size,
             )
     except (UnsuitableError, MismatchError) as e:
@@ -224,7 +236,12 @@ def inspect_objective(
     out = [Finding("warning", note) for note in reading.notes]
     x = reading.split(reading.example)[0]
     if threat is not None:
-        out += _caught(lambda: check_box(x, threat))
+        outside = _caught(lambda: check_box(x, threat))
+        given = Normalization.of(normalization_in(loader.dataset)) if outside and normalization is None else None
+        if given is not None:
+            advice = f"The dataset normalises: pass normalization=({given.mean}, {given.std})."
+            outside = [replace(f, advice=advice) for f in outside]
+        out += outside
     return out, reading
 
 

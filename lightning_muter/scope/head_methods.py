@@ -119,7 +119,8 @@ class MUter(Method):
         snapshot, device = request.snapshot, request.problem.device
         reference, base = snapshot.theta_ref.to(device), snapshot.theta_base.to(device)
         objective = request.objective(request.forget, snapshot.starts)
-        sums, delta = objective.sums(reference, response=snapshot.response, curvature=snapshot.curvature)
+        settle = not snapshot.inner.as_found
+        sums, delta = objective.sums(reference, response=snapshot.response, curvature=snapshot.curvature, settle=settle)
         assert sums.hessian is not None
         gone = sums.gradient
         if not torch.equal(reference, base):

@@ -23,7 +23,7 @@ def read_stored(
     Raises:
         MismatchError: its loss is not the one that the snapshot was taken with.
     """
-    reading = read_objective(model, data, positions=positions, **options)
+    reading = read_objective(model, data, positions=positions, normalization=snapshot.normalization, **options)
     if not same_loss(reading.identity, snapshot.loss_name):
         raise MismatchError(
             f"loss: got {reading.identity}, the snapshot was taken with {snapshot.loss_name}. Pass that loss, or take a new "

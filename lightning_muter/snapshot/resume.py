@@ -50,7 +50,7 @@ class Resumable:
             raise ArgumentError("every", self.every, "a number of samples, 1 or larger")
 
     def sums(
-        self, objective: ShardedObjective, theta: Tensor, response: Response, curvature: Curvature
+        self, objective: ShardedObjective, theta: Tensor, response: Response, curvature: Curvature, settle: bool = True
     ) -> tuple[Sums, Tensor]:
         """``objective.sums(theta, response=..., curvature=...)``, chunk by chunk, from where the file left off.
 
@@ -78,7 +78,7 @@ class Resumable:
         while done < len(positions):
             at = slice(done, done + step)
             part = objective.part(at)
-            sums, delta = part.sums(theta, response=response, curvature=curvature)
+            sums, delta = part.sums(theta, response=response, curvature=curvature, settle=settle)
             _add(total, sums)
             deltas.append(delta)
             done = min(done + step, len(positions))

@@ -34,6 +34,7 @@ from lightning_muter.curvature.response.choose import Response
 from lightning_muter.errors import CorruptFileError, MismatchError
 from lightning_muter.forgotten.digests import check_digests
 from lightning_muter.forgotten.rows import Barred
+from lightning_muter.model.normalization import Normalization
 from lightning_muter.snapshot.codec import decode, encode
 from lightning_muter.snapshot.format_1 import from_format_1
 from lightning_muter.storage.atomic import Writer, atomic_write
@@ -56,6 +57,7 @@ class Stored(ABC):
         fingerprint: of the model's whole state dict as it should be now.
         digests: keyed digest of every sample (n, 16); rows of forgotten samples are zeroed.
         stationarity: |grad F| / sum |grad phi_i| for the samples at hand when it was measured.
+        normalization: of inputs that the model takes normalised; the threat model is in the scale of the data.
         loss_name: identity of the loss of a row (function, arguments, content of tensors).
         sample_weight, mass: c_i and d_i (n,) of F = sum c_i phi_i + (sum d_i / 2) lambda |w|^2; None where all are 1; zeroed for
             forgotten samples.
@@ -76,6 +78,7 @@ class Stored(ABC):
     stationarity: float
     sample_weight: Tensor | None = None
     mass: Tensor | None = None
+    normalization: Normalization | None = None
     absent: list[int] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings as warning_module
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,11 +26,15 @@ from lightning_muter.curvature.problem.head import HeadProblem
 from lightning_muter.curvature.response.choose import Response, as_response
 from lightning_muter.errors import ArgumentError, MismatchError, UnsuitableError
 from lightning_muter.forgotten.digests import check_digests, sample_digests
-from lightning_muter.minimise import polish as descent
+from lightning_muter.minimise.best import Best, best_head
+from lightning_muter.minimise.budget import FORWARD, Budget, Fit
+from lightning_muter.minimise.train_on import TrainedOn, cost_of_sums, train_on
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.losses import Loss, accuracy
+from lightning_muter.model.modes import full_precision
 from lightning_muter.model.read_step import read_objective
 from lightning_muter.model.reading import Reading
+from lightning_muter.snapshot.ranks import ranks_agree
 from lightning_muter.snapshot.reread import read_stored
 from lightning_muter.snapshot.resume import Resumable
 from lightning_muter.snapshot.retaken import leaves_out_forgotten, spread
@@ -38,12 +42,18 @@ from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot
 from lightning_muter.snapshot.trained import Decay, head_decay, trained_threat
 from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
 
+#: What knows adversarial examples of the training (`adversarial.examples`).
+Examples = Callable[[Tensor], tuple[Tensor, Tensor]]
+#: Share of the samples whose adversarial examples may be unknown (they start from 0), for these to be used at all.
+_UNKNOWN = 0.1
 #: Stationarity that polish aims at, by the dtype of the backbone.
 AIM = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 
+@ranks_agree
 @leaves_out_forgotten
 @torch.inference_mode(False)
+@full_precision()
 def take_snapshot(
     model: nn.Module,
     dataset: Dataset[Any],
@@ -57,6 +67,9 @@ def take_snapshot(
     weight_decay: Decay = "auto",
     optimizers: Iterable[Any] | None = None,
     polish: str | int = "auto",
+    budget: float | str | None = None,
+    fit: Fit | None = None,
+    examples: Examples | None = None,
     tolerance: float | None = None,
     smoothing: Smoothing | None = None,
     inner: InnerSolver | None = None,
@@ -70,6 +83,7 @@ def take_snapshot(
     resume: Resumable | None = None,
     inputs: Any = None,
     label: Any = None,
+    normalization: Any = None,
     reading: Reading | None = None,
     progress: bool = True,
 ) -> Snapshot:
@@ -84,11 +98,18 @@ def take_snapshot(
         loss: None reads it off the module's own ``training_step``; a plain module has its ``criterion``, else cross-entropy, or
             what is given: ``callable(logits, y, reduction="none")``. A given one must be the step's, where there is a step.
         inputs, label: key or position in a batch, where it cannot be told which tensor is the input (or the label).
+        normalization: (mean, std) where the dataset gives normalised inputs; threat model and box are then in the scale of the
+            data (``ThreatModel("linf", 8 / 255)``).
         reading: what :func:`lightning_muter.model.read_step.read_objective` gave, if it was read before.
         weight_decay: lambda (one number, or by parameter name); "auto" reads it off ``optimizers`` or
             ``configure_optimizers()``.
-        polish: "auto" minimises until stationary (1e-6 in float64, 1e-4 in float32), a number limits the passes over the
-            data, 0 leaves the weights as they are.
+        polish: "auto" minimises until stationary (1e-6 in float64; networks in float32: until the objective is within a
+            thousandth of the least), a number limits the passes over the data, 0 leaves the weights as they are.
+        budget: of polish and snapshot together, in gradients per sample: "auto" is the larger of a tenth of the fit and three
+            of its epochs, a number a share of the fit, None no limit. What stopped polish is in ``figures["polish"]``.
+        fit: what the fit cost (:class:`lightning_muter.minimise.budget.Fit`); by default epochs of PGD-10 are counted.
+        examples: inputs (n, ...) -> perturbations (n, D) and which are known (n,): adversarial examples of the training, from
+            which the polish of a network starts.
         smoothing: of L-infinity switches, by default :meth:`Smoothing.of` the model; given with an anchor it is taken as it is
             (to compare models on one objective).
         sample_weight: w_i (n,) of an objective sum_i w_i phi_i.
@@ -115,7 +136,9 @@ def take_snapshot(
     threat = trained_threat(model, threat_model, attack)
     parameter = next(model.parameters())
     if reading is None:
-        reading = read_objective(model, dataset, loss=loss, collate=collate, inputs=inputs, label=label)
+        reading = read_objective(
+            model, dataset, loss=loss, collate=collate, inputs=inputs, label=label, normalization=normalization
+        )
     loss = reading.loss
     source = SampleSource(
         dataset,
@@ -145,27 +168,46 @@ def take_snapshot(
     aim = tolerance if tolerance is not None else AIM.get(parameter.dtype, 1e-3)
     metric = chosen if chosen.norm is not None else as_response("auto", threat).resolved(problem.backbone, source.n)
     figures: dict[str, Any] = {}
-    done: descent.Polish | None = None
+    done: TrainedOn | None = None
+    best: Best | None = None
     before_theta = theta
-    with bar(objective, "polish", progress and polish != 0) as on_step:
-        if polish != 0:
-            limit = 150 if polish == "auto" else int(polish)
-            done = descent.polish(
-                objective, theta, metric, tolerance=aim, max_passes=limit, anchored=anchored, on_step=on_step
+    spending = Budget((fit or Fit()).allowance(budget))
+    if polish != 0:
+        spending.spend(cost_of_sums(objective, chosen) + 2 * FORWARD)  # what comes after, with the accuracies
+        with bar(objective, "polish", progress, spending) as told:
+            done = train_on(
+                objective,
+                theta,
+                metric,
+                tolerance=aim,
+                limit=polish,
+                anchored=anchored,
+                budget=spending,
+                first=None if examples is None else known_examples(objective, examples),
+                on_step=told.step,
+                on_pass=told.gap,
             )
-            theta = done.theta
+        best = best_head(objective, before_theta, done, constants=polish == "auto", anchored=anchored)
+        theta = problem.rounded(best.theta)
+    if done is not None and done.as_found:
+        aim = max(aim, AIM[torch.float32])  # cutting sets aim at the objective, not at the gradient
+    as_found = done.as_found if done is not None else like is not None and like.inner.as_found
+    objective.inner = inner = replace(inner, as_found=as_found)
     if objective.delta is None and not objective.reproducible:
         objective.accept(objective.evaluate(theta, explore=True))
     starts = objective.stored_starts()
     with bar(objective, "snapshot", progress):
         if resume is not None:
-            sums, final = resume.sums(objective, theta, chosen, curvature)
+            sums, final = resume.sums(objective, theta, chosen, curvature, not as_found)
         else:
-            sums, final = objective.sums(theta, response=chosen, curvature=curvature)
+            sums, final = objective.sums(theta, response=chosen, curvature=curvature, settle=not as_found)
     reached = objective.evaluation(theta, sums, final)
     notes = [*reading.notes, *_notes(problem, model, theta, reached, aim, polish, decay, sums, attack)]
     if done is not None:
-        figures |= _polish_figures(objective, problem, loss, before_theta, theta, done)
+        assert best is not None
+        figures |= _polish_figures(objective, problem, loss, before_theta, theta, done, best)
+        if best.is_constant:
+            notes.append(_constant_note(best, threat))
     figures |= {
         "stationarity": reached.stationarity,
         "objective": reached.value,
@@ -181,7 +223,7 @@ def take_snapshot(
         raise MismatchError("like: it was taken of other rows, or in another order. Pass the same dataset.")
     assert sums.hessian is not None
     for note in notes:  # before anything is changed: a warning may be an error
-        warning_module.warn(note, stacklevel=3)
+        warning_module.warn(note, stacklevel=5)
     if done is not None:
         problem.write_theta(theta)
     return Snapshot(
@@ -197,6 +239,7 @@ def take_snapshot(
         curvature=curvature,
         loss_name=reading.identity,
         mass=source.mass,
+        normalization=reading.normalization,
         head_name=problem.head.name,
         input_shape=source.input_shape,
         smoothing=replace(
@@ -216,6 +259,7 @@ def take_snapshot(
     )
 
 
+@ranks_agree
 def refresh(
     model: nn.Module,
     snapshot: Snapshot | WideSnapshot,
@@ -314,6 +358,14 @@ def _notes(
     return notes
 
 
+def _constant_note(best: Best, threat: ThreatModel) -> str:
+    return (
+        f"The robust optimum is a constant predictor: the best head that was found has the objective {best.value:.6g}, one that "
+        f"answers the same whatever it is shown {best.constant:.6g}. Balls of eps={threat.eps:g} swamp the classes: at this "
+        "radius there is nothing to learn, nor to unlearn but the share of the classes. Use a smaller eps, or better features."
+    )
+
+
 def outside_head(model: nn.Module, problem: HeadProblem) -> str | None:
     """What head scope leaves behind, said loudly; None when every trained parameter is in the head."""
     inside = {id(p) for p in problem.head.linear.parameters()}
@@ -329,45 +381,80 @@ def outside_head(model: nn.Module, problem: HeadProblem) -> str | None:
 
 
 def _polish_figures(
-    objective: RobustObjective, problem: HeadProblem, loss: Loss, before: Tensor, after: Tensor, done: descent.Polish
+    objective: RobustObjective,
+    problem: HeadProblem,
+    loss: Loss,
+    before: Tensor,
+    after: Tensor,
+    done: TrainedOn,
+    best: Best,
 ) -> dict[str, Any]:
-    def clean(theta: Tensor) -> float | None:
-        right: list[Tensor] = []
-        count = 0
-        for batch in objective.source.batches():
-            x = batch.x.to(problem.backbone.exact_dtype)
-            with torch.no_grad():
-                share = accuracy(loss, problem.logits(theta, problem.backbone(x)), batch.y)
-            if share is None:
-                return None
-            right.append(share * len(x))
-            count += len(x)
-        return float(sum(right, torch.zeros(())) / count)
-
+    right = {"before": torch.zeros(()), "after": torch.zeros(())}
+    count, known = 0, True
+    for batch in objective.source.batches():
+        with torch.no_grad():
+            phi = problem.backbone(batch.x.to(problem.backbone.exact_dtype))
+        count += len(phi)
+        for name, theta in (("before", before), ("after", after)):
+            share = accuracy(loss, problem.logits(theta, phi), batch.y)
+            known = known and share is not None
+            right[name] = right[name] + (0.0 if share is None else share.cpu() * len(phi))
     return {
         "polish": {
             "status": done.status,
             "passes": done.passes,
             "stationarity_before": done.before,
-            "stationarity_after": done.evaluation.stationarity,
+            "stationarity_after": done.after,
             "step_norm": float((after - before).norm()),
-            "accuracy_before": clean(before),
-            "accuracy_after": clean(after),
+            "accuracy_before": float(right["before"]) / count if known else None,
+            "accuracy_after": float(right["after"]) / count if known else None,
+            **done.figures,
+            **best.to_dict(),
         }
     }
 
 
+@dataclass
+class Told:
+    """What a progress bar is told: accepted steps with their stationarity, or passes with their gap."""
+
+    line: Any
+
+    def __call__(self, step: int, now: Evaluation) -> None:
+        self.line.set_postfix_str(f"step {step}, stationarity {now.stationarity:.1e}")
+
+    step = __call__
+
+    def gap(self, step: int, gap: float) -> None:
+        self.line.set_postfix_str(f"pass {step}, gap {gap:.1e}")
+
+
 @contextmanager
-def bar(objective: ShardedObjective, what: str, show: bool) -> Any:
-    """A progress bar over passes; yields what to call after each accepted step."""
-    line = tqdm(total=None, desc=what, unit="samples", disable=not (show and objective.shards.rank == 0), leave=False)
+def bar(objective: ShardedObjective, what: str, show: bool, budget: Budget | None = None) -> Iterator[Told]:
+    """A progress bar over samples read, or where a budget limits them over gradients; yields what to tell it."""
+    own = len(objective.own)
+    limited = budget is not None and budget.limit is not None
+    total = int((budget.limit - budget.spent) * own) if budget is not None and budget.limit is not None else own
+    if what == "polish" and not limited:
+        total = None  # type: ignore[assignment]
+    shown = show and objective.shards.rank == 0
+    line = tqdm(total=total, desc=what, unit="samples", unit_scale=True, disable=not shown, leave=False)
     objective.tick = line.update
-
-    def on_step(step: int, now: Evaluation) -> None:
-        line.set_postfix_str(f"step {step}, stationarity {now.stationarity:.1e}")
-
     try:
-        yield on_step
+        yield Told(line)
     finally:
         objective.tick = None
         line.close()
+
+
+def known_examples(objective: ShardedObjective, examples: Examples) -> Tensor | None:
+    """Adversarial examples (n, D) of this process's samples, if nearly all are known in every process."""
+    found, known = [], 0
+    for batch in objective.source.batches(objective.own):
+        delta, there = examples(batch.x)
+        found.append(delta)
+        known += int(there.sum())
+    missing = torch.tensor([1.0 - known / max(len(objective.own), 1)])
+    if not found or float(objective.largest(missing.to(objective.problem.device))) > _UNKNOWN:
+        return None
+    return torch.cat(found)
