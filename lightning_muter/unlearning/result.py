@@ -16,6 +16,7 @@ class UnlearnResult:
         stationarity_before, stationarity_after: of the retained objective at w and w_u (with ``retain``).
         bound: certified distance of w_u to the retrained optimum, or None (``warnings`` says why).
         within: the distance that was asked for, or None.      parameters: names of those that were changed.
+        gate: what :class:`lightning_muter.deletion.gate.Gate` measured, or None.
         refine: stationarity after each refine step.
     """
 
@@ -36,6 +37,7 @@ class UnlearnResult:
     refine: list[float] = field(default_factory=list)
     within: float | None = None
     parameters: list[str] = field(default_factory=list)
+    gate: dict[str, Any] | None = None
     warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
