@@ -74,10 +74,8 @@ def test_a_study_begins_with_what_a_decision_needs(tmp_path: Path, capsys: pytes
     audited(tmp_path)
     assert main([str(tmp_path)]) == 0
     text, page = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
-    order = [
-        text.index(f"## {name}")
-        for name in ("In short", "How close", "Could an attacker tell", "Accuracy", "What this does not", "All")
-    ]
+    sections = ("In short", "How close", "Could an attacker tell", "Accuracy", "What this does not", "All")
+    order = [text.index(f"## {name}") for name in sections]
     assert order == sorted(order)
     assert "**constraint-aware + 2 refine**: 9 % of the way" in " ".join(text.split())
     assert "no more than after retraining" in text

@@ -137,11 +137,11 @@ def _attack_table(attacks: Sequence[AuditRow]) -> str:
         "clean %",
         "robust %",
     )
-    body = []
+    body: list[tuple[str, ...]] = []
     for r in attacks:
         if math.isnan(r.auc):
-            if r.attack == attacks[0].attack:
-                body.append((r.method, "-", r.inputs, "-", r.note, "-", "-", "-", "-"))
+            line = (r.method, "-", r.inputs, "-", r.note, "-", "-", "-", "-")
+            body += [line] if line not in body else []
             continue
         minus = "0" if r.method == REFERENCE else f"{r.minus_retraining:+.3f} [{r.minus_low:+.3f}, {r.minus_high:+.3f}]"
         body.append(
