@@ -78,6 +78,7 @@ def test_a_study_begins_with_what_a_decision_needs(tmp_path: Path, capsys: pytes
     order = [text.index(f"## {name}") for name in sections]
     assert order == sorted(order)
     assert "**constraint-aware + 2 refine**: 9 % of the way" in " ".join(text.split())
+    assert "to be forgotten (5 % mislabelled)." in text
     assert "no more than after retraining" in text
     assert "refused in 2 of 12 worlds" in text
     assert "[audit.csv](audit.csv)" in text
@@ -109,7 +110,7 @@ def test_a_checkpoint_is_explained_from_its_ledger(
         "distance asked for",
         "robust accuracy",
         "shown.ckpt",
-        "eps = 1 ",
+        "eps = 1 at delta = 1e-05",
     ):
         assert said in text
     assert "Files, receipts and signatures agree." in text

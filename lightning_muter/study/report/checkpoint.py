@@ -67,8 +67,8 @@ def _short(requests: Sequence[Receipt], releases: Sequence[Receipt], problems: S
         )
     if releases:
         metrics = releases[-1]["metrics"]
-        text += f"{len(releases)} releases are together worth eps = {metrics['eps_together']:.3g} at delta = "
-        f"{metrics['delta_together']:g}. "
+        worth = f"eps = {metrics['eps_together']:.3g} at delta = {metrics['delta_together']:g}"
+        text += f"{len(releases)} release{'s are together' * (len(releases) != 1) or ' is'} worth {worth}. "
     text += f"**{len(problems)} problems need a look.**" if problems else "Files, receipts and signatures agree."
     return text + "\n"
 

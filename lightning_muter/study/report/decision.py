@@ -54,8 +54,8 @@ def _methods(rows: Sequence[Row]) -> dict[str, list[Row]]:
 def _short(rows: Sequence[Row], attacks: Sequence[AuditRow]) -> str:
     first, best = rows[0], next(iter(_methods(rows).items()), None)
     removed = max((r.n_forgotten for r in rows), default=0)
-    text = f"{removed} of {first.n_total} training samples were to be forgotten "
-    f"({', '.join(dict.fromkeys(r.setting for r in rows))}). "
+    settings = ", ".join(dict.fromkeys(r.setting for r in rows))
+    text = f"{removed} of {first.n_total} training samples were to be forgotten ({settings}). "
     if best is not None:
         name, same = best
         share = 100 * summarise(same, "distance").median
