@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Subset
 
 from lightning_muter.adversarial.from_torchattacks import attack_note
 from lightning_muter.adversarial.threat_model import ThreatModel
-from lightning_muter.adversarial.training import adversary_of
+from lightning_muter.adversarial.training import adversary_of, examples_of
 from lightning_muter.curvature.hessian.direct import Curvature
 from lightning_muter.curvature.response.choose import Response
 from lightning_muter.deletion.checkpoints import checkpoint_fingerprint, load_checkpoint
@@ -27,11 +27,14 @@ from lightning_muter.deletion.fit_door import (
 )
 from lightning_muter.deletion.request_flow import entry_of
 from lightning_muter.deletion.saving import save_fit, save_requests
-from lightning_muter.errors import ArgumentError, MuterError, RequestError, UnsuitableError
+from lightning_muter.errors import ArgumentError, MismatchError, MuterError, RequestError, UnsuitableError
 from lightning_muter.forgotten.modules import ENTRY, entries_of, recalled, remember
 from lightning_muter.forgotten.rows import Forgotten, known_keys
 from lightning_muter.lightning_names import Callback
+from lightning_muter.minimise.budget import Fit
 from lightning_muter.model.losses import Loss
+from lightning_muter.model.read_step import read_objective
+from lightning_muter.model.reading import Reading
 from lightning_muter.model.rows import collate_of
 from lightning_muter.preflight.checks import DEFAULT_CAP, inspect_fit
 from lightning_muter.preflight.findings import enforce
@@ -43,6 +46,7 @@ from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot
 from lightning_muter.snapshot.take import refresh, take_snapshot
 from lightning_muter.solvers.base import Solver
 from lightning_muter.solvers.choose import as_solver
+from lightning_muter.stopping import stopped_by_sigterm
 from lightning_muter.storage.atomic import commit_files
 from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
 from lightning_muter.storage.plain import Plain, plain
@@ -64,12 +68,17 @@ class MUterCallback(Callback):
         curvature: direct part, "hessian", "ggn" or "fisher"; None: "hessian" for the head, "ggn" for wider scopes.
         solver: how H_R delta = g is solved: "auto", "cholesky", "cg", "neumann", "schur" or a Solver.
         threat_model: read off the adversarial training when None; ``ThreatModel("l2", 0.0)`` for standard training.
-        loss: ``callable(logits, y, reduction="none")``; the module's ``criterion``, else cross-entropy.
+        loss: None reads it off the module's own ``training_step``; a given ``callable(logits, y, reduction="none")`` must be the
+            step's, or is taken at its word where the step cannot be read.
         weight_decay: lambda, one number or by parameter name; "auto" reads it off the optimiser.
+        budget: of the end of the fit (polish and snapshot), in gradients per sample: "auto" is the larger of a tenth of the fit and
+            three of its epochs, a number a share of the fit, None no limit: until converged, or at the noise floor.
         polish: "auto", a number of passes (wider scopes: of Newton-CG steps, "auto" takes none), or 0 to leave the weights as
             they are.
         dirpath: folder of the files; None puts them beside the last checkpoint, and writes none where there is none.
         size_cap: largest snapshot in bytes (default 2 GiB).
+        inputs, label: key or position in a batch, where it cannot be told which tensor is the input (or the label).
+        normalization: (mean, std) where the data come normalised; of the adversarial training when None.
         verbose: progress bars and a summary.
     """
 
@@ -87,20 +96,26 @@ class MUterCallback(Callback):
         verbose: bool = True,
         batch_size: int = 1024,
         size_cap: int = DEFAULT_CAP,
+        budget: float | str | None = "auto",
+        inputs: str | int | None = None,
+        label: str | int | None = None,
+        normalization: Any = None,
     ) -> None:
         if not scope or (isinstance(scope, str) and scope not in ("head", "all")):
             raise ArgumentError("scope", scope, "'head', 'all' or a list of patterns", "A pattern goes in a list.")
         as_solver(solver)
+        Fit().allowance(budget)
+        self.budget = budget
         self.scope, self.response, self.curvature, self.solver = scope, response, curvature, solver
         self.threat_model, self.loss, self.weight_decay, self.polish = threat_model, loss, weight_decay, polish
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.verbose, self.batch_size, self.size_cap = verbose, batch_size, size_cap
+        self.inputs, self.label, self.normalization = inputs, label, normalization
         self.snapshot: Snapshot | WideSnapshot | None = None
         self.paths: dict[str, Path] = {}
         self._skip: str | None = "No snapshot was taken yet: fit a model with this callback, or use take_snapshot."
         self._dataset: Dataset[Any] | None = None
         self._collate: Any = None
-        self._loss: Loss | None = None
         self._record = Forgotten()  # rows once forgotten, kept over later fits
         self._key: DigestKey | None = None
         self._resumed: list[Forgotten] = []  # the lists in the checkpoint that a run is resumed from
@@ -126,6 +141,9 @@ class MUterCallback(Callback):
             threat_model=self.threat_model,
             response=self.response,
             loss=self.loss,
+            inputs=self.inputs,
+            label=self.label,
+            normalization=self.normalization,
             weight_decay=self.weight_decay,
             callback=self,
             cap=self.size_cap,
@@ -148,6 +166,8 @@ class MUterCallback(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._rows is not None:
             self._rows.epoch_starts()
+        if self._skip is None and self.scope == "head" and self.polish != 0:
+            examples_of(pl_module).next_epoch()  # the last epoch's adversarial examples are where polish begins
         loader: Any = trainer.train_dataloader
         if self._record and getattr(loader, "dataset", None) is not self._looked_at:  # reloaded
             refuse_forgotten_data([self._record], loader)
@@ -186,18 +206,37 @@ class MUterCallback(Callback):
             return
         try:
             rows = self._rows.positions()
-        except UnsuitableError as error:
+            reading = self._read(pl_module, loader, rows)
+        except (UnsuitableError, MismatchError) as error:
             self._skip = str(error)
             rank_zero_warn(self._skip)
             return
+        with stopped_by_sigterm(trainer):
+            self._take(trainer, pl_module, loader, rows, reading)
+
+    def _take(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        loader: Any,
+        rows: list[int] | None,
+        reading: Reading | None,
+    ) -> None:
+        """Polish, sums, files."""
         collate = collate_of(loader)
         adversary = adversary_of(pl_module)
         threat = self.threat_model or (adversary.threat if adversary is not None else None)
-        loss = self.loss if self.loss is not None else (adversary.loss if adversary is not None else None)
         wide = self.scope != "head"
         trained = weight_fingerprint(pl_module.state_dict())
         take: Callable[..., Snapshot | WideSnapshot] = take_wide_snapshot if wide else take_snapshot
         options: dict[str, Any] = {"trades_beta": adversary.trades_beta} if wide and adversary is not None else {}
+        if not wide:
+            gradients = 1 if adversary is None else adversary.gradients
+            options |= {
+                "budget": self.budget,
+                "fit": Fit(trainer.current_epoch, gradients),
+                "examples": examples_of(pl_module).of,
+            }
         snapshot = snapshot_of_rows(
             take,
             pl_module,
@@ -207,7 +246,7 @@ class MUterCallback(Callback):
             scope=self.scope,
             response=self.response,
             curvature=self.curvature or ("ggn" if wide else "hessian"),
-            loss=loss,
+            reading=reading,
             weight_decay=self.weight_decay,
             optimizers=trainer.optimizers,
             polish=self.polish,
@@ -222,7 +261,6 @@ class MUterCallback(Callback):
             rank_zero_warn(note)
             snapshot.warnings.append(note)
         self.snapshot, self._dataset, self._collate = snapshot, loader.dataset, collate
-        self._loss = loss
         self._module, self._unsaved, self._on_disk, self._changed = pl_module, [], None, True
         remember(pl_module, Forgotten.of(snapshot))
         self._record = recalled(pl_module)
@@ -234,6 +272,24 @@ class MUterCallback(Callback):
         stem = self._stem(trainer)
         if stem is not None and trainer.is_global_zero:
             self._write(snapshot, pl_module, written, stem, trained)
+
+    def _normalization(self, pl_module: pl.LightningModule) -> Any:
+        adversary = adversary_of(pl_module)
+        return self.normalization or (None if adversary is None else adversary.normalization)
+
+    def _read(self, pl_module: pl.LightningModule, loader: Any, rows: list[int] | None) -> Reading:
+        """What the step minimises, as the module stands now."""
+        return read_objective(
+            pl_module,
+            loader.dataset,
+            positions=rows,
+            loss=self.loss,
+            collate=collate_of(loader),
+            inputs=self.inputs,
+            label=self.label,
+            normalization=self._normalization(pl_module),
+            rows_per_step=getattr(loader, "batch_size", None),
+        )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self.snapshot is None:
@@ -406,7 +462,9 @@ class MUterCallback(Callback):
             refine=refine,
             within=within,
             dry_run=dry_run,
-            loss=self._loss,
+            loss=self.loss,
+            inputs=self.inputs,
+            label=self.label,
             collate=self._collate,
             batch_size=self.batch_size,
             progress=self.verbose if progress is None else progress,
@@ -424,7 +482,14 @@ class MUterCallback(Callback):
         if dataset is None:
             raise ArgumentError("data", None, "the training dataset", "Pass data=train_dataset.")
         self.snapshot = refresh(
-            model, self._at_hand(), dataset, progress=self.verbose, loss=self._loss, collate=self._collate
+            model,
+            self._at_hand(),
+            dataset,
+            progress=self.verbose,
+            loss=self.loss,
+            collate=self._collate,
+            inputs=self.inputs,
+            label=self.label,
         )
         self._module, self._changed = model, True
         return self.snapshot

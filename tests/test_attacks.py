@@ -10,7 +10,7 @@ import torchattacks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_muter.adversarial.adversary import Adversary, LossAttack, adversarial_batch, divergence
+from lightning_muter.adversarial.adversary import Adversary, LossAttack, divergence
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.errors import ArgumentError, UnsuitableError
 from lightning_muter.model.losses import per_sample
@@ -371,7 +371,8 @@ def test_compiled_nets(net, images, labels) -> None:
 def test_batch_structure_is_kept(net, images, labels) -> None:
     adversary = Adversary(net, torchattacks.PGD)
     weight = torch.ones(12)
-    out = adversarial_batch(adversary, {"image": images, "label": labels, "weight": weight})
+    x, y, rebuild = adversary.split({"image": images, "label": labels, "weight": weight})
+    out = rebuild(adversary(x, y))
     assert out["label"] is labels
     assert out["weight"] is weight
     assert not torch.equal(out["image"], images)

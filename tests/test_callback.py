@@ -36,7 +36,7 @@ class Mixed(AdversarialTrainingMixin, Plain):
 @pytest.mark.parametrize(("kind", "dtype"), NET)
 def test_plain_module_on_tabular_data(tmp_path, k, kind, dtype):
     torch.manual_seed(0)
-    data, module, muter = table(dtype), Plain(k, kind).to(dtype), MUterCallback(verbose=False)
+    data, module, muter = table(dtype), Plain(k, kind).to(dtype), MUterCallback(verbose=False, budget=None)
     eps = 0.2 if kind == "linear" else 0.02  # against 0.2 these few features are best not used at all
     short_trainer(tmp_path, l2_attack(eps), muter).fit(module, loader_of(data))
     snapshot = muter.snapshot

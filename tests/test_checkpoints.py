@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import random
+import resource
 import struct
 import zipfile
 
@@ -88,6 +89,46 @@ HOSTILE = {
         2
     ],
 }
+
+
+def recompressed(content, pickled=None):
+    """The same archive, compressed; or with another pickle."""
+    buffer, source = io.BytesIO(), zipfile.ZipFile(io.BytesIO(content))
+    method = zipfile.ZIP_DEFLATED if pickled is None else zipfile.ZIP_STORED
+    with zipfile.ZipFile(buffer, "w", method) as target:
+        for entry in source.infolist():
+            own = pickled is not None and entry.filename.endswith("data.pkl")
+            target.writestr(entry.filename, pickled if own else source.read(entry))
+    return buffer.getvalue()
+
+
+def bombs():
+    """Small files that want a lot of memory, or time."""
+    plain = zipped({"state_dict": {"w": torch.zeros(1 << 18)}})
+    yield "compressed", recompressed(plain)
+    yield "stride 0", zipped({"state_dict": {"w": torch.zeros(1).expand(1 << 40)}})
+    large = b"\x80\x02}X\x0a\x00\x00\x00state_dictcbuiltins\nbytearray\n\x8a\x06" + b"\xff" * 5 + b"\x00\x85Rs."
+    yield "bytearray", recompressed(plain, large)
+    yield "legacy", legacy({"state_dict": {}})
+
+
+@pytest.mark.parametrize(("name", "content"), [*bombs()], ids=lambda value: value if isinstance(value, str) else "")
+def test_memory_is_not_taken_because_a_file_says_so(name, content, tmp_path):
+    path = tmp_path / "a.ckpt"
+    path.write_bytes(content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CorruptFileError):
+        checkpoints.load_checkpoint(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+
+
+def test_expanded_weights_and_shared_lists_are_read_quickly(tmp_path):
+    path = tmp_path / "a.ckpt"
+    shared = []
+    for _ in range(60):
+        shared = [shared, shared]
+    path.write_bytes(zipped({"state_dict": {"w": torch.zeros(1).expand(1000)}, "note": shared}))
+    assert checkpoints.remembers(checkpoints.load_checkpoint(path)) == []
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -396,3 +396,14 @@ def test_the_real_command_as_a_process_and_sigterm(folder):
     process.stderr.close()
     Path("going").unlink()
     assert fixed(folder) == before
+
+
+def test_what_a_checkpoint_names_is_imported_only_when_asked(folder, capsys):
+    Path("named.py").write_text("open('imported', 'w').close()\nfrom userproject import UserNet as Named\n")
+    checkpoint = load_checkpoint("last.ckpt")
+    torch.save({**checkpoint, "hyper_parameters": {"_class_path": "named.Named"}}, "named.ckpt")
+    test = ["test", "--config", "config.yaml", "--ckpt_path", "named.ckpt"]
+    assert cli.main(test) == 0
+    assert not Path("imported").exists()
+    assert cli.main([*test, "--model_from_checkpoint", "true"]) == 0
+    assert Path("imported").exists()

@@ -42,10 +42,11 @@ def test_one_logit_is_aligned_not_broadcast(z_shape, y_shape, dtype) -> None:
     torch.testing.assert_close(out, F.softplus(torch.where(y == 1, -z, z)))
 
 
-def test_several_regression_outputs_are_summed_per_sample() -> None:
+def test_several_regression_outputs_are_averaged_as_torch_does() -> None:
     z, y = torch.zeros(2, 3), torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 1.0]])
-    assert per_sample(resolve_loss(nn.MSELoss()), z, y).tolist() == [14.0, 1.0]
-    assert mean_loss(F.mse_loss, z, y).item() == 7.5
+    assert per_sample(resolve_loss(nn.MSELoss()), z, y).mean() == nn.MSELoss()(z, y)
+    assert per_sample(resolve_loss(nn.MSELoss(reduction="sum")), z, y).sum() == nn.MSELoss(reduction="sum")(z, y)
+    assert mean_loss(F.mse_loss, z, y).item() == 2.5
 
 
 def test_one_logit_with_cross_entropy_is_refused_with_the_choices() -> None:

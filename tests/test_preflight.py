@@ -23,13 +23,12 @@ from lightning_muter.model.head import find_head
 from lightning_muter.model.weight_decay import read_weight_decay
 from lightning_muter.preflight.checks import (
     inspect_fit,
-    inspect_loss,
-    inspect_model,
+    inspect_objective,
     inspect_size,
     inspect_trainer,
     predict_bytes,
 )
-from lightning_muter.preflight.data import example_batch, inspect_loaders
+from lightning_muter.preflight.data import inspect_loaders
 from lightning_muter.preflight.findings import Finding, enforce, skip_reason
 from lightning_muter.preflight.optimizers import inspect_optimizers
 
@@ -55,6 +54,17 @@ class Net(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return optim.SGD(self.parameters(), **self.optimiser)
+
+
+class Criterion(Net):
+    """A step that hands the logits to any loss."""
+
+    def __init__(self, criterion: Any) -> None:
+        super().__init__()
+        self.criterion = criterion
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.criterion(self(batch[0]), batch[1]).mean()
 
 
 class Deep(Net):
@@ -138,11 +148,11 @@ def test_a_suitable_fit_has_nothing_serious() -> None:
 
 
 def test_everything_is_listed_at_once() -> None:
-    module = Net(weight_decay=0.0)
-    module.criterion = nn.CrossEntropyLoss(torch.ones(3))
+    module = Criterion(nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0])))
+    module.optimiser["weight_decay"] = 0.0
     loader = DataLoader(table(10), batch_size=4, drop_last=True)
     text = "\n".join(serious(look(module, loader, callbacks=[])))
-    for words in ("divides by the class weights", "drop_last leaves out 2 of 10", "Weight decay is 0", "Nothing tells"):
+    for words in ("divides by the weights", "drop_last leaves out 2 of 10", "Weight decay is 0", "Nothing tells"):
         assert words in text
 
 
@@ -218,8 +228,7 @@ def test_bad_samples_are_errors() -> None:
     x, y = table().tensors
     x = x.clone()
     x[0, 0] = torch.nan
-    assert_only(inspect_loaders([DataLoader(TensorDataset(x, y))]), "error", "NaN or infinite inputs")
-    assert_only(inspect_loaders([DataLoader(TensorDataset(x))]), "error", "No tensor follows")
+    assert_only(inspect_loaders([DataLoader(TensorDataset(x, y))]), "error", "NaN or infinite numbers")
     ragged = [(torch.zeros(3), 0), (torch.zeros(4), 1)]
     assert_only(inspect_loaders([DataLoader(ragged)]), "error", "Reading and collating")
 
@@ -253,9 +262,6 @@ def test_shuffling_and_full_batches_are_fine() -> None:
         DataLoader(table(), 4, sampler=torch.utils.data.DistributedSampler(table(), 4, 0)),
     ):
         assert inspect_loaders([loader]) == []
-    x, y = example_batch(DataLoader(table(), 4, shuffle=True), 2)
-    assert torch.equal(x, table().tensors[0][:2])
-    assert torch.equal(y, torch.tensor([0, 1]))
 
 
 def test_shuffled_fit_is_fine() -> None:
@@ -331,56 +337,60 @@ def test_fgsm_and_trades_say_what_becomes_of_them() -> None:
     assert_only(look(callbacks=[AdversarialTraining(PGD, trades_beta=2.0)]), "skip", "TRADES")
 
 
+def objective(module: nn.Module, loss: Any = None) -> Any:
+    return inspect_objective(module, DataLoader(table(), 4), loss, None, None, None)
+
+
 @pytest.mark.parametrize(
-    ("criterion", "level", "words"),
+    ("criterion", "words"),
     [
-        (nn.CrossEntropyLoss(torch.ones(3)), "error", "divides by the class weights"),
-        (nn.CrossEntropyLoss(reduction="sum"), "warning", "sums over the batch"),
+        (nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0])), "divides by the weights"),
+        (nn.CrossEntropyLoss(reduction="sum"), "sums over the batch"),
     ],
 )
-def test_criteria_that_are_no_mean_over_samples(criterion, level, words) -> None:
-    module = Net()
-    module.criterion = criterion
-    assert_only(inspect_loss(module, None, torch.rand(4, 5), torch.arange(4) % 3), level, words)
+def test_criteria_that_are_no_mean_over_samples_are_taken_for_the_whole_data_set(criterion, words) -> None:
+    assert_only(objective(Criterion(criterion))[0], "warning", words)
 
 
 def test_suitable_criteria_and_unsuitable_losses() -> None:
-    x, y = torch.rand(4, 5), torch.arange(4) % 3
-    for criterion in (
-        nn.CrossEntropyLoss(),
-        nn.CrossEntropyLoss(label_smoothing=0.1),
-        nn.CrossEntropyLoss(torch.ones(3)),
+    plain = "torch.nn.functional.cross_entropy"
+    for criterion, identity in (
+        (nn.CrossEntropyLoss(), plain),
+        (nn.CrossEntropyLoss(label_smoothing=0.1), f"{plain}(label_smoothing=0.1)"),
+        (nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0]), reduction="none"), plain),
     ):
-        module = Net()
-        module.criterion = criterion
-        if criterion.weight is not None:
-            criterion.reduction = "none"
-        assert inspect_loss(module, None, x, y) == []
+        findings, reading = objective(Criterion(criterion))
+        assert findings == []
+        assert reading.identity == identity
     one = nn.Linear(5, 1)
-    assert_only(inspect_loss(one, None, x, y), "error", "set `criterion`")
-    assert inspect_loss(one, nn.BCEWithLogitsLoss(), x, (y > 0).float()) == []
+    assert_only(objective(one)[0], "error", "set `criterion`")
+    assert objective(one, nn.MSELoss())[0] == []
     with torch.no_grad():
         one.weight.fill_(torch.inf)
-    assert_only(inspect_loss(one, nn.MSELoss(), x, y), "error", "NaN or infinite on the first samples")
+    assert_only(objective(one, nn.MSELoss())[0], "skip", "NaN or infinite on the first samples")
+
+
+def test_a_given_loss_that_is_not_the_steps_own_is_refused_with_both() -> None:
+    findings, reading = objective(Net(), nn.CrossEntropyLoss(label_smoothing=0.3))
+    assert reading is None
+    assert_only(findings, "skip", "but training_step minimises torch.nn.functional.cross_entropy")
 
 
 # -- model ----------------------------------------------------------------------------------------------------------
 
 
-def test_unsuitable_heads_are_named() -> None:
-    class Softmax(Net):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(x).softmax(1)
-
+def test_what_forward_returns_does_not_matter_where_the_step_says_what_the_loss_takes() -> None:
     class Two(Net):
         def forward(self, x: Tensor) -> Any:
             return self.head(x), x
 
-    assert_only(look(Softmax()), "error", "followed by something")
-    findings, head = inspect_model(Two(), torch.rand(2, 5))
-    assert head is None
-    assert_only(findings, "error", "forward returns tuple")
-    assert inspect_model(Softmax(), torch.rand(2, 5), scope="all") == ([], None)
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return nn.functional.nll_loss(self(batch[0])[0].log_softmax(1), batch[1])
+
+    findings, reading = objective(Two())
+    assert findings == []
+    assert reading.head.name == "head"
+    assert reading.identity == "torch.nn.functional.cross_entropy"
 
 
 def test_layers_with_a_life_of_their_own_and_trained_backbones() -> None:

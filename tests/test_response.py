@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.curvature.hessian.sums import Sums, add_hessian
 from lightning_muter.curvature.inner.maximiser import InnerSolver, Smoothing
+from lightning_muter.curvature.problem.point import LocalPoint
 from lightning_muter.curvature.response.choose import (
     L2Response,
     LinfResponse,
-    LocalPoint,
     NoResponse,
     Response,
     Unconstrained,

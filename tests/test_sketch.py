@@ -15,7 +15,8 @@ from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.curvature.objective.head import RobustObjective
 from lightning_muter.curvature.problem.head import Backbone, HeadProblem
 from lightning_muter.curvature.problem.point import LocalPoint
-from lightning_muter.curvature.response.choose import L2Response, LinfResponse, first_order
+from lightning_muter.curvature.response.boundary import first_order
+from lightning_muter.curvature.response.choose import L2Response, LinfResponse
 from lightning_muter.curvature.response.operators import LowRankMotion
 from lightning_muter.curvature.response.sketch import choose_directions, rademacher
 from lightning_muter.errors import ArgumentError

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,10 @@ from lightning_muter.errors import ArgumentError, UnsuitableError
 from lightning_muter.model.batches import split_batch
 from lightning_muter.model.head import eval_mode
 from lightning_muter.model.losses import Loss, is_cross_entropy, one_logit, per_sample, resolve_loss
+from lightning_muter.model.normalization import Normalization
+from lightning_muter.model.read_step import read_batch
+from lightning_muter.model.reading import Reading
+from lightning_muter.model.replay import has_step
 
 
 class LossAttack:
@@ -127,8 +131,8 @@ def check_box(x: Tensor, threat: ThreatModel) -> None:
             "inputs",
             (lo, hi),
             f"values in the box {threat.box}",
-            "Put the normalisation inside the model and feed inputs in the box, or pass "
-            f"threat_model=ThreatModel({threat.norm!r}, {threat.eps:g}, box=None) for data without bounds (tables).",
+            "Inputs that were normalised: pass normalization=(mean, std), or put it inside the model. Data without bounds (tables): "
+            f"threat_model=ThreatModel({threat.norm!r}, {threat.eps:g}, box=None).",
         )
 
 
@@ -136,14 +140,18 @@ class Adversary:
     """Who perturbs the batches of one module: its threat model, its loss, and which attack does the work.
 
     torchattacks does the work for plain cross-entropy over classes on inputs in [0, 1]; otherwise ``LossAttack`` does,
-    with the attack's step size, steps and start, and ``why_own`` says why.
+    with the attack's step size, steps and start, and ``why_own`` says why. What is raised is the loss of the module's own
+    ``training_step``, read off its first batch (:meth:`read`).
 
     Args:
         module: the model; ``module(x)`` gives logits.
         attack: a torchattacks attack, a factory of one, a ``LossAttack``, a ``ThreatModel``, or None (then
             ``threat_model`` is climbed by our own maximiser).
         threat_model: the set B(x); read off the attack when None.
-        loss: what is maximised; the module's ``criterion``, else cross-entropy.
+        loss: what is maximised; None: the step's own loss (of a plain module its ``criterion``, else cross-entropy).
+        maximise: "step", or "attack" to leave an attack library its own loss, whatever the step minimises.
+        inputs, label: key or position in a batch, where it cannot be told which tensor is the input (or the label).
+        normalization: (mean, std) of inputs that come normalised; ball and box are then in the scale of the data.
         trades_beta: weight of the TRADES term, or None; then the divergence from the clean prediction is maximised.
 
     Raises:
@@ -157,7 +165,13 @@ class Adversary:
         threat_model: ThreatModel | None = None,
         loss: Loss | None = None,
         trades_beta: float | None = None,
+        maximise: Literal["step", "attack"] = "step",
+        inputs: Any = None,
+        label: Any = None,
+        normalization: Any = None,
     ) -> None:
+        if maximise not in ("step", "attack"):
+            raise ArgumentError("maximise", maximise, "'step' or 'attack'")
         if attack is None and threat_model is None:
             raise ArgumentError("attack", None, "an attack, or threat_model=ThreatModel(norm, eps, box)")
         if trades_beta is not None and not trades_beta > 0:
@@ -168,7 +182,11 @@ class Adversary:
         if loss is None and isinstance(attack, LossAttack):
             loss = attack.loss
         self.loss = resolve_loss(loss, module)
-        self.trades_beta = trades_beta
+        self.trades_beta, self.inputs, self.label = trades_beta, inputs, label
+        self.normalization = Normalization.of(normalization)
+        self.reading: Reading | None = None
+        self.unread: str | None = None
+        self.asks = loss is None and maximise == "step"
         built = attack if own_climb else build_attack(attack, module)
         self.threat = _agree(built, threat_model)
         self.note = None if own_climb else attack_note(built)
@@ -179,6 +197,11 @@ class Adversary:
         self._own = LossAttack(self.threat, self.loss, climb.alpha, climb.steps or 10, climb.random_start)
         self.why_own: str | None = "no torchattacks attack was given" if own_climb else self._why_own()
         self._one_logit: bool | None = None
+
+    @property
+    def gradients(self) -> int:
+        """What an epoch against it costs per sample: its steps, and the training step."""
+        return self._own.steps + 1
 
     def _why_own(self) -> str | None:
         if not self._torchattacks:  # somebody's own attack under an explicit threat model: taken at its word
@@ -191,12 +214,46 @@ class Adversary:
             return "torchattacks clamps inputs to [0, 1], which is not the box of this threat model"
         return None
 
+    def read(self, module: nn.Module, batch: Any) -> None:
+        """Take the loss, the input and the labels from the module's own step, once; ``unread`` says why where that cannot be."""
+        if not self.asks or not has_step(module):
+            return
+        self.asks = False
+        try:
+            reading = read_batch(
+                module, batch, inputs=self.inputs, label=self.label, normalization=self.normalization, ready=True
+            )
+        except UnsuitableError as error:
+            if self.normalization is not None:  # nothing else would undo it
+                raise
+            self.unread = str(error)
+        else:
+            self.adopt(reading)
+
+    def adopt(self, reading: Reading) -> None:
+        """Raise the loss that was read from now on."""
+        self.asks = False
+        self.reading, self.loss, self._own.loss = reading, reading.loss, reading.loss
+        if self.why_own is None and self._torchattacks and self.trades_beta is None and not reading.plain:
+            self.why_own = (
+                "the inputs come normalised, and perturbations are of the data"
+                if reading.normalization is not None
+                else f"it raises cross-entropy of forward's output, training_step minimises {reading.identity}"
+            )
+
+    def split(self, batch: Any) -> tuple[Tensor, Tensor, Callable[[Tensor], Any]]:
+        """Inputs, labels and what puts other inputs in their place, as the step takes a batch (of validation too, where its
+        structure is the same)."""
+        if self.reading is not None and self.reading.layout.fits(batch):
+            return self.reading.split(batch)
+        return split_batch(batch, self.inputs, self.label)
+
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Adversarial inputs for ``x`` (same shape, dtype, device), whatever the autograd mode around the call.
 
         Every submodule's mode and every parameter's ``.grad`` are as they were, also after an exception.
         """
-        with attack_scope(self.model):
+        with attack_scope(self.model if self.reading is None else self.reading.module):
             x, y = x.detach().clone(), y.detach().clone()  # tensors made under inference_mode cannot enter autograd
             if self.why_own is None and self._torchattacks:
                 self._look(x, y)
@@ -234,19 +291,13 @@ class Adversary:
         Raises:
             UnsuitableError: it is not one tensor.
         """
-        out = self.model(x)
+        out = self.model(x) if self.reading is None else self.reading.logits(x)
         if not isinstance(out, Tensor):
             raise UnsuitableError(
                 f"The model's forward returns {type(out).__name__}; an attack needs one tensor of logits. Return the "
                 "logits alone from forward, or build the attack on the submodule that gives them."
             )
         return out
-
-
-def adversarial_batch(adversary: Adversary, batch: Any) -> Any:
-    """The batch with its inputs replaced by adversarial ones; the same structure, everything else left alone."""
-    x, y, rebuild = split_batch(batch)
-    return rebuild(adversary(x, y))
 
 
 def divergence(clean: Tensor, adversarial: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def read_ball(attack: Any) -> tuple[Norm, float]:
             "attack",
             attack,
             "an attack without set_normalization_used",
-            "Put the normalisation inside the model (its first layer): then attack and threat model see the inputs.",
+            "Pass normalization=(mean, std) to the adversarial training instead, or put it inside the model (its first layer).",
         )
     if getattr(attack, "targeted", False) is True:
         raise ArgumentError("attack", attack, "an untargeted attack", "A targeted attack does not maximise the loss.")

@@ -14,13 +14,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_muter.adversarial.adversary import Adversary, divergence
+from lightning_muter.adversarial.examples import LastExamples
 from lightning_muter.errors import UnsuitableError
-from lightning_muter.model.batches import split_batch
-from lightning_muter.model.losses import accuracy, mean_loss
+from lightning_muter.model.losses import accuracy, loss_identity, mean_loss
+from lightning_muter.model.replay import replaying
 
 STEPS = ("training_step", "validation_step", "test_step")
 MARK = "_muter_wrapped"  # on wrapped methods
@@ -39,6 +40,7 @@ class AdversarialSteps:
         self.measure = {"training_step": False, "validation_step": validation, "test_step": test}
         self.running = False  # an inner step (super().training_step) must not attack a second time
         self.told = False
+        self.examples: LastExamples | None = None  # kept where somebody asks for them
 
     @property
     def adversary(self) -> Adversary | None:
@@ -49,7 +51,7 @@ class AdversarialSteps:
 
     def run(self, module: pl.LightningModule, name: str, step: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call ``step(*args, **kwargs)`` on the attacked batch (training), or measure afterwards (validation, test)."""
-        if self.running or (name != "training_step" and not self.measure[name]):
+        if self.running or replaying.get() or (name != "training_step" and not self.measure[name]):
             return step(*args, **kwargs)
         self.running = True
         try:
@@ -57,21 +59,30 @@ class AdversarialSteps:
             if adversary is None:
                 return step(*args, **kwargs)
             if name == "training_step":
-                return self._train(adversary, step, args, kwargs)
+                return self._train(adversary, module, step, args, kwargs)
             out = step(*args, **kwargs)
             _measure(adversary, module, name.removesuffix("_step"), _batch(step, args, kwargs)[0])
             return out
         finally:
             self.running = False
 
-    def _train(self, adversary: Adversary, step: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _train(
+        self, adversary: Adversary, module: pl.LightningModule, step: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
         batch, put = _batch(step, args, kwargs)
-        x, y, rebuild = split_batch(batch)
+        adversary.read(module, batch)
+        x, y, rebuild = adversary.split(batch)
         found = adversary(x, y)
+        if self.examples is not None:
+            self.examples.add(x, found)
         if not self.told:
             self.told = True
             if adversary.attack is not None and adversary.why_own is not None:
                 rank_zero_info(f"Adversarial training climbs with LossAttack: {adversary.why_own}.")
+            if adversary.unread is not None:
+                rank_zero_warn(
+                    f"The attack raises {loss_identity(adversary.loss)}, for the step's own loss is not known: {adversary.unread}"
+                )
         if adversary.trades_beta is None:
             args, kwargs = put(rebuild(found))
             return step(*args, **kwargs)
@@ -95,7 +106,7 @@ def _measure(adversary: Adversary, module: pl.LightningModule, stage: str, batch
     trainer = module._trainer
     if trainer is None or trainer.barebones:
         return
-    x, y, _ = split_batch(batch)
+    x, y, _ = adversary.split(batch)
     found = adversary(x, y)
     stage = {"validation": "val"}.get(stage, stage)
     with torch.no_grad():

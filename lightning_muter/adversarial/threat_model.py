@@ -41,6 +41,10 @@ class Ball(Extensible, ABC):
     def project(self, v: Tensor, lo: Tensor, hi: Tensor, eps: float) -> Tensor:
         """The point of B nearest to v."""
 
+    def near(self, v: Tensor, lo: Tensor, hi: Tensor, eps: float) -> Tensor:
+        """A point of B near v, in a closed form that never waits for the device; v itself if it is in B."""
+        return self.project(v, lo, hi, eps)
+
     @abstractmethod
     def linear_maximiser(self, g: Tensor, lo: Tensor, hi: Tensor, eps: float) -> Tensor:
         """argmax over B of <g, delta>; coordinates where g = 0 stay at 0."""
@@ -68,6 +72,11 @@ class L2Ball(Ball):
     def project(self, v: Tensor, lo: Tensor, hi: Tensor, eps: float) -> Tensor:
         """clip(v / (1 + nu), lo, hi) with the multiplier nu >= 0 of the ball."""
         return _ball_box(v, lo, hi, eps, at_most_one=True)
+
+    def near(self, v: Tensor, lo: Tensor, hi: Tensor, eps: float) -> Tensor:
+        """Into the ball, then into the box (which holds 0)."""
+        inside = v * (eps / v.norm(dim=1, keepdim=True).clamp(min=eps))
+        return torch.minimum(torch.maximum(inside, lo), hi)
 
     def linear_maximiser(self, g: Tensor, lo: Tensor, hi: Tensor, eps: float) -> Tensor:
         """clip(g / mu, lo, hi)."""

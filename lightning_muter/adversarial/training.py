@@ -6,12 +6,13 @@ import functools
 import types
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 from torch import nn
 
 from lightning_muter.adversarial.adversary import Adversary, LossAttack
+from lightning_muter.adversarial.examples import LastExamples
 from lightning_muter.adversarial.steps import (
     MARK,
     STATE,
@@ -42,8 +43,9 @@ class AdversarialTrainingMixin:
 
     Class or instance attributes:
         threat_model: a ``ThreatModel``, where the attack does not tell (unknown attacks, data outside [0, 1]).
-        criterion: the loss that is maximised (any ``torch.nn`` loss or function); default cross-entropy.
+        criterion: the loss that is maximised where ``training_step`` does not tell; default cross-entropy.
         trades_beta: TRADES: ``training_step`` receives the clean batch, and beta KL(clean || adversarial) is added.
+        normalization: (mean, std) where the data come normalised: the attack is then in the scale of the data.
         adversarial_validation, adversarial_test: log ``val/clean_acc``, ``val/robust_acc`` (``test/...``).
 
     Example::
@@ -55,6 +57,7 @@ class AdversarialTrainingMixin:
 
     threat_model: ThreatModel | None = None
     trades_beta: float | None = None
+    normalization: Any = None
     adversarial_validation: bool = True
     adversarial_test: bool = True
 
@@ -143,11 +146,23 @@ def adversary_of(module: Any) -> Adversary | None:
     return _steps(module).adversary
 
 
+def examples_of(module: Any) -> LastExamples:
+    """The adversarial examples of this module's last epoch, kept from the first call on (none for plain training)."""
+    steps = _steps(module)
+    if steps.examples is None:
+        steps.examples = LastExamples()
+    return steps.examples
+
+
 def _build_for_mixin(module: Any) -> Adversary | None:
     attack = module.configure_attack()
     if attack is None:
         return None
-    return _checked(module, Adversary(module, attack, module.threat_model, None, module.trades_beta))
+    return _checked(module, _adversary_of_mixin(module, attack))
+
+
+def _adversary_of_mixin(module: Any, attack: Any) -> Adversary:
+    return Adversary(module, attack, module.threat_model, None, module.trades_beta, normalization=module.normalization)
 
 
 def _checked(module: Any, adversary: Adversary) -> Adversary:
@@ -161,7 +176,7 @@ def _checked(module: Any, adversary: Adversary) -> Adversary:
                 "training_step was replaced after the class was made, so that no batch would be attacked; define it in "
                 "the class."
             )
-        if adversary.model is module and not is_overridden("forward", module):
+        if adversary.model is module and not trains and not is_overridden("forward", module):
             raise UnsuitableError(
                 "The module has no forward(x) giving logits, which is what an attack attacks; define it."
             )
@@ -181,7 +196,11 @@ class AdversarialTraining(Callback):
             ``_partial_``), a torchattacks attack on the module, a ``LossAttack``, a ``ThreatModel``; None climbs
             ``threat_model`` by our own maximiser.
         threat_model: where the attack does not tell (unknown attacks, data outside [0, 1]).
-        loss: what is maximised; the module's ``criterion``, else cross-entropy.
+        loss: what is maximised; None: the loss of the module's own ``training_step``, read off its first batch. Where that is not
+            the cross-entropy an attack library raises, the attack's eps, step size and steps drive our own climb of the step's loss.
+        maximise: "attack" leaves the attack library its own loss, whatever the step minimises.
+        inputs, label: key or position in a batch, where it cannot be told which tensor is the input (or the label).
+        normalization: (mean, std) where the data come normalised: radius, step size and box are then in the scale of the data.
         trades_beta: train by TRADES: the step receives the clean batch, and beta KL(clean || adversarial) is added.
         adversarial_validation, adversarial_test: log ``val/clean_acc`` and ``val/robust_acc`` (``test/...``), for a
             regression ``..._loss``.
@@ -202,8 +221,13 @@ class AdversarialTraining(Callback):
         trades_beta: float | None = None,
         adversarial_validation: bool = True,
         adversarial_test: bool = True,
+        maximise: Literal["step", "attack"] = "step",
+        inputs: str | int | None = None,
+        label: str | int | None = None,
+        normalization: Any = None,
     ) -> None:
         self.attack, self.threat_model, self.loss, self.trades_beta = attack, threat_model, loss, trades_beta
+        self.maximise, self.inputs, self.label, self.normalization = maximise, inputs, label, normalization
         self.adversarial_validation, self.adversarial_test = adversarial_validation, adversarial_test
         self._module: pl.LightningModule | None = None
         self._replaced: dict[str, Any] = {}
@@ -239,7 +263,18 @@ class AdversarialTraining(Callback):
         self._restore()  # Lightning calls no teardown hook then
 
     def _build(self, module: pl.LightningModule) -> Adversary:
-        return _checked(module, Adversary(module, self.attack, self.threat_model, self.loss, self.trades_beta))
+        adversary = Adversary(
+            module,
+            self.attack,
+            self.threat_model,
+            self.loss,
+            self.trades_beta,
+            self.maximise,
+            self.inputs,
+            self.label,
+            self.normalization,
+        )
+        return _checked(module, adversary)
 
     def _restore(self) -> None:
         if self._module is None:

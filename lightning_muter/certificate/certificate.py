@@ -56,7 +56,7 @@ def why_no_certificate(problem: HeadProblem, decay: Tensor, threat: ThreatModel 
     return None if why is None else f"no certificate: {why}"
 
 
-def certified_distance(gradient: Tensor, decay: Tensor, count: int, gap: float) -> float:
+def certified_distance(gradient: Tensor, decay: Tensor, count: float, gap: float) -> float:
     """The bound above; ``gap``: total eta.
 
     >>> round(certified_distance(torch.tensor([3.0]), torch.tensor([0.5]), 2, 0.0), 6)
@@ -68,7 +68,7 @@ def certified_distance(gradient: Tensor, decay: Tensor, count: int, gap: float) 
 
 
 def certified_distance_in_metric(
-    gradient: Tensor, decay: Tensor, count: int, gap: float, hessian: Tensor, kappa: float
+    gradient: Tensor, decay: Tensor, count: float, gap: float, hessian: Tensor, kappa: float
 ) -> float:
     """The bound with curvature; ``hessian``: H (p, p) of the loss at w, penalty left out.
 
@@ -104,7 +104,7 @@ def _certify(objective: RobustObjective, theta: Tensor, evaluation: Evaluation) 
 
     The gradient is taken at the maximisers that the search for global ones ends with, and eta is their gap.
     """
-    m = float(objective.decay.min()) * objective.count
+    m = float(objective.decay.min()) * objective.total
     # a gap that hardly moves the bound need not be told from 0
     target = 1e-4 * float(evaluation.gradient.square().sum()) / (4 * m)
     found = globally_maximised(objective, theta, evaluation, target / max(objective.count, 1))
@@ -116,7 +116,7 @@ def _certify(objective: RobustObjective, theta: Tensor, evaluation: Evaluation) 
         alone = replace(exact, rivals=None, prior=None)
         largest = alone.evaluation(theta, *alone.sums(theta, settle=False))
         gap += max(largest.value - mixed.value, 0.0) + 64 * torch.finfo(theta.dtype).eps * abs(mixed.value)
-    bound = certified_distance(mixed.gradient, objective.decay, objective.count, gap)
+    bound = certified_distance(mixed.gradient, objective.decay, objective.total, gap)
     if sums.hessian is None or found.curvature is None or (mixed.contested and mixed.kinks is None):
         return bound
     hessian = sums.hessian.dense()
@@ -124,7 +124,7 @@ def _certify(objective: RobustObjective, theta: Tensor, evaluation: Evaluation) 
         hessian -= mixed.kinks.stiffness()
     for _ in range(3):
         kappa = kappa_of(found.curvature * math.sqrt(2) * bound * found.reach)
-        nearer = certified_distance_in_metric(mixed.gradient, objective.decay, objective.count, gap, hessian, kappa)
+        nearer = certified_distance_in_metric(mixed.gradient, objective.decay, objective.total, gap, hessian, kappa)
         bound = min(bound, nearer)
         if kappa > 0.8 or nearer > bound:
             break

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_muter.errors import ArgumentError, CorruptFileError
+from lightning_muter.storage.archive import check_archive
 from lightning_muter.storage.atomic import Writer
 from lightning_muter.storage.fingerprint import weight_fingerprint
 
@@ -26,11 +27,13 @@ _KEPT = (
     "datamodule_hyper_parameters", "datamodule_hparams_name", "datamodule_hparams_type",
 )  # fmt: skip
 _DROPPED = ("optimizer_states", "lr_schedulers", "callbacks", "loops", "MixedPrecision", "native_amp_scaling_state")
+_SLACK = 64 << 20  # bytes of weights that a file need not hold: expanded tensors are stored once
 _ADVICE = "Restore it from a backup, or name another checkpoint."
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A Lightning checkpoint on the CPU, read by torch's restricted unpickler: nothing in the file is run.
+    """A Lightning checkpoint on the CPU, read by torch's restricted unpickler: nothing in the file is run, and no more memory
+    is taken than the file has bytes (and 64 MiB).
 
     Raises:
         ArgumentError: there is no such file.
@@ -42,7 +45,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the file's contents; whatever matters is checked below
+            check_archive(file)
             checkpoint = _load(file)
+            limit = os.fstat(file.fileno()).st_size + _SLACK
     except Exception as error:  # a third party's parser on untrusted bytes: whatever it raises means the same
         reason = " ".join(str(error).split())[:300]
         raise CorruptFileError(
@@ -56,6 +61,11 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         or not all(isinstance(name, str) and _dense(value) for name, value in weights.items())
     ):
         raise CorruptFileError(f"{path}: no `state_dict` of plain tensors in it; not a Lightning checkpoint. {_ADVICE}")
+    if (needed := sum(tensor.numel() * tensor.element_size() for tensor in weights.values())) > limit:
+        raise CorruptFileError(
+            f"{path}: its weights would take {needed} bytes, far more than the file has: elements that share memory (stride "
+            f"0), or nothing behind them. {_ADVICE}"
+        )
     return checkpoint
 
 
@@ -94,11 +104,16 @@ def renewed(checkpoint: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tup
 
 
 def _holds_tensors(value: object) -> bool:
-    if isinstance(value, Mapping):
-        return any(map(_holds_tensors, value.values()))
-    if isinstance(value, (list, tuple, set)):
-        return any(map(_holds_tensors, value))
-    return not isinstance(value, (str, bytes, int, float, bool, type(None)))
+    waiting, seen = [value], set()
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, (Mapping, list, tuple, set)):
+            if id(item) not in seen:  # lists of one list, many times over, take exponentially long otherwise
+                seen.add(id(item))
+                waiting += item.values() if isinstance(item, Mapping) else item
+        elif not isinstance(item, (str, bytes, int, float, bool, type(None))):
+            return True
+    return False
 
 
 def checkpoint_writer(checkpoint: Mapping[str, Any]) -> Writer:

@@ -35,13 +35,23 @@ class _Requests(_Base):
         asked = sys.argv[1] if len(sys.argv) > 1 else ""
         return {asked: every[asked]} if asked in every else every
 
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        super().add_arguments_to_parser(parser)
+        if sys.argv[1:2] and sys.argv[1] not in _REQUESTS:
+            parser.add_argument(
+                "--model_from_checkpoint",
+                type=bool,
+                default=False,
+                help="take class and arguments of the model from the checkpoint, which imports whatever it names",
+            )
+
     def _parse_ckpt_path(self) -> None:
-        # Lightning takes the model's arguments from the checkpoint here. Requests load it themselves; and without the
-        # model's class in it (trained by a script, not by a LightningCLI) the arguments alone cannot be parsed.
+        # Lightning takes the model's class and arguments from the checkpoint here, and imports what it names: only when
+        # asked. Without the class in it (trained by a script, not by a LightningCLI) the arguments alone cannot be parsed.
         subcommand = self.config.get("subcommand")
-        if subcommand in _REQUESTS:
+        if subcommand in _REQUESTS or not (subcommand and self.config[subcommand].get("model_from_checkpoint")):
             return
-        path = self.config[subcommand].get("ckpt_path") if subcommand else None
+        path = self.config[subcommand].get("ckpt_path")
         if path and Path(path).is_file() and "_class_path" not in load_checkpoint(path).get("hyper_parameters", {}):
             return
         super()._parse_ckpt_path()

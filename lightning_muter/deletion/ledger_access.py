@@ -12,21 +12,22 @@ from typing import Any
 from lightning_muter.deletion.files import Places, pending_request
 from lightning_muter.deletion.ledger import Ledger
 from lightning_muter.deletion.verified import remember
-from lightning_muter.errors import MismatchError, RequestError
+from lightning_muter.errors import MismatchError, MuterError, RequestError
 from lightning_muter.storage.atomic import STAGE, beside, file_sha256, fsync_folder, write_new
 
 
 @contextlib.contextmanager
 def open_ledger(places: Places) -> Iterator[Ledger]:
     """The model's ledger; it goes again unless a request is entered in it."""
-    empty = False
+    empty, key = False, None
     try:
         with Ledger.open(places.ledger, create=True) as ledger:
             try:
                 yield ledger
             finally:
-                empty = len(ledger) == 0
-                head, key = ledger.head(), ledger.verified_with if ledger.changed else None
+                with contextlib.suppress(MuterError):  # on a disk that fails the request's own error says more
+                    empty = len(ledger) == 0
+                    head, key = ledger.head(), ledger.verified_with if ledger.changed else None
         if key is not None:
             remember(places, head, key)
     finally:

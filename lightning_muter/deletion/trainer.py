@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -41,6 +41,7 @@ from lightning_muter.deletion.training_data import load_into, threat_of, trades_
 from lightning_muter.deletion.transactions import exclusive
 from lightning_muter.forgotten.modules import remember, remember_instead
 from lightning_muter.forgotten.rows import Forgotten
+from lightning_muter.minimise.budget import Fit
 from lightning_muter.scope.head_methods import Method
 from lightning_muter.scope.wide_taking import take_wide_snapshot
 from lightning_muter.snapshot.part import snapshot_of_rows
@@ -66,6 +67,7 @@ class MuterTrainer(L.Trainer):
         loss: Callable[..., torch.Tensor] | None = None,
         weight_decay: float | Literal["auto"] = "auto",
         polish: int | Literal["auto"] = "auto",
+        budget: float | Literal["auto"] | None = "auto",
         batch_size: int = 1024,
         out: str | None = None,
         request_id: str | None = None,
@@ -91,6 +93,8 @@ class MuterTrainer(L.Trainer):
                 off configure_optimizers() where it holds none.
             polish: steps of further minimisation until stationary (beyond the head "auto" takes none); 0 never touches
                 the weights.
+            budget: of polish and snapshot, in gradients per sample: auto, the larger of a tenth of the fit and three of its
+                epochs; a share of the fit; or null, no limit.
             batch_size: samples at a time.
             out: write under this name (<name>.ckpt) instead of beside the checkpoint.
             request_id: your own id of this request; the same id again returns the first receipt.
@@ -146,7 +150,7 @@ class MuterTrainer(L.Trainer):
                         batch_size=min(batch_size, WIDE_BATCH) if wide else batch_size,
                         device=self.strategy.root_device,
                         key=key,
-                        **({"trades_beta": trades_beta_of(self, model)} if wide else {}),
+                        **_of_scope(self, model, checkpoint, wide, budget),
                     )
                     snapshot.figures["weight_decay_read"] = read
                     print(f"weight_decay: {decay_text(snapshot)}, {read}")
@@ -320,6 +324,15 @@ def _lineage(
         return record, old
     of_source, theirs = record_of(source, there)
     return record | of_source, old or theirs
+
+
+def _of_scope(
+    trainer: L.Trainer, model: L.LightningModule, checkpoint: dict[str, Any], wide: bool, budget: Any
+) -> dict[str, Any]:
+    """What only one kind of snapshot is asked for with."""
+    if wide:
+        return {"trades_beta": trades_beta_of(trainer, model)}
+    return {"budget": budget, "fit": Fit(float(checkpoint.get("epoch", 0)))}
 
 
 @contextlib.contextmanager

@@ -57,6 +57,8 @@ def training_data(
     """
     holder: Any = datamodule if datamodule is not None else model
     model.trainer = trainer
+    trainer.strategy.connect(model)
+    trainer._data_connector.attach_datamodule(model, datamodule)  # batches go through its hooks, or the model's
     if datamodule is not None:
         datamodule.trainer = trainer
         datamodule.prepare_data()

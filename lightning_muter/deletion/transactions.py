@@ -133,52 +133,80 @@ def commit_request(
     if set(writers) - {places.checkpoint, places.snapshot}:
         raise ArgumentError("writers", [str(path) for path in writers], "the checkpoint and the snapshot")
     stages = {path: files.beside(path, files.STAGE) for path in writers}
-    decided = True
     try:
         if ledger.find(content["id"]) is not None:
             raise RequestError(f"request {content['id']!r} is in {places.ledger} already.")
-        stage("pending")
-        text = json.dumps({"id": content["id"], "kind": content["kind"], "pid": os.getpid(), "time": content["time"]})
-        files.atomic_write(places.pending, lambda file: file.write(text.encode()))
-        stage("writing")
-        switches = []
-        for path, writer in writers.items():
-            written = write_new(stages[path], writer, like=path)
-            switches.append(Switch(path.name, stages[path].name, written.sha256))
-        fsync_folder(places.folder)
-        stage("checking")
-        if check is not None:
-            check(stages)
-        hashes = {switch.target: switch.sha256 for switch in switches}
-        content = {
-            **content,
-            **{
-                name: {**content[name], "name": path.name, "sha256": hashes.get(path.name) or _sha256(path)}
-                for name, path in (("checkpoint", places.checkpoint), ("snapshot", places.snapshot))
-            },
-        }
+        switches, content = _prepared(places, content, writers, stages, check, stage)
         stage("entering")
-        try:
-            receipt = ledger.commit(content, asked, switches, key)
-        except BaseException as error:
-            # The disk may have it all the same; only a ledger that was read from it anew knows.
-            try:
-                ledger.reopen()
-                found = ledger.find(content["id"])
-            except (MuterError, OSError):
-                decided = False
-                raise RequestError(
-                    f"request {content['id']!r}: {places.ledger} cannot be used any more ({error}), so it is not known "
-                    f"whether it counts. The next `muter` command on {places.checkpoint} finds out and acts on it."
-                ) from error
-            if found is None:
-                raise
-            receipt = found
+        receipt = _entered(places, ledger, content, asked, switches, key)
+    except _UndecidedError:
+        raise
     except BaseException:
-        if decided:
-            _undo(places, stages.values())
+        _undo(places, stages.values())
         raise
     stage("switching")
+    _switched(places, ledger, receipt, switches, stage)
+    if problem := tell_witness(receipt["sha256"]):
+        print(f"note: {problem}")
+    return receipt
+
+
+class _UndecidedError(RequestError):
+    """Nobody knows yet whether the ledger took a request in."""
+
+
+def _prepared(
+    places: Places,
+    content: Mapping[str, Any],
+    writers: Mapping[Path, Writer],
+    stages: Mapping[Path, Path],
+    check: Callable[[Mapping[Path, Path]], None] | None,
+    stage: Say,
+) -> tuple[list[Switch], dict[str, Any]]:
+    """The new files, written beside the old ones and checked, and the receipt's content with their hashes."""
+    stage("pending")
+    text = json.dumps({"id": content["id"], "kind": content["kind"], "pid": os.getpid(), "time": content["time"]})
+    files.atomic_write(places.pending, lambda file: file.write(text.encode()))
+    stage("writing")
+    switches = []
+    for path, writer in writers.items():
+        written = write_new(stages[path], writer, like=path)
+        switches.append(Switch(path.name, stages[path].name, written.sha256))
+    fsync_folder(places.folder)
+    stage("checking")
+    if check is not None:
+        check(stages)
+    hashes = {switch.target: switch.sha256 for switch in switches}
+    named = {
+        name: {**content[name], "name": path.name, "sha256": hashes.get(path.name) or _sha256(path)}
+        for name, path in (("checkpoint", places.checkpoint), ("snapshot", places.snapshot))
+    }
+    return switches, {**content, **named}
+
+
+def _entered(
+    places: Places, ledger: Ledger, content: Mapping[str, Any], asked: str, switches: list[Switch], key: DigestKey
+) -> dict[str, Any]:
+    """The receipt, once the ledger has it."""
+    try:
+        return ledger.commit(content, asked, switches, key)
+    except BaseException as error:
+        # The disk may have it all the same; only a ledger that was read from it anew knows.
+        try:
+            ledger.reopen()
+            found = ledger.find(content["id"])
+        except (MuterError, OSError):
+            raise _UndecidedError(
+                f"request {content['id']!r}: {places.ledger} cannot be used any more ({error}), so it is not known "
+                f"whether it counts. The next `muter` command on {places.checkpoint} finds out and acts on it."
+            ) from error
+        if found is None:
+            raise
+        return found
+
+
+def _switched(places: Places, ledger: Ledger, receipt: Mapping[str, Any], switches: list[Switch], stage: Say) -> None:
+    """The new files in place of the old ones."""
     try:
         _switch(places, ledger, receipt, switches, stage)
         _remove_pending(places)
@@ -194,9 +222,6 @@ def commit_request(
             ) from error
         if not isinstance(error, (MuterError, OSError)):
             raise  # an interrupt: the request is complete, the wish to stop is respected
-    if problem := tell_witness(receipt["sha256"]):
-        print(f"note: {problem}")
-    return receipt
 
 
 def _switch(

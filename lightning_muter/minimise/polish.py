@@ -164,7 +164,7 @@ def _newton_point(objective: RobustObjective, theta: Tensor) -> Tensor:
     sums, delta = objective.sums(theta, response=NoResponse())
     assert sums.hessian is not None
     matrix = sums.hessian.dense()
-    matrix.diagonal().add_(objective.count * objective.decay.flatten())
+    matrix.diagonal().add_(objective.total * objective.decay.flatten())
     metric, _ = definite_inverse(matrix)
     return theta - metric(objective.evaluation(theta, sums, delta).gradient.flatten()).reshape(theta.shape)
 
@@ -273,7 +273,7 @@ def polish(
         before = first.stationarity if before is None else before
         assert sums.hessian is not None
         matrix = sums.hessian.dense()
-        matrix.diagonal().add_(objective.count * objective.decay.flatten())
+        matrix.diagonal().add_(objective.total * objective.decay.flatten())
         kinks = first.kinks
         if kinks is not None:
             matrix -= kinks.stiffness()

@@ -120,7 +120,7 @@ def _fresh(
     assert sums.hessian is not None
     now = objective.evaluation(at.theta, sums, delta)
     matrix = sums.hessian.dense()
-    matrix.diagonal().add_(objective.count * objective.decay.flatten())
+    matrix.diagonal().add_(objective.total * objective.decay.flatten())
     if now.kinks is not None:
         matrix -= now.kinks.stiffness()
     metric, _ = definite_inverse(matrix)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_muter.errors import ArgumentError
+from lightning_muter.model.leaves import flatten
 
 INPUT_KEYS = ("x", "image", "images", "input", "inputs", "data")
 LABEL_KEYS = ("y", "label", "labels", "target", "targets")
@@ -18,8 +19,10 @@ _FORMS = (
 )
 
 
-def split_batch(batch: Any) -> tuple[Tensor, Tensor, Callable[[Tensor], Any]]:
+def split_batch(batch: Any, inputs: Any = None, label: Any = None) -> tuple[Tensor, Tensor, Callable[[Tensor], Any]]:
     """Inputs, labels, and a function that puts other inputs in their place.
+
+    ``inputs``, ``label``: key or position, or ``callable(batch) -> tensor``, where they are to be named.
 
     Sequences (tuple, named tuple, list): the input is the first floating tensor, the label the next tensor. Mappings:
     by key. Whatever else is in the batch (weights, ids) is left alone. The batch itself is never changed.
@@ -32,9 +35,11 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor, Callable[[Tensor], Any]]:
     >>> rebuild(x + 1)
     {'image': tensor([[1., 1.]]), 'label': tensor([3]), 'id': [7]}
     """
+    if inputs is not None or label is not None:
+        return _named(batch, inputs, label)
     if isinstance(batch, Mapping):
-        at, label = _only(batch, INPUT_KEYS), _only(batch, LABEL_KEYS)
-        x, y = batch[at], batch[label]
+        at, key = _only(batch, INPUT_KEYS, "inputs"), _only(batch, LABEL_KEYS, "label")
+        x, y = batch[at], batch[key]
         if not (isinstance(x, Tensor) and x.is_floating_point() and isinstance(y, Tensor)):
             raise _refused(batch, _hint(x))
 
@@ -64,10 +69,40 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor, Callable[[Tensor], Any]]:
     return x, y, rebuild
 
 
-def _only(batch: Mapping[Any, Any], keys: tuple[str, ...]) -> Any:
+def _named(batch: Any, inputs: Any, label: Any) -> tuple[Tensor, Tensor, Callable[[Tensor], Any]]:
+    """By key, position or callable; the one that is not named is found as without names."""
+    if inputs is None or label is None:
+        x, y, _ = split_batch(batch)
+        x = x if inputs is None else _taken(batch, inputs, "inputs")
+        y = y if label is None else _taken(batch, label, "label")
+    else:
+        x, y = _taken(batch, inputs, "inputs"), _taken(batch, label, "label")
+    _, leaves, again = flatten(batch)
+    at = next((i for i, leaf in enumerate(leaves) if leaf is x), None)
+    if at is None:
+        raise _refused(batch, "inputs= must give a tensor that stands in the batch itself.")
+    if not x.is_floating_point():
+        raise _refused(batch, _hint(x))
+    return x, y, lambda new: again([new if i == at else leaf for i, leaf in enumerate(leaves)])
+
+
+def _taken(batch: Any, place: Any, argument: str) -> Tensor:
+    try:
+        found = place(batch) if callable(place) else batch[place]
+    except (KeyError, IndexError, TypeError) as error:
+        raise ArgumentError(argument, place, f"a key or position of the batch, {_describe(batch)}") from error
+    if not isinstance(found, Tensor):
+        raise ArgumentError(argument, place, f"a tensor of the batch, {_describe(batch)}")
+    return found
+
+
+def _only(batch: Mapping[Any, Any], keys: tuple[str, ...], argument: str) -> Any:
     found = [k for k in batch if isinstance(k, str) and k.lower() in keys]
     if len(found) != 1:
-        raise _refused(batch, f"{len(found)} of the keys {', '.join(keys)} are there.")
+        raise _refused(
+            batch,
+            f"{len(found)} of the keys {', '.join(keys)} are there: name it with {argument}= (key, position or function).",
+        )
     return found[0]
 
 

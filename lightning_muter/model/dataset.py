@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.errors import ArgumentError, UnsuitableError
 from lightning_muter.model.batches import split_batch
+from lightning_muter.model.leaves import flatten
+from lightning_muter.model.reading import Reading
 
 #: Datasets up to this many bytes are read once and kept on the device.
 _CACHE_BYTES = 1 << 30
@@ -20,12 +22,14 @@ _CACHE_BYTES = 1 << 30
 
 @dataclass
 class Samples:
-    """Some samples: positions (n,), inputs (n, D) flattened, labels, weights (n,) or None."""
+    """Some samples: positions (n,), inputs (n, D) flattened, labels, weights c (n,) or None (each 1), and d (n,) while it is asked
+    for."""
 
     positions: Tensor
     x: Tensor
     y: Tensor
     weight: Tensor | None
+    mass: Tensor | None = None
 
 
 class SampleSource:
@@ -37,6 +41,7 @@ class SampleSource:
         weight: optional weights w_i (n,) of the objective sum_i w_i phi_i.
         threat: inputs outside its box are refused.
         readable: positions that may be read (forgotten rows may be gone from the disk); all by default.
+        reading: what the module's own step says of a batch: where input and label are, c_i and d_i of its rows.
 
     Raises:
         UnsuitableError: an iterable dataset.
@@ -53,6 +58,7 @@ class SampleSource:
         weight: Tensor | None = None,
         threat: ThreatModel | None = None,
         readable: Sequence[int] | None = None,
+        reading: Reading | None = None,
     ) -> None:
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
             raise UnsuitableError(
@@ -69,7 +75,10 @@ class SampleSource:
             weight = torch.as_tensor(weight, dtype=torch.float64).reshape(-1)
             if len(weight) != self.n or not bool(torch.isfinite(weight).all()) or bool((weight < 0).any()):
                 raise ArgumentError("sample_weight", tuple(weight.shape), f"{self.n} finite weights, 0 or larger")
-        self.weight = weight
+        settled = None if reading is None else reading.settled
+        self.weight = weight if settled is None else settled.weight
+        self.mass = None if settled is None else settled.mass
+        self.reading, self._asks = reading, reading is not None and settled is None
         self._readable: Sequence[int] = range(self.n) if readable is None else list(readable)
         first = self._raw(self._readable[:1])
         self.input_shape = tuple(first[0].shape[1:])
@@ -78,10 +87,45 @@ class SampleSource:
         self._cache: tuple[Tensor, Tensor] | None = None
         self._row = torch.full((self.n,), -1)  # of a position in the cache
 
-    def _raw(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def total(self, positions: Sequence[int]) -> float:
+        """sum d_i, what weight decay is multiplied by: the number of samples where each counts once."""
+        if self.mass is None:
+            return float(len(positions))
+        return float(self.mass[torch.as_tensor(positions, dtype=torch.int64)].sum())
+
+    def settle(self) -> SampleSource:
+        """Ask the reading for c_i and d_i of every readable row, once; None stays where all are 1."""
+        if self._asks:
+            own = self.weight
+            c, d = (torch.zeros(self.n, dtype=torch.float64) for _ in range(2))
+            parts = []
+            for batch in self._load(list(self._readable)):
+                assert batch.weight is not None
+                assert batch.mass is not None
+                c[batch.positions], d[batch.positions] = batch.weight.double().cpu(), batch.mass.double().cpu()
+                if self._cacheable:
+                    parts.append(batch)
+            if self._cacheable:
+                self._keep(parts, self._readable)
+            at = torch.as_tensor(self._readable, dtype=torch.int64)
+            if own is not None or bool((c[at] != 1).any()):
+                self.weight = c
+            if bool((d[at] != 1).any()):
+                self.mass = d
+            self._asks = False
+        return self
+
+    def _collated(self, positions: Sequence[int]) -> Any:
         collate = self.collate or torch.utils.data.default_collate
-        x, y, _ = split_batch(collate([self.dataset[int(i)] for i in positions]))
-        return x, y
+        return collate([self.dataset[int(i)] for i in positions])
+
+    def _raw(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+        return self._split(self._collated(positions))
+
+    def _split(self, batch: Any) -> tuple[Tensor, Tensor]:
+        if self.reading is None:
+            return split_batch(batch)[:2]
+        return self.reading.split(self.reading.prepared(batch))[:2]
 
     def examples(self, count: int = 8) -> Tensor:
         """Up to ``count`` inputs spread over the dataset, as the model takes them."""
@@ -90,10 +134,10 @@ class SampleSource:
         return self._raw([self._readable[i] for i in spread])[0]
 
     def raw_samples(self, positions: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(position, x, y) one by one, exactly as the dataset gives them (for digests)."""
+        """(position, x, y) one by one, exactly as the dataset gives them (for digests), whatever a model makes of them."""
         for begin in range(0, len(positions), self.batch_size):
             part = positions[begin : begin + self.batch_size]
-            x, y = self._raw(part)
+            x, y = _content(self._collated(part))
             for row, position in enumerate(part):
                 yield position, x[row], y[row]
 
@@ -101,10 +145,7 @@ class SampleSource:
         """Batches in the order of ``positions`` (all samples by default), on the device."""
         wanted = list(range(self.n)) if positions is None else [int(i) for i in positions]
         if self._cacheable and len(wanted) > int((self._row >= 0).sum()):  # the largest set asked for is kept
-            parts = list(self._load(wanted))
-            self._cache = torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts])
-            self._row.fill_(-1)
-            self._row[torch.tensor(wanted)] = torch.arange(len(wanted))
+            self._keep(list(self._load(wanted)), wanted)
         if self._cache is None or bool((self._row[torch.tensor(wanted, dtype=torch.int64)] < 0).any()):
             yield from self._load(wanted)
             return
@@ -112,6 +153,11 @@ class SampleSource:
             at = torch.tensor(wanted[begin : begin + self.batch_size])
             row = self._row[at].to(self.device)
             yield self._samples(at, self._cache[0][row], self._cache[1][row])
+
+    def _keep(self, parts: list[Samples], wanted: Sequence[int]) -> None:
+        self._cache = torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts])
+        self._row.fill_(-1)
+        self._row[torch.as_tensor(wanted, dtype=torch.int64)] = torch.arange(len(wanted))
 
     def _load(self, positions: list[int]) -> Iterator[Samples]:
         loader: DataLoader[Any] = DataLoader(
@@ -123,12 +169,19 @@ class SampleSource:
         )
         done = 0
         for batch in loader:
-            x, y, _ = split_batch(batch)
+            x, y = self._split(batch)
             at = torch.tensor(positions[done : done + len(x)])
             done += len(x)
-            flat = x.reshape(len(x), -1).to(self.device)
+            flat = x.detach().reshape(len(x), -1).to(self.device)
             self._check(flat, y, at)
-            yield self._samples(at, flat, y.to(self.device))
+            samples = self._samples(at, flat, y.to(self.device))
+            if self._asks:
+                assert self.reading is not None
+                found = self.reading.rows(batch)
+                own = samples.weight
+                samples.weight = found.weight.to(self.device) if own is None else own * found.weight.to(self.device)
+                samples.mass = found.mass
+            yield samples
 
     def _samples(self, at: Tensor, x: Tensor, y: Tensor) -> Samples:
         weight = None if self.weight is None else self.weight[at].to(self.device)
@@ -154,3 +207,18 @@ class SampleSource:
                     f"a box that holds the inputs; sample {int(at[out][0])} spans [{row.min():.4g}, {row.max():.4g}]",
                     "Pass threat_model=ThreatModel(norm, eps, box=None) or the true box (box of the values the model sees).",
                 )
+
+
+def _content(batch: Any) -> tuple[Tensor, Tensor]:
+    """Input and label of a batch for digests; where a batch does not say which they are, its first floating tensor and the rest."""
+    try:
+        return split_batch(batch)[:2]
+    except ArgumentError:
+        leaves = [v for v in flatten(batch)[1] if isinstance(v, Tensor) and v.dim() > 0]
+        n = len(leaves[0]) if leaves else 0
+        found = [v for v in leaves if len(v) == n]
+        first = next((v for v in found if v.is_floating_point()), None)
+        if first is None:
+            raise
+        rest = [v.reshape(n, -1).to(torch.float64) for v in found if v is not first]
+        return first, torch.cat(rest, 1) if rest else torch.zeros(n)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_muter.errors import UnsuitableError
+from lightning_muter.errors import MismatchError, UnsuitableError
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,43 @@ class Shards:
         found: list[Any] = [None] * self.world
         dist.all_gather_object(found, value, group=self.group)
         return found
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that succeeds in every process or fails in every process.
+
+        Raises:
+            MismatchError: it failed in another process (where it failed, the error itself).
+        """
+        failed: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failed = error
+        said = self.gather(None if failed is None else f"{type(failed).__name__}: {failed}")
+        if failed is not None:
+            raise failed
+        for rank, reason in enumerate(said):
+            if reason is not None:
+                raise MismatchError(f"process {rank} of {self.world} refused, so nothing was done in any: {reason}")
+
+    def agree(self, what: Mapping[str, str]) -> None:
+        """Insist that every process was told the same.
+
+        Raises:
+            MismatchError: in every process, with the names of what differs.
+        """
+        told = self.gather(dict(what))
+        names = sorted({name for theirs in told for name in theirs})
+        differing = [name for name in names if len({theirs.get(name) for theirs in told}) > 1]
+        if differing:
+            ranks = [
+                rank for rank, theirs in enumerate(told) if any(theirs.get(n) != told[0].get(n) for n in differing)
+            ]
+            raise MismatchError(
+                f"{', '.join(differing)}: not the same in processes 0 and {', '.join(map(str, ranks))} of {self.world}; nothing "
+                "was summed. Every process makes the same call: same weights, same dataset in the same order, same arguments."
+            )
 
     def gather_rows(self, rows: Tensor, count: int) -> Tensor:
         """Rows (len(share), D) of all processes in the order of the ``count`` positions that were shared out."""

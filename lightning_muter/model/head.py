@@ -30,7 +30,7 @@ class Head:
 
 
 @dataclass
-class _Call:
+class HeadCall:
     """What one forward call of a linear layer took (copied, later layers may work in place) and gave, and the version
     counter of what it gave: it counts later in-place changes, also those that happen to change no value."""
 
@@ -89,21 +89,8 @@ def find_head(module: nn.Module, example_input: Tensor) -> Head:
     >>> find_head(net, torch.rand(5, 4)).name
     '2'
     """
-    linears = {m: name for name, m in module.named_modules() if isinstance(m, nn.Linear)}
-    calls: list[_Call] = []
-
-    def record(linear: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        inputs = args[0] if args else kwargs.get("input")
-        if isinstance(inputs, Tensor) and isinstance(output, Tensor) and isinstance(linear, nn.Linear):
-            calls.append(_Call(linears[linear], linear, inputs.clone(), output, output._version))
-
-    handles = [m.register_forward_hook(record, with_kwargs=True) for m in linears]
-    try:
-        with torch.inference_mode(False), eval_mode(module), eager(module), torch.no_grad():
-            logits = module(example_input)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.inference_mode(False), eval_mode(module), eager(module), torch.no_grad(), record_calls(module) as calls:
+        logits = module(example_input)
     if not isinstance(logits, Tensor):
         raise UnsuitableError(
             f"The model has no head that can be unlearned: forward returns {type(logits).__name__}, not one tensor of "
@@ -112,13 +99,32 @@ def find_head(module: nn.Module, example_input: Tensor) -> Head:
     last = next((c for c in reversed(calls) if _is_output(c, logits)), None)
     if last is None:
         raise UnsuitableError(_why_no_head(module, calls, logits))
-    reasons = _unsuitable(module, last, sum(c.linear is last.linear for c in calls))
+    reasons = unsuitable_head(module, last, sum(c.linear is last.linear for c in calls))
     if reasons:
         raise UnsuitableError(
             f"The layer {last.name!r} gives the logits but cannot serve as the head:\n"
             + "\n".join(f"- {r}" for r in reasons)
         )
     return Head(last.name, last.linear)
+
+
+@contextmanager
+def record_calls(module: nn.Module) -> Iterator[list[HeadCall]]:
+    """The calls of linear layers made inside, in order."""
+    linears = {m: name for name, m in module.named_modules() if isinstance(m, nn.Linear)}
+    calls: list[HeadCall] = []
+
+    def record(linear: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        inputs = args[0] if args else kwargs.get("input")
+        if isinstance(inputs, Tensor) and isinstance(output, Tensor) and isinstance(linear, nn.Linear):
+            calls.append(HeadCall(linears[linear], linear, inputs.clone(), output, output._version))
+
+    handles = [m.register_forward_hook(record, with_kwargs=True) for m in linears]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def features(module: nn.Module, head: Head, x: Tensor, values: dict[str, Tensor] | None = None) -> Tensor:
@@ -157,7 +163,7 @@ def features(module: nn.Module, head: Head, x: Tensor, values: dict[str, Tensor]
     return taken[0]
 
 
-def _is_output(call: _Call, logits: Tensor) -> bool:
+def _is_output(call: HeadCall, logits: Tensor) -> bool:
     """Whether the logits are this call's output, unchanged: the same memory, or a mere change of dtype."""
     out = call.output
     if out._version != call.version:
@@ -169,7 +175,7 @@ def _is_output(call: _Call, logits: Tensor) -> bool:
     return out.dtype != logits.dtype or logits.data_ptr() == out.data_ptr()
 
 
-def _unsuitable(module: nn.Module, call: _Call, times: int) -> list[str]:
+def unsuitable_head(module: nn.Module, call: HeadCall, times: int = 1) -> list[str]:
     """Every reason why the layer that gives the logits is no free, plain, untied W phi + b."""
     name, linear, reasons = call.name, call.linear, []
     if call.inputs.dim() != 2:
@@ -201,7 +207,7 @@ def _unsuitable(module: nn.Module, call: _Call, times: int) -> list[str]:
     return reasons
 
 
-def _why_no_head(module: nn.Module, calls: list[_Call], logits: Tensor) -> str:
+def _why_no_head(module: nn.Module, calls: list[HeadCall], logits: Tensor) -> str:
     reasons = []
     adapters = sorted(
         {n for n, m in module.named_modules() if "lora" in type(m).__module__.lower() or hasattr(m, "lora_A")}

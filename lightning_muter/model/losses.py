@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -50,9 +51,10 @@ def resolve_loss(loss: Loss | None, module: nn.Module | None = None) -> Loss:
             return loss
         if not hasattr(loss, "reduction"):
             raise ArgumentError("loss", loss, _FORMS, "Give your loss module a `reduction` attribute that it obeys.")
+        summed = loss.reduction == "sum"
         unreduced = copy.copy(loss)
         setattr(unreduced, "reduction", "none")  # noqa: B010 - nn.Module types it as a Tensor
-        return _IgnoresReduction(unreduced)
+        return _IgnoresReduction(unreduced, summed)
     if not _takes_reduction(loss):
         raise ArgumentError("loss", loss, _FORMS, "Add an argument reduction='mean' to your function and obey 'none'.")
     return loss
@@ -61,8 +63,8 @@ def resolve_loss(loss: Loss | None, module: nn.Module | None = None) -> Loss:
 class _IgnoresReduction:
     """A loss module whose reduction is already "none", called as a function would be."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, sums: bool) -> None:
+        self.module, self.sums = module, sums
 
     def __call__(self, logits: Tensor, y: Tensor, reduction: str = "none") -> Tensor:
         if reduction != "none":
@@ -75,7 +77,8 @@ class _IgnoresReduction:
 
 
 def per_sample(loss: Loss, logits: Tensor, y: Tensor) -> Tensor:
-    """ell_i = loss(logits_i, y_i), shape (n,); several outputs per sample are summed.
+    """ell_i = loss(logits_i, y_i), shape (n,); several outputs per sample are averaged, as torch's own mean does (summed where the
+    loss module was made with ``reduction="sum"``).
 
     One logit per sample may come as (n,) or (n, 1), its labels likewise and in any dtype; they are aligned first (a
     silent broadcast to (n, n) is the classic trap).
@@ -83,6 +86,20 @@ def per_sample(loss: Loss, logits: Tensor, y: Tensor) -> Tensor:
     >>> per_sample(F.binary_cross_entropy_with_logits, torch.zeros(2, 1), torch.tensor([0, 1]))
     tensor([0.6931, 0.6931])
     """
+    n = logits.shape[0]
+    if not getattr(loss, "traced", False):  # a traced one takes z and y as they are
+        logits, y = aligned(loss, logits, y)
+    out = loss(logits, y, reduction="none")
+    if out.dim() == 0 or out.shape[0] != n:
+        raise ArgumentError("loss", loss, _FORMS, f"It gave shape {tuple(out.shape)} for {n} samples.")
+    if out.dim() == 1:
+        return out
+    out = out.reshape(n, -1)
+    return out.sum(1) if getattr(loss, "sums", False) else out.mean(1)
+
+
+def aligned(loss: Loss, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and labels in the shapes and dtypes that ``loss`` takes: one logit flat, class indices as int64, the rest as logits."""
     n = logits.shape[0]
     if one_logit(logits):
         if is_cross_entropy(loss) or _bare(loss) in (F.cross_entropy, nn.CrossEntropyLoss):
@@ -96,18 +113,118 @@ def per_sample(loss: Loss, logits: Tensor, y: Tensor) -> Tensor:
             )
         if y.numel() != n:
             raise ArgumentError("y", tuple(y.shape), f"one label per sample, ({n},) or ({n}, 1)")
-        logits, y = logits.reshape(n), y.reshape(n).to(logits.dtype)
-    elif y.is_floating_point() and y.dtype != logits.dtype:
-        y = y.to(logits.dtype)
-    out = loss(logits, y, reduction="none")
-    if out.dim() == 0 or out.shape[0] != n:
-        raise ArgumentError("loss", loss, _FORMS, f"It gave shape {tuple(out.shape)} for {n} samples.")
-    return out.reshape(n, -1).sum(1) if out.dim() > 1 else out
+        return logits.reshape(n), y.reshape(n).to(logits.dtype)
+    if _bare(loss) in (F.cross_entropy, nn.CrossEntropyLoss):
+        if y.dim() == 2 and y.shape[1] == 1:
+            y = y[:, 0]
+        if y.dim() == 1 and y.dtype != torch.int64:
+            y = y.long()
+    same = y.shape == logits.shape
+    return logits, y.to(logits.dtype) if y.is_floating_point() or same else y
+
+
+def reduced(loss: Loss | None, resolved: Loss) -> Callable[[Tensor, Tensor], Tensor]:
+    """L(logits, y), one number, as ``loss`` itself reduces a batch (torch's denominators); a mean where it does not.
+
+    >>> weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0]))
+    >>> z = torch.tensor([[0.0, 0.0], [2.0, 0.0]])
+    >>> reduced(weighted, resolve_loss(weighted))(z, torch.tensor([0, 1]))
+    tensor(1.7685)
+    """
+    own = F.cross_entropy if loss is None else loss
+
+    def whole(logits: Tensor, y: Tensor) -> Tensor:
+        logits, y = aligned(resolved, logits, y)
+        try:
+            out: Tensor = own(logits, y)
+        except TypeError:  # a function that must be told its reduction
+            out = own(logits, y, reduction="none")
+        return out if out.dim() == 0 else out.mean()
+
+    return whole
 
 
 def one_logit(logits: Tensor) -> bool:
     """Whether each sample has a single output: (n,) or (n, 1)."""
     return logits.dim() == 1 or (logits.dim() == 2 and logits.shape[1] == 1)
+
+
+def loss_identity(loss: Any) -> str:
+    """A description that is the same for the same loss and another one for another: function, arguments, content of tensors.
+
+    >>> loss_identity(nn.CrossEntropyLoss()) == loss_identity(F.cross_entropy)
+    True
+    >>> loss_identity(nn.CrossEntropyLoss(label_smoothing=0.2))
+    'torch.nn.functional.cross_entropy(label_smoothing=0.2)'
+    """
+    if isinstance(loss, _IgnoresReduction):
+        summed = "sums over outputs, " if loss.sums else ""
+        return summed + loss_identity(loss.module)
+    if isinstance(loss, functools.partial):
+        keywords = ", ".join(f"{k}={_shown(v)}" for k, v in sorted(loss.keywords.items()) if k != "reduction")
+        arguments = ", ".join([*map(_shown, loss.args), *([keywords] if keywords else [])])
+        return f"{loss_identity(loss.func)}({arguments})" if arguments else loss_identity(loss.func)
+    if isinstance(loss, nn.Module):
+        return _module_identity(loss)
+    if getattr(loss, "traced", False):
+        return repr(loss)
+    name = getattr(loss, "__qualname__", None)
+    return f"{loss.__module__}.{name}" if name is not None else repr(loss)
+
+
+#: What files of version 0.1 call these losses.
+_EARLIER = {
+    "CrossEntropyLoss()": "torch.nn.functional.cross_entropy",
+    "MSELoss()": "torch.nn.functional.mse_loss",
+    "BCEWithLogitsLoss()": "torch.nn.functional.binary_cross_entropy_with_logits",
+    "HuberLoss()": "torch.nn.functional.huber_loss",
+    "SoftMarginLoss()": "torch.nn.functional.soft_margin_loss",
+}
+
+
+def same_loss(one: str, other: str) -> bool:
+    """Whether two identities are of the same loss."""
+    return _EARLIER.get(one, one) == _EARLIER.get(other, other)
+
+
+#: Loss modules and the functions they are.
+_FUNCTIONS: dict[type, Loss] = {
+    nn.CrossEntropyLoss: F.cross_entropy,
+    nn.NLLLoss: F.nll_loss,
+    nn.MSELoss: F.mse_loss,
+    nn.L1Loss: F.l1_loss,
+    nn.HuberLoss: F.huber_loss,
+    nn.SmoothL1Loss: F.smooth_l1_loss,
+    nn.BCEWithLogitsLoss: F.binary_cross_entropy_with_logits,
+    nn.SoftMarginLoss: F.soft_margin_loss,
+    nn.MultiLabelSoftMarginLoss: F.multilabel_soft_margin_loss,
+    nn.MultiMarginLoss: F.multi_margin_loss,
+}
+
+
+def _module_identity(loss: nn.Module) -> str:
+    """By class and whatever it holds: public attributes and tensors."""
+    function = _FUNCTIONS.get(type(loss))
+    held = {k: v for k, v in vars(loss).items() if not k.startswith("_") and k not in ("training", "reduction")}
+    held |= dict(loss.named_buffers()) | dict(loss.named_parameters())
+    if function is None:
+        base, defaults = repr(loss), {}
+    else:
+        base = loss_identity(function)
+        defaults = {k: p.default for k, p in inspect.signature(function).parameters.items()}
+        held = {k: v for k, v in held.items() if k in defaults and not isinstance(v, Tensor) and v != defaults[k]} | {
+            k: v for k, v in held.items() if isinstance(v, Tensor)
+        }
+    arguments = ", ".join(f"{k}={_shown(v)}" for k, v in sorted(held.items()))
+    return f"{base}({arguments})" if arguments else base
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return loss_identity(value) if isinstance(value, (nn.Module, functools.partial)) else repr(value)
+    plain = value.detach().cpu().double().contiguous()
+    digest = hashlib.sha256(repr((tuple(plain.shape), plain.flatten().tolist())).encode()).hexdigest()
+    return f"tensor:{digest[:16]}"
 
 
 def is_cross_entropy(loss: Loss | None) -> bool:

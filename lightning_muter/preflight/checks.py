@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_muter.adversarial.adversary import Adversary, check_box
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.adversarial.training import adversary_of
 from lightning_muter.curvature.problem.network import parameters_in
 from lightning_muter.curvature.response.choose import Response, as_response
-from lightning_muter.errors import ArgumentError, UnsuitableError
+from lightning_muter.errors import ArgumentError, MismatchError, UnsuitableError
 from lightning_muter.lightning_names import is_overridden
-from lightning_muter.model.head import Head, eval_mode, find_head
-from lightning_muter.model.losses import Loss, per_sample, resolve_loss
-from lightning_muter.preflight.data import example_batch, inspect_loaders
+from lightning_muter.model.head import Head
+from lightning_muter.model.losses import Loss, loss_identity, same_loss
+from lightning_muter.model.normalization import Normalization, normalization_in
+from lightning_muter.model.read_step import read_objective
+from lightning_muter.model.reading import Reading
+from lightning_muter.model.rows import collate_of
+from lightning_muter.preflight.data import inspect_loaders, same_randomness_afterwards
 from lightning_muter.preflight.findings import Finding, Level, enforce, skip_reason
 from lightning_muter.preflight.optimizers import inspect_optimizers
 from lightning_muter.snapshot.codec import storable
@@ -26,10 +30,9 @@ from lightning_muter.snapshot.codec import storable
 __all__ = [
     "Finding",
     "enforce",
-    "example_batch",
     "inspect_fit",
-    "inspect_loss",
-    "inspect_model",
+    "inspect_layers",
+    "inspect_objective",
     "predict_bytes",
     "skip_reason",
 ]
@@ -47,6 +50,9 @@ def inspect_fit(
     threat_model: ThreatModel | None = None,
     response: str | Response = "auto",
     loss: Loss | None = None,
+    inputs: Any = None,
+    label: Any = None,
+    normalization: Any = None,
     weight_decay: object = "auto",
     callback: pl.Callback | None = None,
     cap: int = DEFAULT_CAP,
@@ -86,14 +92,14 @@ def inspect_fit(
             out.append(Finding("warning", doubt))
         out += _caught(lambda: storable(as_response(response, threat)))
     if readable:
-        x, y = (t.to(module.device) for t in example_batch(loaders[0]))
-        x = trainer.precision_plugin.convert_input(x)
-        if threat is not None:
-            out += _caught(lambda: check_box(x, threat))
-        out += inspect_loss(module, loss, x, y)
-        found, head = inspect_model(module, x, scope)
-        out += found
-        if head is not None:
+        if normalization is None and adversary is not None:
+            normalization = adversary.normalization
+        found, reading = inspect_objective(module, loaders[0], loss, inputs, label, threat, normalization)
+        out += [*found, *inspect_layers(module)]
+        if adversary is not None and reading is not None:
+            out += inspect_climb(adversary, reading)
+        if reading is not None and scope == "head":
+            head, x = reading.head, reading.split(reading.example)[0]
             prefix = f"{head.name}." if head.name else ""
             names = [prefix + n for n, _ in head.linear.named_parameters()]
             out += inspect_size(head, len(loaders[0].dataset), x[0].numel(), threat, cap)
@@ -201,50 +207,61 @@ def inspect_adversary(
     return out
 
 
-def inspect_loss(module: nn.Module, loss: Loss | None, x: Tensor, y: Tensor) -> list[Finding]:
-    """Whether the loss gives one finite number per sample, and is a mean over samples."""
-    out = []
-    given: Any = loss if loss is not None else getattr(module, "criterion", None)
-    for candidate in {id(c): c for c in (given, getattr(module, "criterion", None))}.values():
-        weighted = isinstance(candidate, (nn.CrossEntropyLoss, nn.NLLLoss)) and candidate.weight is not None
-        if weighted and getattr(candidate, "reduction", None) == "mean":
-            out.append(
-                Finding(
-                    "error",
-                    f"{type(candidate).__name__}(weight=...) divides by the class weights of each batch: a sample's "
-                    "share depends on its neighbours.",
-                    "Use reduction='none' and average over the samples, (w[y] * loss).mean(), or weights in the batch.",
-                )
+def inspect_objective(
+    module: nn.Module,
+    loader: Any,
+    loss: Loss | None,
+    inputs: Any,
+    label: Any,
+    threat: ThreatModel | None,
+    normalization: Any = None,
+) -> tuple[list[Finding], Reading | None]:
+    """What the step's own loss is, or why it cannot be read; whether it is finite and the inputs lie in the box."""
+    try:
+        with same_randomness_afterwards():
+            reading = read_objective(
+                module,
+                loader.dataset,
+                loss=loss,
+                collate=collate_of(loader),
+                inputs=inputs,
+                label=label,
+                normalization=normalization,
+                rows_per_step=loader.batch_size,
             )
-        if getattr(candidate, "reduction", None) == "sum":
-            out.append(
-                Finding(
-                    "warning",
-                    "The criterion sums over the batch, so that weight decay counts per batch, not per sample.",
-                    "Use reduction='mean', or pass weight_decay=lambda of the mean loss.",
-                )
-            )
-
-    def measure() -> None:
-        with eval_mode(module), torch.no_grad():
-            logits = module(x)
-            if isinstance(logits, Tensor):
-                values = per_sample(resolve_loss(loss, module), logits, y)
-                if not torch.isfinite(values.float()).all():
-                    raise UnsuitableError("The loss is NaN or infinite on the first samples. Check data and weights.")
-
-    return out + _caught(measure)
+    except (UnsuitableError, MismatchError) as e:
+        return [Finding("skip", str(e))], None
+    except ArgumentError as e:
+        return [Finding("error", str(e))], None
+    out = [Finding("warning", note) for note in reading.notes]
+    x = reading.split(reading.example)[0]
+    if threat is not None:
+        outside = _caught(lambda: check_box(x, threat))
+        given = Normalization.of(normalization_in(loader.dataset)) if outside and normalization is None else None
+        if given is not None:
+            advice = f"The dataset normalises: pass normalization=({given.mean}, {given.std})."
+            outside = [replace(f, advice=advice) for f in outside]
+        out += outside
+    return out, reading
 
 
-def inspect_model(module: nn.Module, x: Tensor, scope: str | list[str] = "head") -> tuple[list[Finding], Head | None]:
-    """The head, and layers that behave differently in eval mode."""
+def inspect_climb(adversary: Adversary, reading: Reading) -> list[Finding]:
+    """Whether what is raised in training is what is minimised."""
+    if adversary.asks or same_loss(loss_identity(adversary.loss), reading.identity):
+        return []
+    return [
+        Finding(
+            "warning",
+            f"Training raises {loss_identity(adversary.loss)} and minimises {reading.identity}: its result is no minimum of a "
+            "maximum, however long it trains.",
+            "Leave loss= and maximise= of the adversarial training out, so that the step's own loss is raised.",
+        )
+    ]
+
+
+def inspect_layers(module: nn.Module) -> list[Finding]:
+    """Layers that behave differently in eval mode or have no second derivative."""
     out: list[Finding] = []
-    head: Head | None = None
-    if scope == "head":
-        try:
-            head = find_head(module, x)
-        except UnsuitableError as e:
-            out.append(Finding("error", str(e)))
     kinds: dict[str, tuple[Level, Any, str]] = {
         "BatchNorm": ("note", nn.modules.batchnorm._BatchNorm, "uses its running statistics, which are not unlearned"),
         "Dropout": ("note", nn.modules.dropout._DropoutNd, "is switched off while curvature is computed"),
@@ -255,7 +272,7 @@ def inspect_model(module: nn.Module, x: Tensor, scope: str | list[str] = "head")
         if names:
             advice = "" if level == "note" else "Keep it out of the scope, or use another layer."
             out.append(Finding(level, f"{kind} ({_few(names)}) {behaviour}.", advice))
-    return out, head
+    return out
 
 
 def inspect_outside(module: nn.Module, names: Iterable[str], optimizers: Iterable[Any] | None = None) -> list[Finding]:

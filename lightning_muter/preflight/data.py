@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.utils.data import (
 )
 
 from lightning_muter.errors import ArgumentError
-from lightning_muter.model.batches import split_batch
+from lightning_muter.model.leaves import flatten
 from lightning_muter.model.rows import collate_of, takes_whole_batches
 from lightning_muter.preflight.findings import Finding
 
@@ -111,20 +111,20 @@ def _inspect_samples(loader: DataLoader[Any]) -> list[Finding]:
         return [Finding("error", "The training dataset is empty.", "")]
     rows = sorted({round(i * (n - 1) / max(1, _ROWS - 1)) for i in range(_ROWS)})
     try:
-        with _same_randomness_afterwards():
+        with same_randomness_afterwards():
             reads = [[_collate(loader, [loader.dataset[i]]) for i in rows] for _ in range(_READS)]
             together = _collate(loader, [loader.dataset[i] for i in rows])
             if takes_whole_batches(loader):
                 together = loader.collate_fn(loader.dataset[rows])
-        pairs = [[split_batch(b)[:2] for b in read] for read in reads]
-        x, y, _ = split_batch(together)
-        apart = tuple(torch.cat(part) for part in zip(*pairs[0], strict=True))
+        kept = [[_tensors(b) for b in read] for read in reads]
+        whole = _tensors(together)
+        apart = [torch.cat(part) if _stackable(part) else None for part in zip(*kept[0], strict=True)]
     except ArgumentError as e:
         return [Finding("error", str(e))]
     except Exception as e:
         return [Finding("error", f"Reading and collating the first samples failed: {e!r}.", "Training would fail too.")]
     out = []
-    if any(not _same(pairs[0][i], other[i]) for other in pairs[1:] for i in range(len(rows))):
+    if any(not _same(kept[0][i], other[i]) for other in kept[1:] for i in range(len(rows))):
         out.append(
             Finding(
                 "error",
@@ -133,7 +133,7 @@ def _inspect_samples(loader: DataLoader[Any]) -> list[Finding]:
                 "Augment once, in advance, into a longer dataset, or train the head on samples without augmentation.",
             )
         )
-    elif not _same((x, y), apart):
+    elif not _same(whole, apart):
         out.append(
             Finding(
                 "error",
@@ -141,30 +141,31 @@ def _inspect_samples(loader: DataLoader[Any]) -> list[Finding]:
                 "Collate sample by sample, so that a sample stays what it is in any batch.",
             )
         )
-    bad = [name for name, part in (("inputs", x), ("labels", y)) if not torch.isfinite(part.float()).all()]
-    if bad:
-        out.append(Finding("error", f"NaN or infinite {' and '.join(bad)} in the training data.", "Clean the data."))
+    if any(not bool(torch.isfinite(part).all()) for part in whole if part.is_floating_point()):
+        out.append(Finding("error", "NaN or infinite numbers in the training data.", "Clean the data."))
     return out
 
 
-def example_batch(loader: DataLoader[Any], rows: int = 4) -> tuple[Tensor, Tensor]:
-    """Inputs and labels of the first samples, as they reach the model; the random state is left as it was."""
-    n: int = len(loader.dataset)  # type: ignore[arg-type]
-    with _same_randomness_afterwards():
-        x, y, _ = split_batch(_collate(loader, [loader.dataset[i] for i in range(min(rows, n))]))
-    return x, y
+def _tensors(batch: Any) -> list[Tensor]:
+    return [v for v in flatten(batch)[1] if isinstance(v, Tensor)]
+
+
+def _stackable(part: tuple[Tensor, ...]) -> bool:
+    return all(t.dim() > 0 and t.shape[1:] == part[0].shape[1:] for t in part)
 
 
 def _collate(loader: DataLoader[Any], samples: list[Any]) -> Any:
     return collate_of(loader)(samples)
 
 
-def _same(a: Any, b: Any) -> bool:
-    return all(p.shape == q.shape and torch.equal(p.nan_to_num(), q.nan_to_num()) for p, q in zip(a, b, strict=True))
+def _same(a: list[Tensor], b: Sequence[Tensor | None]) -> bool:
+    """Tensor by tensor; None stands for what cannot be compared."""
+    pairs = [(p, q) for p, q in zip(a, b, strict=True) if q is not None]
+    return all(p.shape == q.shape and torch.equal(p.nan_to_num(), q.nan_to_num()) for p, q in pairs)
 
 
 @contextmanager
-def _same_randomness_afterwards() -> Iterator[None]:
+def same_randomness_afterwards() -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - datasets may draw from the global one
     with torch.random.fork_rng(devices=[]):
         try:

@@ -42,6 +42,11 @@ class Request:
     def n_retained(self) -> int:
         return self.snapshot.n_retained - len(self.forget)
 
+    @property
+    def total(self) -> float:
+        """sum d_i of the samples that will be left: |R| where each counts once."""
+        return self.snapshot.total - self.source.total(self.forget)
+
     def objective(
         self, positions: list[int], starts: Tensor | None, source: SampleSource | None = None
     ) -> ShardedObjective:
@@ -114,14 +119,15 @@ class MUter(Method):
         snapshot, device = request.snapshot, request.problem.device
         reference, base = snapshot.theta_ref.to(device), snapshot.theta_base.to(device)
         objective = request.objective(request.forget, snapshot.starts)
-        sums, delta = objective.sums(reference, response=snapshot.response, curvature=snapshot.curvature)
+        settle = not snapshot.inner.as_found
+        sums, delta = objective.sums(reference, response=snapshot.response, curvature=snapshot.curvature, settle=settle)
         assert sums.hessian is not None
         gone = sums.gradient
         if not torch.equal(reference, base):
             gone = request.objective(request.forget, snapshot.base_starts).sums(base)[0].gradient
         hessian = replace(snapshot.hessian, blocks=snapshot.hessian.blocks.to(device)).minus(sums.hessian, reuse=True)
         gradient = snapshot.gradient.to(device) - gone
-        penalty = request.n_retained * snapshot.decay.to(device)
+        penalty = request.total * snapshot.decay.to(device)
         matrix = hessian.dense()
         matrix.diagonal().add_(penalty.flatten())
         rhs = (gradient + penalty * base).flatten()

@@ -26,16 +26,20 @@ from lightning_muter.curvature.inner.maximiser import InnerSolver, Smoothing
 from lightning_muter.curvature.objective.network import WideCurvature, WideObjective
 from lightning_muter.curvature.problem.network import WideProblem
 from lightning_muter.curvature.response.choose import Response, as_response
-from lightning_muter.errors import ArgumentError, MismatchError
+from lightning_muter.errors import ArgumentError
 from lightning_muter.forgotten.digests import check_digests
 from lightning_muter.forgotten.modules import check_remembered, recalled, remember
 from lightning_muter.forgotten.rows import Forgotten, barred_after, barred_of, known_keys, remember_key
 from lightning_muter.minimise.levenberg_marquardt import Found, LevenbergMarquardt
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards, refuse_sharded_parameters
-from lightning_muter.model.losses import Loss, resolve_loss
+from lightning_muter.model.losses import Loss
+from lightning_muter.model.read_step import read_objective
+from lightning_muter.model.reading import Reading
+from lightning_muter.snapshot.ranks import ranks_agree
+from lightning_muter.snapshot.reread import read_stored
 from lightning_muter.snapshot.retaken import positions_to_leave_out
-from lightning_muter.snapshot.snapshot import WIDE_BATCH, WideSnapshot, loss_name
+from lightning_muter.snapshot.snapshot import WIDE_BATCH, WideSnapshot
 from lightning_muter.snapshot.trained import Decay, decay_by_name, trained_threat
 from lightning_muter.solvers.base import Solver
 from lightning_muter.solvers.cg import CG, TruncatedCG
@@ -50,6 +54,7 @@ DAMPING = 1e-2
 _KINKED = InnerSolver(tolerance=1e-3, max_iter=8, tracking=4, finish=1)
 
 
+@ranks_agree
 @torch.inference_mode(False)
 def unlearn_wide(
     model: nn.Module,
@@ -77,6 +82,8 @@ def unlearn_wide(
     collate: Callable[[list[Any]], Any] | None = None,
     batch_size: int = WIDE_BATCH,
     num_workers: int = 0,
+    inputs: Any = None,
+    label: Any = None,
     shards: Shards | None = None,
     dry_run: bool = False,
     progress: bool = True,
@@ -109,16 +116,17 @@ def unlearn_wide(
     stand_in: Any = SimpleNamespace(n_total=n_total, forgotten=before, absent=[], n_retained=n_total - len(set(before)))
     positions = checked_positions(forget, stand_in)
     gone = {*positions, *before}
+    kept = [i for i in range(n_total) if i not in gone]
     objective = wide_objective(
         model,
         data,
-        [i for i in range(n_total) if i not in gone],
+        kept,
+        reading=read_objective(model, data, loss=loss, collate=collate, positions=kept, inputs=inputs, label=label),
         scope=scope,
         threat=trained_threat(model, threat_model, attack),
         trades_beta=trades_beta,
         response=response,
         curvature=curvature,
-        loss=loss,
         decay=lambda problem: wide_decay(problem, model, weight_decay, optimizers),
         smoothing=smoothing,
         inner=inner,
@@ -129,7 +137,7 @@ def unlearn_wide(
         shards=shards,
     )
     deadline = None if seconds is None else began + seconds
-    result, new = _carry_out(objective, scope, positions, steps, damping, cg, tolerance, deadline, progress)
+    result, new = _carry_out(objective, scope, positions, len(kept), steps, damping, cg, tolerance, deadline, progress)
     _commit(objective.problem, new, result, dry_run, lambda fingerprint: None)
     if not dry_run:
         key = known_keys().get(record.key_id) or DigestKey.generate()
@@ -155,6 +163,8 @@ def unlearn_stored(
     loss: Loss | None = None,
     collate: Callable[[list[Any]], Any] | None = None,
     batch_size: int = WIDE_BATCH,
+    inputs: Any = None,
+    label: Any = None,
     shards: Shards | None = None,
     progress: bool = True,
 ) -> UnlearnResult:
@@ -182,24 +192,24 @@ def unlearn_stored(
     snapshot.check_model(model)
     check_remembered(model, snapshot)
     snapshot.check_parameters(model)
-    found = resolve_loss(loss, model)
-    if loss_name(found) != snapshot.loss_name:
-        raise MismatchError(
-            f"loss: got {loss_name(found)}, the snapshot was taken with {snapshot.loss_name}. Pass that loss, or take a "
-            "new snapshot."
-        )
     gone = set(positions)
     kept = [i for i in snapshot.retained_positions if i not in gone]
+    reading = read_stored(
+        model, snapshot, data, sorted([*positions, *kept]), loss=loss, collate=collate, inputs=inputs, label=label
+    )
     check_digests(snapshot, data, positions, "data", collate)
     check_digests(snapshot, read, kept, "data" if retain is None else "retain", collate)
     objective = stored_objective(
-        model, snapshot, read, kept, loss=found, collate=collate, batch_size=batch_size, shards=shards
+        model, snapshot, read, kept, reading=reading, collate=collate, batch_size=batch_size, shards=shards
     )
     result, new = _carry_out(
-        objective, snapshot.scope, positions, 1 + refine, DAMPING, _as_cg(solver), 1e-6, None, progress
+        objective, snapshot.scope, positions, len(kept), 1 + refine, DAMPING, _as_cg(solver), 1e-6, None, progress
     )
-    after = replace(snapshot, forgotten=[*snapshot.forgotten, *positions], digests=snapshot.digests.clone())
-    after.digests[torch.tensor(positions)] = 0
+    after = replace(
+        snapshot,
+        forgotten=[*snapshot.forgotten, *positions],
+        **{name: _blanked(getattr(snapshot, name), positions) for name in ("digests", "sample_weight", "mass")},
+    )
     after.barred = barred_after(snapshot, data, positions, collate)
     assert result.stationarity_after is not None
     after.stationarity = result.stationarity_after
@@ -211,23 +221,31 @@ def unlearn_stored(
     return result
 
 
+def _blanked(rows: Tensor | None, positions: list[int]) -> Any:
+    if rows is None:
+        return None
+    rows = rows.clone()
+    rows[torch.tensor(positions)] = 0
+    return rows
+
+
 def wide_objective(
     model: nn.Module,
     data: Dataset[Any],
     positions: Sequence[int],
     *,
+    reading: Reading,
     scope: str | Sequence[str],
     threat: ThreatModel,
     trades_beta: float | None,
     response: str | Response,
     curvature: WideCurvature,
-    loss: Loss | None,
     decay: Callable[[WideProblem], Tensor],
     smoothing: Smoothing | None,
     inner: InnerSolver | None,
-    sample_weight: Tensor | None,
     collate: Callable[[list[Any]], Any] | None,
     batch_size: int,
+    sample_weight: Tensor | None = None,
     num_workers: int = 0,
     shards: Shards | None = None,
 ) -> WideObjective:
@@ -243,8 +261,9 @@ def wide_objective(
         weight=sample_weight,
         threat=threat,
         readable=positions,
-    )
-    problem = WideProblem(model, resolve_loss(loss, model), scope, source.examples(), trades_beta)
+        reading=reading,
+    ).settle()
+    problem = WideProblem(model, reading.loss, scope, source.examples(), trades_beta, reading)
     return WideObjective(
         problem,
         threat,
@@ -252,7 +271,7 @@ def wide_objective(
         decay(problem),
         as_response(response, threat),
         shards.share(positions),
-        len(positions),
+        source.total(positions),
         curvature,
         inner or (_KINKED if problem.backbone.piecewise_linear else InnerSolver(max_iter=50)),
         smoothing or Smoothing(),
@@ -278,7 +297,6 @@ def stored_objective(
         decay=lambda problem: wide_decay(problem, model, snapshot.decay, None),
         smoothing=snapshot.smoothing,
         inner=snapshot.inner,
-        sample_weight=snapshot.sample_weight,
         **options,
     )
 
@@ -287,6 +305,7 @@ def _carry_out(
     objective: WideObjective,
     scope: str | Sequence[str],
     positions: list[int],
+    n_retained: int,
     steps: int,
     damping: float,
     cg: TruncatedCG | None,
@@ -306,7 +325,7 @@ def _carry_out(
         response=objective.response.name,
         scope=scope if isinstance(scope, str) else ", ".join(scope),
         forgotten=positions,
-        n_retained=objective.count,
+        n_retained=n_retained,
         step_norm=float((found.w - w).norm()),
         solver=found.solver | {"steps": found.trials, "counts": {k: v for k, v in objective.counts.items() if v}},
         stationarity_before=found.first.stationarity,

@@ -19,10 +19,14 @@ from lightning_muter.curvature.response.choose import Response
 from lightning_muter.errors import ArgumentError, UnsuitableError
 from lightning_muter.forgotten.digests import check_digests, sample_digests
 from lightning_muter.minimise.levenberg_marquardt import LevenbergMarquardt
-from lightning_muter.model.losses import Loss, resolve_loss
+from lightning_muter.model.losses import Loss
+from lightning_muter.model.read_step import read_objective
+from lightning_muter.model.reading import Reading
 from lightning_muter.scope.network import DAMPING, left_outside, stored_objective, wide_decay, wide_objective
+from lightning_muter.snapshot.ranks import ranks_agree
+from lightning_muter.snapshot.reread import read_stored
 from lightning_muter.snapshot.retaken import leaves_out_forgotten
-from lightning_muter.snapshot.snapshot import WIDE_BATCH, WideSnapshot, loss_name
+from lightning_muter.snapshot.snapshot import WIDE_BATCH, WideSnapshot
 from lightning_muter.snapshot.trained import Decay, trained_threat
 from lightning_muter.solvers.cg import TruncatedCG
 from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
@@ -31,6 +35,7 @@ from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
 _STATIONARY = 1e-2
 
 
+@ranks_agree
 @leaves_out_forgotten
 @torch.inference_mode(False)
 def take_wide_snapshot(
@@ -55,6 +60,10 @@ def take_wide_snapshot(
     num_workers: int = 0,
     device: torch.device | str | None = None,
     key: DigestKey | None = None,
+    inputs: Any = None,
+    label: Any = None,
+    normalization: Any = None,
+    reading: Reading | None = None,
     progress: bool = True,
 ) -> WideSnapshot:
     """What a later request on the parameters in ``scope`` needs to know; one pass over ``dataset``, nothing of size p x p.
@@ -74,16 +83,20 @@ def take_wide_snapshot(
         raise ArgumentError("polish", polish, "'auto', 0 or a number of steps")
     if device is not None:
         model.to(device)
+    if reading is None:
+        reading = read_objective(
+            model, dataset, loss=loss, collate=collate, inputs=inputs, label=label, normalization=normalization
+        )
     objective = wide_objective(
         model,
         dataset,
         range(len(dataset)),  # type: ignore[arg-type]
+        reading=reading,
         scope=scope,
         threat=trained_threat(model, threat_model, attack),
         trades_beta=trades_beta,
         response=response,
         curvature=curvature,
-        loss=loss,
         decay=lambda problem: wide_decay(problem, model, weight_decay, optimizers),
         smoothing=smoothing,
         inner=inner,
@@ -101,7 +114,7 @@ def take_wide_snapshot(
         w, now = found.w, found.last
     if not bool(torch.isfinite(now.gradient).all()):
         raise UnsuitableError("The objective is not finite at the model's weights. Check the weights and the loss.")
-    notes = []
+    notes = list(reading.notes)
     outside = left_outside(model, problem.names)
     if outside is not None:
         notes.append(outside)
@@ -111,7 +124,7 @@ def take_wide_snapshot(
             "goes on minimising; train longer, or pass polish=<steps>, to see the removal alone."
         )
     for note in notes:  # before anything is changed: a warning may be an error
-        warning_module.warn(note, stacklevel=3)
+        warning_module.warn(note, stacklevel=5)
     key = key or DigestKey.generate()
     digests = sample_digests(key, source, range(source.n))
     problem.write(w)
@@ -125,7 +138,9 @@ def take_wide_snapshot(
         threat_model=objective.threat,
         response=objective.response,
         curvature=curvature,
-        loss_name=loss_name(resolve_loss(loss, model)),
+        loss_name=reading.identity,
+        mass=source.mass,
+        normalization=reading.normalization,
         input_shape=source.input_shape,
         inner=objective.inner,
         smoothing=objective.smoothing,
@@ -156,13 +171,16 @@ def refresh_wide(
     loss: Loss | None = None,
     collate: Callable[[list[Any]], Any] | None = None,
     batch_size: int = WIDE_BATCH,
+    inputs: Any = None,
+    label: Any = None,
 ) -> WideSnapshot:
     """The same objective at the current weights, measured on the retained samples; the old snapshot is left as it is."""
     snapshot.check_length(data, "data")
     snapshot.check_parameters(model)
     kept = snapshot.retained_positions
+    reading = read_stored(model, snapshot, data, kept, loss=loss, collate=collate, inputs=inputs, label=label)
     check_digests(snapshot, data, kept, "data", collate)
-    objective = stored_objective(model, snapshot, data, kept, loss=loss, collate=collate, batch_size=batch_size)
+    objective = stored_objective(model, snapshot, data, kept, reading=reading, collate=collate, batch_size=batch_size)
     now = objective.evaluate(objective.problem.read())
     return replace(
         snapshot,

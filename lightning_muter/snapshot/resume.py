@@ -23,8 +23,8 @@ from lightning_muter.curvature.objective.sharded import ShardedObjective
 from lightning_muter.curvature.response.choose import Response
 from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError
 from lightning_muter.forgotten.digests import sample_digests
+from lightning_muter.model.losses import loss_identity
 from lightning_muter.snapshot.codec import encode
-from lightning_muter.snapshot.snapshot import loss_name
 from lightning_muter.storage.container import read_container, write_container
 from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
 
@@ -50,7 +50,7 @@ class Resumable:
             raise ArgumentError("every", self.every, "a number of samples, 1 or larger")
 
     def sums(
-        self, objective: ShardedObjective, theta: Tensor, response: Response, curvature: Curvature
+        self, objective: ShardedObjective, theta: Tensor, response: Response, curvature: Curvature, settle: bool = True
     ) -> tuple[Sums, Tensor]:
         """``objective.sums(theta, response=..., curvature=...)``, chunk by chunk, from where the file left off.
 
@@ -78,7 +78,7 @@ class Resumable:
         while done < len(positions):
             at = slice(done, done + step)
             part = objective.part(at)
-            sums, delta = part.sums(theta, response=response, curvature=curvature)
+            sums, delta = part.sums(theta, response=response, curvature=curvature, settle=settle)
             _add(total, sums)
             deltas.append(delta)
             done = min(done + step, len(positions))
@@ -125,7 +125,7 @@ def _identity(
         "settings": settings,
         "tensors": weight_fingerprint({"theta": theta, "positions": torch.tensor(positions), **tensors}),
         "curvature": curvature,
-        "loss": loss_name(objective.problem.loss),
+        "loss": loss_identity(objective.problem.loss),
         "batch": objective.source.batch_size,
         "process": [objective.shards.rank, objective.shards.world],
     }

@@ -49,7 +49,7 @@ def leaves_out_forgotten(take: Take) -> Take:
             weight = options.get("sample_weight")
             options["sample_weight"] = None if weight is None else torch.as_tensor(weight)[kept]
             options |= {"like": part_of(like, kept)} if like is not None else {}
-            snapshot = spread(take(model, Subset(dataset, kept), **options), n, gone, weight)
+            snapshot = spread(take(model, Subset(dataset, kept), **options), n, gone)
         snapshot.barred = snapshot.barred | record.barred
         return cast(Stored, snapshot)
 
@@ -75,14 +75,15 @@ def positions_to_leave_out(record: Forgotten, dataset: Dataset[Any], collate: An
     return gone
 
 
-def spread(part: Any, n_total: int, gone: Sequence[int], weight: Tensor | None, absent: Sequence[int] = ()) -> Any:
+def spread(part: Any, n_total: int, gone: Sequence[int], absent: Sequence[int] = ()) -> Any:
     """A snapshot of the retained rows, with positions counted in the full training set again."""
     out = {*gone, *absent}
     kept = [i for i in range(n_total) if i not in out]
-    part.n_total, part.forgotten, part.absent, part.sample_weight = n_total, list(gone), list(absent), weight
-    part.digests = _spread(part.digests, kept, n_total)
-    if getattr(part, "starts", None) is not None:
-        part.starts = _spread(part.starts, kept, n_total)
+    part.n_total, part.forgotten, part.absent = n_total, list(gone), list(absent)
+    for name in ("digests", "starts", "sample_weight", "mass"):
+        rows = getattr(part, name, None)
+        if rows is not None:
+            setattr(part, name, _spread(rows, kept, n_total))
     return part
 
 
@@ -91,7 +92,7 @@ def part_of(snapshot: Snapshot, kept: list[int]) -> Snapshot:
     starts = None if snapshot.starts is None else snapshot.starts[kept]
     return replace(
         snapshot, n_total=len(kept), forgotten=[], absent=[], digests=snapshot.digests[kept], starts=starts, base_starts=None,
-        sample_weight=None,
+        sample_weight=None, mass=None,
     )  # fmt: skip
 
 

@@ -13,7 +13,6 @@ default may be added: files keep every field, and one that an older file lacks t
 
 from __future__ import annotations
 
-import functools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -35,6 +34,7 @@ from lightning_muter.curvature.response.choose import Response
 from lightning_muter.errors import CorruptFileError, MismatchError
 from lightning_muter.forgotten.digests import check_digests
 from lightning_muter.forgotten.rows import Barred
+from lightning_muter.model.normalization import Normalization
 from lightning_muter.snapshot.codec import decode, encode
 from lightning_muter.snapshot.format_1 import from_format_1
 from lightning_muter.storage.atomic import Writer, atomic_write
@@ -57,6 +57,10 @@ class Stored(ABC):
         fingerprint: of the model's whole state dict as it should be now.
         digests: keyed digest of every sample (n, 16); rows of forgotten samples are zeroed.
         stationarity: |grad F| / sum |grad phi_i| for the samples at hand when it was measured.
+        normalization: of inputs that the model takes normalised; the threat model is in the scale of the data.
+        loss_name: identity of the loss of a row (function, arguments, content of tensors).
+        sample_weight, mass: c_i and d_i (n,) of F = sum c_i phi_i + (sum d_i / 2) lambda |w|^2; None where all are 1; zeroed for
+            forgotten samples.
         barred: keyed digests of the content of forgotten rows, those of earlier training sets included.
     """
 
@@ -73,6 +77,8 @@ class Stored(ABC):
     fingerprint: str
     stationarity: float
     sample_weight: Tensor | None = None
+    mass: Tensor | None = None
+    normalization: Normalization | None = None
     absent: list[int] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
@@ -88,6 +94,11 @@ class Stored(ABC):
     @property
     def n_retained(self) -> int:
         return self.n_total - len(self.forgotten) - len(self.absent)
+
+    @property
+    def total(self) -> float:
+        """sum d_i of the samples that are left: what weight decay is multiplied by."""
+        return float(self.n_retained) if self.mass is None else float(self.mass[self.retained_positions].sum())
 
     @property
     def retained_positions(self) -> list[int]:
@@ -216,8 +227,10 @@ class Stored(ABC):
             raise ValueError("forgotten or absent rows are not rows of the dataset")
         if tuple(self.digests.shape) != (n, 16) or self.digests.dtype != torch.uint8:
             raise ValueError(f"digests are {tuple(self.digests.shape)} {self.digests.dtype}, not {(n, 16)} bytes")
-        if self.sample_weight is not None and len(self.sample_weight) != n:
-            raise ValueError(f"sample_weight has {len(self.sample_weight)} rows, not {n}")
+        for name in ("sample_weight", "mass"):
+            rows = getattr(self, name)
+            if rows is not None:
+                _check_numbers(name, rows, (n,))
         if self.smoothing.anchor is not None:
             _check_numbers("anchor", self.smoothing.anchor)
 
@@ -320,12 +333,3 @@ def _check_numbers(
 def key_path(path: str | os.PathLike[str]) -> Path:
     """Where the key of a snapshot lies: `a.muter.snapshot` -> `a.muter.key`."""
     return Path(path).with_suffix(".key")
-
-
-def loss_name(loss: Callable[..., Tensor]) -> str:
-    """A stable description of a loss, to tell two apart."""
-    if isinstance(loss, functools.partial):
-        keywords = ", ".join(f"{k}={v!r}" for k, v in sorted(loss.keywords.items()))
-        return f"{loss_name(loss.func)}({keywords})"
-    name = getattr(loss, "__qualname__", None)
-    return f"{loss.__module__}.{name}" if name is not None else repr(loss)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings as warning_module
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,19 +26,29 @@ from lightning_muter.curvature.problem.head import HeadProblem
 from lightning_muter.curvature.response.choose import Response, as_response
 from lightning_muter.errors import ArgumentError, MismatchError, UnsuitableError
 from lightning_muter.forgotten.digests import check_digests, sample_digests
-from lightning_muter.minimise import polish as descent
+from lightning_muter.minimise.budget import FORWARD, Budget, Fit
+from lightning_muter.minimise.train_on import TrainedOn, cost_of_sums, train_on
 from lightning_muter.model.dataset import SampleSource
-from lightning_muter.model.losses import Loss, accuracy, resolve_loss
+from lightning_muter.model.losses import Loss, accuracy
+from lightning_muter.model.read_step import read_objective
+from lightning_muter.model.reading import Reading
+from lightning_muter.snapshot.ranks import ranks_agree
+from lightning_muter.snapshot.reread import read_stored
 from lightning_muter.snapshot.resume import Resumable
 from lightning_muter.snapshot.retaken import leaves_out_forgotten, spread
-from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot, loss_name
+from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot
 from lightning_muter.snapshot.trained import Decay, head_decay, trained_threat
 from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
 
+#: What knows adversarial examples of the training (`adversarial.examples`).
+Examples = Callable[[Tensor], tuple[Tensor, Tensor]]
+#: Share of the samples whose adversarial examples may be unknown (they start from 0), for these to be used at all.
+_UNKNOWN = 0.1
 #: Stationarity that polish aims at, by the dtype of the backbone.
 AIM = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 
+@ranks_agree
 @leaves_out_forgotten
 @torch.inference_mode(False)
 def take_snapshot(
@@ -54,6 +64,9 @@ def take_snapshot(
     weight_decay: Decay = "auto",
     optimizers: Iterable[Any] | None = None,
     polish: str | int = "auto",
+    budget: float | str | None = None,
+    fit: Fit | None = None,
+    examples: Examples | None = None,
     tolerance: float | None = None,
     smoothing: Smoothing | None = None,
     inner: InnerSolver | None = None,
@@ -65,6 +78,10 @@ def take_snapshot(
     key: DigestKey | None = None,
     like: Snapshot | None = None,
     resume: Resumable | None = None,
+    inputs: Any = None,
+    label: Any = None,
+    normalization: Any = None,
+    reading: Reading | None = None,
     progress: bool = True,
 ) -> Snapshot:
     """Statistics of a trained model's head, from which samples of ``dataset`` can be unlearned later.
@@ -75,11 +92,21 @@ def take_snapshot(
         threat_model: norm, eps, box; read off ``attack`` or the module's adversarial training when not given.
             ``ThreatModel("l2", 0.0)`` for standard training.
         response: "auto", "none", "unconstrained", "l2", "linf" or a Response.
-        loss: ``callable(logits, y, reduction="none")``; the module's ``criterion``, else cross-entropy.
+        loss: None reads it off the module's own ``training_step``; a plain module has its ``criterion``, else cross-entropy, or
+            what is given: ``callable(logits, y, reduction="none")``. A given one must be the step's, where there is a step.
+        inputs, label: key or position in a batch, where it cannot be told which tensor is the input (or the label).
+        normalization: (mean, std) where the dataset gives normalised inputs; threat model and box are then in the scale of the
+            data (``ThreatModel("linf", 8 / 255)``).
+        reading: what :func:`lightning_muter.model.read_step.read_objective` gave, if it was read before.
         weight_decay: lambda (one number, or by parameter name); "auto" reads it off ``optimizers`` or
             ``configure_optimizers()``.
-        polish: "auto" minimises until stationary (1e-6 in float64, 1e-4 in float32), a number limits the passes over the
-            data, 0 leaves the weights as they are.
+        polish: "auto" minimises until stationary (1e-6 in float64; networks in float32: until the objective is within a
+            thousandth of the least), a number limits the passes over the data, 0 leaves the weights as they are.
+        budget: of polish and snapshot together, in gradients per sample: "auto" is the larger of a tenth of the fit and three
+            of its epochs, a number a share of the fit, None no limit. What stopped polish is in ``figures["polish"]``.
+        fit: what the fit cost (:class:`lightning_muter.minimise.budget.Fit`); by default epochs of PGD-10 are counted.
+        examples: inputs (n, ...) -> perturbations (n, D) and which are known (n,): adversarial examples of the training, from
+            which the polish of a network starts.
         smoothing: of L-infinity switches, by default :meth:`Smoothing.of` the model; given with an anchor it is taken as it is
             (to compare models on one objective).
         sample_weight: w_i (n,) of an objective sum_i w_i phi_i.
@@ -103,9 +130,13 @@ def take_snapshot(
         raise ArgumentError("polish", polish, "'auto', 0 or a number of passes")
     if device is not None:
         model.to(device)
-    loss = resolve_loss(loss, model)
     threat = trained_threat(model, threat_model, attack)
     parameter = next(model.parameters())
+    if reading is None:
+        reading = read_objective(
+            model, dataset, loss=loss, collate=collate, inputs=inputs, label=label, normalization=normalization
+        )
+    loss = reading.loss
     source = SampleSource(
         dataset,
         collate=collate,
@@ -114,8 +145,9 @@ def take_snapshot(
         device=parameter.device,
         weight=sample_weight,
         threat=threat,
-    )
-    problem = HeadProblem(model, loss, source.examples())
+        reading=reading,
+    ).settle()
+    problem = HeadProblem(model, loss, source.examples(), reading)
     decay = head_decay(problem, model, weight_decay, optimizers)
     chosen = as_response(response, threat).resolved(problem.backbone, source.n)
     inner = inner or (like.inner if like is not None else InnerSolver())
@@ -133,25 +165,39 @@ def take_snapshot(
     aim = tolerance if tolerance is not None else AIM.get(parameter.dtype, 1e-3)
     metric = chosen if chosen.norm is not None else as_response("auto", threat).resolved(problem.backbone, source.n)
     figures: dict[str, Any] = {}
-    done: descent.Polish | None = None
+    done: TrainedOn | None = None
     before_theta = theta
-    with bar(objective, "polish", progress and polish != 0) as on_step:
-        if polish != 0:
-            limit = 150 if polish == "auto" else int(polish)
-            done = descent.polish(
-                objective, theta, metric, tolerance=aim, max_passes=limit, anchored=anchored, on_step=on_step
+    spending = Budget((fit or Fit()).allowance(budget))
+    if polish != 0:
+        spending.spend(cost_of_sums(objective, chosen) + 2 * FORWARD)  # what comes after, with the accuracies
+        with bar(objective, "polish", progress, spending) as told:
+            done = train_on(
+                objective,
+                theta,
+                metric,
+                tolerance=aim,
+                limit=polish,
+                anchored=anchored,
+                budget=spending,
+                first=None if examples is None else known_examples(objective, examples),
+                on_step=told.step,
+                on_pass=told.gap,
             )
-            theta = done.theta
+        theta = done.theta
+    if done is not None and done.as_found:
+        aim = max(aim, AIM[torch.float32])  # cutting sets aim at the objective, not at the gradient
+    as_found = done.as_found if done is not None else like is not None and like.inner.as_found
+    objective.inner = inner = replace(inner, as_found=as_found)
     if objective.delta is None and not objective.reproducible:
         objective.accept(objective.evaluate(theta, explore=True))
     starts = objective.stored_starts()
     with bar(objective, "snapshot", progress):
         if resume is not None:
-            sums, final = resume.sums(objective, theta, chosen, curvature)
+            sums, final = resume.sums(objective, theta, chosen, curvature, not as_found)
         else:
-            sums, final = objective.sums(theta, response=chosen, curvature=curvature)
+            sums, final = objective.sums(theta, response=chosen, curvature=curvature, settle=not as_found)
     reached = objective.evaluation(theta, sums, final)
-    notes = _notes(problem, model, theta, reached, aim, polish, decay, sums, attack)
+    notes = [*reading.notes, *_notes(problem, model, theta, reached, aim, polish, decay, sums, attack)]
     if done is not None:
         figures |= _polish_figures(objective, problem, loss, before_theta, theta, done)
     figures |= {
@@ -169,7 +215,7 @@ def take_snapshot(
         raise MismatchError("like: it was taken of other rows, or in another order. Pass the same dataset.")
     assert sums.hessian is not None
     for note in notes:  # before anything is changed: a warning may be an error
-        warning_module.warn(note, stacklevel=3)
+        warning_module.warn(note, stacklevel=5)
     if done is not None:
         problem.write_theta(theta)
     return Snapshot(
@@ -183,7 +229,9 @@ def take_snapshot(
         threat_model=threat,
         response=chosen,
         curvature=curvature,
-        loss_name=loss_name(loss),
+        loss_name=reading.identity,
+        mass=source.mass,
+        normalization=reading.normalization,
         head_name=problem.head.name,
         input_shape=source.input_shape,
         smoothing=replace(
@@ -203,6 +251,7 @@ def take_snapshot(
     )
 
 
+@ranks_agree
 def refresh(
     model: nn.Module,
     snapshot: Snapshot | WideSnapshot,
@@ -213,6 +262,8 @@ def refresh(
     loss: Loss | None = None,
     collate: Callable[[list[Any]], Any] | None = None,
     batch_size: int = 1024,
+    inputs: Any = None,
+    label: Any = None,
 ) -> Snapshot | WideSnapshot:
     """A new snapshot of the retained samples at the current weights: nothing computed at the old ones remains.
 
@@ -226,30 +277,31 @@ def refresh(
     if isinstance(snapshot, WideSnapshot):
         from lightning_muter.scope.wide_taking import refresh_wide
 
-        return refresh_wide(model, snapshot, data, loss=loss, collate=collate, batch_size=min(batch_size, WIDE_BATCH))
+        return refresh_wide(
+            model, snapshot, data, loss=loss, collate=collate, batch_size=min(batch_size, WIDE_BATCH), inputs=inputs, label=label
+        )  # fmt: skip
     snapshot.check_length(data, "data")
     kept = snapshot.retained_positions
-    check_digests(snapshot, data, kept, "data", collate=collate)
-    weight = None if snapshot.sample_weight is None else snapshot.sample_weight[kept]
+    reading = read_stored(model, snapshot, data, kept, loss=loss, collate=collate, inputs=inputs, label=label)
+    check_digests(snapshot, data, kept, "data", collate)
     part = take_snapshot(
         model,
         Subset(data, kept),
         threat_model=snapshot.threat_model,
         response=snapshot.response,
         curvature=snapshot.curvature,
-        loss=loss,
+        reading=reading.of_rows(kept),
         weight_decay=_by_name(snapshot, model),
         polish=polish,
         inner=snapshot.inner,
         smoothing=replace(snapshot.smoothing, anchor=None),
-        sample_weight=weight,
         collate=collate,
         batch_size=batch_size,
         key=snapshot.key,
         progress=progress,
     )
     part.barred = snapshot.barred
-    return spread(part, snapshot.n_total, snapshot.forgotten, snapshot.sample_weight, snapshot.absent)
+    return spread(part, snapshot.n_total, snapshot.forgotten, snapshot.absent)
 
 
 def _by_name(snapshot: Snapshot, model: nn.Module) -> dict[str, float]:
@@ -313,45 +365,73 @@ def outside_head(model: nn.Module, problem: HeadProblem) -> str | None:
 
 
 def _polish_figures(
-    objective: RobustObjective, problem: HeadProblem, loss: Loss, before: Tensor, after: Tensor, done: descent.Polish
+    objective: RobustObjective, problem: HeadProblem, loss: Loss, before: Tensor, after: Tensor, done: TrainedOn
 ) -> dict[str, Any]:
-    def clean(theta: Tensor) -> float | None:
-        right: list[Tensor] = []
-        count = 0
-        for batch in objective.source.batches():
-            x = batch.x.to(problem.backbone.exact_dtype)
-            with torch.no_grad():
-                share = accuracy(loss, problem.logits(theta, problem.backbone(x)), batch.y)
-            if share is None:
-                return None
-            right.append(share * len(x))
-            count += len(x)
-        return float(sum(right, torch.zeros(())) / count)
-
+    right = {"before": torch.zeros(()), "after": torch.zeros(())}
+    count, known = 0, True
+    for batch in objective.source.batches():
+        with torch.no_grad():
+            phi = problem.backbone(batch.x.to(problem.backbone.exact_dtype))
+        count += len(phi)
+        for name, theta in (("before", before), ("after", after)):
+            share = accuracy(loss, problem.logits(theta, phi), batch.y)
+            known = known and share is not None
+            right[name] = right[name] + (0.0 if share is None else share.cpu() * len(phi))
     return {
         "polish": {
             "status": done.status,
             "passes": done.passes,
             "stationarity_before": done.before,
-            "stationarity_after": done.evaluation.stationarity,
+            "stationarity_after": done.after,
             "step_norm": float((after - before).norm()),
-            "accuracy_before": clean(before),
-            "accuracy_after": clean(after),
+            "accuracy_before": float(right["before"]) / count if known else None,
+            "accuracy_after": float(right["after"]) / count if known else None,
+            **done.figures,
         }
     }
 
 
+@dataclass
+class Told:
+    """What a progress bar is told: accepted steps with their stationarity, or passes with their gap."""
+
+    line: Any
+
+    def __call__(self, step: int, now: Evaluation) -> None:
+        self.line.set_postfix_str(f"step {step}, stationarity {now.stationarity:.1e}")
+
+    step = __call__
+
+    def gap(self, step: int, gap: float) -> None:
+        self.line.set_postfix_str(f"pass {step}, gap {gap:.1e}")
+
+
 @contextmanager
-def bar(objective: ShardedObjective, what: str, show: bool) -> Any:
-    """A progress bar over passes; yields what to call after each accepted step."""
-    line = tqdm(total=None, desc=what, unit="samples", disable=not (show and objective.shards.rank == 0), leave=False)
+def bar(objective: ShardedObjective, what: str, show: bool, budget: Budget | None = None) -> Iterator[Told]:
+    """A progress bar over samples read, or where a budget limits them over gradients; yields what to tell it."""
+    own = len(objective.own)
+    limited = budget is not None and budget.limit is not None
+    total = int((budget.limit - budget.spent) * own) if budget is not None and budget.limit is not None else own
+    if what == "polish" and not limited:
+        total = None  # type: ignore[assignment]
+    shown = show and objective.shards.rank == 0
+    line = tqdm(total=total, desc=what, unit="samples", unit_scale=True, disable=not shown, leave=False)
     objective.tick = line.update
-
-    def on_step(step: int, now: Evaluation) -> None:
-        line.set_postfix_str(f"step {step}, stationarity {now.stationarity:.1e}")
-
     try:
-        yield on_step
+        yield Told(line)
     finally:
         objective.tick = None
         line.close()
+
+
+def known_examples(objective: ShardedObjective, examples: Examples) -> Tensor | None:
+    """Adversarial examples (n, D) of this process's samples, if nearly all are known in every process."""
+    found, known = [], 0
+    for batch in objective.source.batches(objective.own):
+        delta, there = examples(batch.x)
+        found.append(delta)
+        known += int(there.sum())
+    missing = torch.tensor([1.0 - known / max(len(objective.own), 1)])
+    if not found or float(objective.largest(missing.to(objective.problem.device))) > _UNKNOWN:
+        return None
+    return torch.cat(found)

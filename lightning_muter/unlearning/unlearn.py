@@ -23,10 +23,12 @@ from lightning_muter.minimise.polish import Descent
 from lightning_muter.minimise.refine import refined
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards
-from lightning_muter.model.losses import Loss, resolve_loss
+from lightning_muter.model.losses import Loss
 from lightning_muter.scope.head_methods import Method, MUter, Request, Step
 from lightning_muter.scope.network import unlearn_stored
-from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot, loss_name
+from lightning_muter.snapshot.ranks import ranks_agree
+from lightning_muter.snapshot.reread import read_stored
+from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot
 from lightning_muter.snapshot.take import bar, outside_head
 from lightning_muter.solvers.base import Solver
 from lightning_muter.solvers.choose import as_solver
@@ -36,6 +38,7 @@ from lightning_muter.unlearning.result import UnlearnResult
 from lightning_muter.unlearning.within import check_within, refine_within
 
 
+@ranks_agree
 @torch.inference_mode(False)
 def unlearn(
     model: nn.Module,
@@ -52,6 +55,8 @@ def unlearn(
     loss: Loss | None = None,
     collate: Callable[[list[Any]], Any] | None = None,
     batch_size: int = 1024,
+    inputs: Any = None,
+    label: Any = None,
     shards: Shards | None = None,
     progress: bool = True,
 ) -> UnlearnResult:
@@ -69,6 +74,7 @@ def unlearn(
         solver: "auto", "cholesky", "cg", "neumann", "schur" or a Solver.
         retain: the full training dataset again: allows ``refine``, stationarity and the certificate. Rows forgotten now
             or before are not read.
+        loss, inputs, label: as in :func:`lightning_muter.take_snapshot`.
         refine: accepted steps of L-BFGS on the retained objective in the metric of the total Hessian, which is taken anew
             where the request went too far for the stored one (a whole class).
         within: refine until the certified distance to retraining is below this, else refuse. For
@@ -86,7 +92,8 @@ def unlearn(
             raise ArgumentError("within", within, "None beyond the head", "Only linear models have a certificate.")
         return unlearn_stored(
             model, snapshot, forget, data, retain=retain, refine=refine, method=method, solver=solver, dry_run=dry_run,
-            loss=loss, collate=collate, batch_size=min(batch_size, WIDE_BATCH), shards=shards, progress=progress,
+            loss=loss, collate=collate, batch_size=min(batch_size, WIDE_BATCH), inputs=inputs, label=label, shards=shards,
+            progress=progress,
         )  # fmt: skip
     began = time.perf_counter()
     positions = checked_positions(forget, snapshot)
@@ -99,14 +106,12 @@ def unlearn(
     snapshot.check_length(data, "data")
     snapshot.check_model(model)
     check_remembered(model, snapshot)
-    loss = resolve_loss(loss, model)
-    if loss_name(loss) != snapshot.loss_name:
-        raise MismatchError(
-            f"loss: got {loss_name(loss)}, the snapshot was taken with {snapshot.loss_name}. Pass that loss, or take a new "
-            "snapshot."
-        )
+    gone = set(positions)
+    kept = [i for i in snapshot.retained_positions if i not in gone]
+    reading = read_stored(
+        model, snapshot, data, sorted([*positions, *kept]), loss=loss, collate=collate, inputs=inputs, label=label
+    )
     check_digests(snapshot, data, positions, "data", collate)
-    kept = [i for i in snapshot.retained_positions if i not in set(positions)]
     if retain is not None:
         snapshot.check_length(retain, "retain")
         check_digests(snapshot, retain, kept, "retain", collate)
@@ -118,15 +123,15 @@ def unlearn(
             collate=collate,
             batch_size=batch_size,
             device=device,
-            weight=snapshot.sample_weight,
             threat=snapshot.threat_model,
             readable=readable,
+            reading=reading,
         )
 
     source = source_of(data, sorted([*positions, *kept]))
     # forgotten rows are read from `data` alone: in `retain` they may be blank
     retained = None if retain is None else source_of(retain, kept)
-    problem = HeadProblem(model, loss, source.examples())
+    problem = HeadProblem(model, reading.loss, source.examples(), reading)
     if problem.head.name != snapshot.head_name or tuple(snapshot.theta_ref.shape) != problem.shape:
         raise MismatchError(
             f"model: its head is {problem.head.name!r} {problem.shape}, the snapshot's {snapshot.head_name!r} "
@@ -159,7 +164,7 @@ def unlearn(
     result.warnings += _warnings(model, problem, snapshot, result, retain)
     outside = outside_head(model, problem)
     if outside:  # before anything is changed: a warning may be an error
-        warning_module.warn(outside, stacklevel=3)
+        warning_module.warn(outside, stacklevel=4)
     commit(
         model, problem.head.linear.parameters(), lambda: problem.write_theta(theta), adopter(snapshot, after), result
     )
@@ -188,6 +193,8 @@ def _downdated(snapshot: Snapshot, step: Step, positions: list[int]) -> Snapshot
         gradient=step.gradient.cpu(),
         forgotten=[*snapshot.forgotten, *positions],
         digests=digests,
+        sample_weight=blanked(snapshot.sample_weight),
+        mass=blanked(snapshot.mass),
         starts=blanked(snapshot.starts),
         base_starts=blanked(snapshot.base_starts),
     )

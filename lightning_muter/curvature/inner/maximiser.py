@@ -110,6 +110,8 @@ class InnerSolver:
         max_iter: gradient steps per solve.
         starts: the number of classes to start towards, those of the largest logits first; 0: start at 0 only.
         rivals: how many other local maxima are tracked (nonlinear backbones).
+        as_found: sums at the points that a snapshot stores take them as they are: the head was trained on at these very points
+            (`minimise.cuts`), and another ascent would find others.
     """
 
     tolerance: float | None = None
@@ -118,6 +120,7 @@ class InnerSolver:
     rivals: int = 2
     tracking: int = field(default=10, repr=False)
     finish: int = field(default=6, repr=False)
+    as_found: bool = False
 
     def tolerance_for(self, dtype: torch.dtype) -> float:
         if self.tolerance is not None:

@@ -77,6 +77,11 @@ class RobustObjective:
     def count(self) -> int:
         return len(self.everything)
 
+    @property
+    def total(self) -> float:
+        """sum d_i: what weight decay is multiplied by, the number of samples where each counts once."""
+        return self.source.total(self.everything)
+
     def added(self, values: Tensor) -> Tensor:
         """The sum over all processes that share the positions."""
         return values
@@ -284,7 +289,7 @@ class RobustObjective:
 
     def evaluation(self, theta: Tensor, sums: Sums, delta: Tensor) -> Evaluation:
         """The penalised objective from sums at theta."""
-        penalty = self.count * self.decay
+        penalty = self.total * self.decay
         value = sums.value + (penalty * theta.square()).sum() / 2
         total = max(sums.counts["samples"], 1)
         return Evaluation(

@@ -109,7 +109,7 @@ class WideObjective:
 
     Attributes:
         decay: lambda per entry of w, (p,).
-        positions: what this process reads; ``count``: the samples of all processes.
+        positions: what this process reads; ``count``: sum d_i of all processes, the number of samples where each counts once.
         delta: tracked maximisers in the order of ``positions``.
         anchor: w at which the smoothing of L-infinity switches is evaluated.
         leads: this process shows progress.
@@ -121,7 +121,7 @@ class WideObjective:
     decay: Tensor
     response: Response
     positions: Sequence[int]
-    count: int
+    count: float
     curvature: WideCurvature = "ggn"
     inner: InnerSolver = field(default_factory=lambda: InnerSolver(max_iter=50))
     smoothing: Smoothing = field(default_factory=Smoothing)

@@ -29,6 +29,7 @@ from lightning_muter.model.modes import (
     widened,
     working_dtype,
 )
+from lightning_muter.model.reading import Reading
 from lightning_muter.solvers.eigen import symmetric_eigh
 
 #: An affine backbone is represented by its matrix up to this many numbers.
@@ -60,8 +61,8 @@ class Backbone:
     16-bit modules run in float32, at the same weights.
     """
 
-    def __init__(self, module: nn.Module, head: Head, examples: Tensor) -> None:
-        self.module, self.head = module, head
+    def __init__(self, module: nn.Module, head: Head, examples: Tensor, reading: Reading | None = None) -> None:
+        self.module, self.head, self.reading = module, head, reading
         self.input_shape = tuple(examples.shape[1:])
         self.width = head.linear.in_features
         self.inputs = examples[0].numel()
@@ -102,8 +103,11 @@ class Backbone:
         return self._forward(x).to(self.algebra)
 
     def _forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.dtype).reshape(-1, *self.input_shape)
         with eval_mode(self.module), twice_differentiable(rewritten=self._rewritten):
-            return features(self.module, self.head, x.to(self.dtype).reshape(-1, *self.input_shape), self._values)
+            if self.reading is not None:
+                return self.reading.features(x, self._values)
+            return features(self.module, self.head, x, self._values)
 
     def _recognise(self, x: Tensor) -> None:
         """Affine maps are told by their values on lines through data points, far beyond the data on both sides."""
@@ -243,14 +247,15 @@ class HeadProblem:
         module: the model in any mode; nothing in it is changed.
         loss: ``callable(logits, y, reduction="none")``.
         examples: a few inputs as the model takes them, to find the head and to recognise the backbone's form.
+        reading: how the module's own step reaches the head; None: as ``module(x)`` does, giving the logits.
     """
 
-    def __init__(self, module: nn.Module, loss: Loss, examples: Tensor) -> None:
+    def __init__(self, module: nn.Module, loss: Loss, examples: Tensor, reading: Reading | None = None) -> None:
         parameter = next(module.parameters())
         self.module, self.loss = module, loss
         examples = examples.to(parameter.device, parameter.dtype)
-        self.head = find_head(module, examples)
-        self.backbone = Backbone(module, self.head, examples)
+        self.head = find_head(module, examples) if reading is None else reading.head
+        self.backbone = Backbone(module, self.head, examples, reading)
         self.device, self.dtype = self.backbone.device, self.backbone.algebra
         self.n_logits, self.has_bias = self.head.linear.out_features, self.head.linear.bias is not None
         self.shape = (self.n_logits, self.backbone.width + int(self.has_bias))

@@ -37,6 +37,7 @@ from lightning_muter.model.modes import (
     widened,
     working_dtype,
 )
+from lightning_muter.model.reading import Reading
 from lightning_muter.solvers.eigen import symmetric_eigh
 
 Parameters = dict[str, Tensor]
@@ -93,6 +94,18 @@ def _divergence(log_clean: Tensor, adversarial: Tensor) -> Tensor:
     return F.kl_div(adversarial.log_softmax(1), log_clean, reduction="none", log_target=True).sum(1)
 
 
+class _Way(nn.Module):
+    """Inputs to the head's output, as the module's step goes."""
+
+    def __init__(self, module: nn.Module, reading: Reading) -> None:
+        super().__init__()
+        self.module = module
+        self._logits = reading.logits
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._logits(x)
+
+
 class WideProblem:
     """A model, its robust loss and the chosen parameters.
 
@@ -101,12 +114,20 @@ class WideProblem:
         scope: "all" or patterns (:func:`parameters_in`).
         beta: of TRADES; None for plain adversarial training.
         examples: a few inputs as the model takes them.
+        reading: how the module's own step reaches what its loss takes; None: ``module(x)`` is that.
     """
 
     def __init__(
-        self, module: nn.Module, loss: Loss, scope: str | Sequence[str], examples: Tensor, beta: float | None = None
+        self,
+        module: nn.Module,
+        loss: Loss,
+        scope: str | Sequence[str],
+        examples: Tensor,
+        beta: float | None = None,
+        reading: Reading | None = None,
     ) -> None:
         self.module, self.loss = module, RobustLoss(loss, beta)
+        self._way = None if reading is None else _Way(module, reading)
         self.names = parameters_in(module, scope)
         named = dict(module.named_parameters())
         first = named[self.names[0]]
@@ -159,8 +180,12 @@ class WideProblem:
 
     def net(self, w: Parameters, x: Tensor) -> Tensor:
         """Logits (n, K) at flattened inputs."""
+        parameters, x = {**self.fixed, **w}, x.reshape(-1, *self.input_shape)
         with twice_differentiable(rewritten=self._rewritten):
-            out: Tensor = functional_call(self.module, {**self.fixed, **w}, (x.reshape(-1, *self.input_shape),))
+            if self._way is None:
+                out: Tensor = functional_call(self.module, parameters, (x,))
+            else:
+                out = functional_call(self._way, {f"module.{n}": p for n, p in parameters.items()}, (x,))
         return out.reshape(len(x), -1)
 
     def joint(self, w: Parameters, x: Tensor, delta: Tensor) -> Tensor:

@@ -1,0 +1,352 @@
+"""Reading the loss on a head off any function of a batch, and proving that what was read is that function.
+
+The function is a module's training step (`read_step`) or a given loss on the module's forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_muter.errors import UnsuitableError
+from lightning_muter.model.head import Head, HeadCall, record_calls, unsuitable_head
+from lightning_muter.model.known_losses import Known, recognise
+from lightning_muter.model.leaves import flatten, rows
+from lightning_muter.model.losses import Loss, loss_identity, per_sample
+from lightning_muter.model.reading import Layout, Reading, algebra
+from lightning_muter.model.replay import undone
+from lightning_muter.model.row_loss import RowLoss
+from lightning_muter.model.rowwise import BatchLoss, Probe, convex, denominator, points, shares
+from lightning_muter.model.traced import refuse, storages, trace
+
+#: Relative difference between what was read and the function itself, by the precision of the module.
+_EQUAL = {torch.float64: 1e-9, torch.float32: 1e-5}
+_FEW = (6, 4)
+WAY_OUT = (
+    "Nothing was changed. Pass loss=callable(logits, y, reduction='none') to say what the head is to be trained on and "
+    "unlearned in."
+)
+
+Run = Callable[[Any], Tensor]
+
+
+@dataclass
+class _Seen:
+    """One run of a step: its loss, its calls of linear layers in order, the leaves it was run with."""
+
+    loss: Tensor
+    calls: list[HeadCall]
+    leaves: list[Any]
+
+
+class Reader:
+    """Reads ``run(batch) -> scalar``, which goes through ``module`` and its head once; ``what``: its name in messages."""
+
+    def __init__(
+        self, module: nn.Module, batch: Any, run: Run, inputs: Any = None, what: str = "training_step"
+    ) -> None:
+        self.module, self.run, self.inputs, self.what = module, run, inputs, what
+        self.names, self.leaves, self.rebuild = flatten(batch)
+        self.dtype = next(module.parameters()).dtype
+        first = next((v for v in self.leaves if isinstance(v, Tensor)), None)
+        if first is None:
+            raise UnsuitableError(f"The batch holds no tensors (leaves {self.names}): nothing in it can be perturbed.")
+        self.algebra = algebra(first.device)
+
+    def read(self, rows_per_step: int | None) -> Reading:
+        with undone(self.module):
+            seen = self._see()
+            return self._read_head(self._head_call(seen), seen, rows_per_step)
+
+    # -- what runs ---------------------------------------------------------------------------------------------------
+
+    def _see(self) -> _Seen:
+        """Run the step once, with gradients to every floating leaf."""
+        leaves = [
+            v.detach().clone().requires_grad_(True) if isinstance(v, Tensor) and v.is_floating_point() else v
+            for v in self.leaves
+        ]
+        with record_calls(self.module) as calls:
+            loss = self._ran(leaves)
+        if not bool(torch.isfinite(loss.detach())):
+            raise UnsuitableError("The loss is NaN or infinite on the first samples. Check data and weights.")
+        return _Seen(loss, calls, leaves)
+
+    def _ran(self, leaves: list[Any]) -> Tensor:
+        try:
+            return self.run(self.rebuild(leaves))
+        except UnsuitableError:
+            raise
+        except Exception as error:
+            raise UnsuitableError(
+                f"{self.what} could not be replayed outside of training ({type(error).__name__}: {str(error)[:200]}). {WAY_OUT}"
+            ) from error
+
+    def _head_call(self, seen: _Seen) -> HeadCall:
+        """The last linear layer called whose output the loss depends on."""
+        if not seen.calls:
+            raise UnsuitableError(
+                f"{self.what} calls no nn.Linear: end the model with one, whose output the loss takes."
+            )
+        for call in reversed(seen.calls):
+            (slope,) = torch.autograd.grad(seen.loss, call.output, retain_graph=True, allow_unused=True)
+            if slope is not None:
+                return call
+        raise UnsuitableError(
+            f"The loss of {self.what} depends on no nn.Linear that the step calls: nothing to unlearn."
+        )
+
+    # -- one head ----------------------------------------------------------------------------------------------------
+
+    def _read_head(self, call: HeadCall, seen: _Seen, rows_per_step: int | None) -> Reading:
+        times = sum(c.linear is call.linear for c in seen.calls)
+        if times > 1:
+            raise UnsuitableError(
+                f"The head {call.name!r} is called {times} times in one {self.what} (two forwards: consistency, TRADES, mixing, an "
+                f"attack written into the step): its loss is no function of one output. Let AdversarialTraining attack. {WAY_OUT}"
+            )
+        reasons = unsuitable_head(self.module, call)
+        if reasons:
+            raise UnsuitableError(
+                f"The layer {call.name!r} gives what the loss takes but cannot serve as the head:\n"
+                + "\n".join(f"- {r}" for r in reasons)
+            )
+        n = len(call.output)
+        at = self._input(call, seen, n)
+        head = Head(call.name, call.linear)
+        batch_loss, uses = self._loss(head, call, at, n)
+        probes = self._probes(n)
+        k = call.linear.out_features
+        device = call.output.device
+        found = [shares(batch_loss, p, k, self.algebra, device) for p in probes]
+        kind = denominator(found, probes)
+        counts = [s.active for s in found]
+        known = recognise(batch_loss, probes[0], uses, k, counts[0], self.algebra)
+        first = int(counts[0].nonzero()[0, 0])
+        reference = probes[0].rows(torch.tensor([first]))
+        graph_identity = getattr(batch_loss, "identity", None)
+        factor = self._same_for_all(known, batch_loss, probes, kind, counts) if graph_identity is None else None
+        identity = loss_identity(known.loss) if known is not None else f"traced:{str(graph_identity)[:32]}"
+        loss: Loss = known.loss if known is not None else RowLoss(batch_loss, probes[0], uses, identity)
+        whole = Probe(self.leaves, n)
+        reading = Reading(
+            self.module, self.run, head, Layout(self.names, at, uses), loss, identity, batch_loss, kind, reference,
+            self.rebuild(self.leaves), known, rows_per_step=rows_per_step, factor=factor,
+            convex=known is not None or convex(batch_loss, probes[0].rows(counts[0].nonzero()[:, 0]), k, self.algebra, device),
+        )  # fmt: skip
+        self._look_at_features(reading, call, whole, at)
+        self._verify(reading, call, seen, whole)
+        self._note(reading)
+        return reading
+
+    def _input(self, call: HeadCall, seen: _Seen, n: int) -> int:
+        """The leaf that reaches the head."""
+        floating = [i for i, v in enumerate(seen.leaves) if isinstance(v, Tensor) and v.requires_grad and rows(v, n)]
+        slopes = torch.autograd.grad(
+            call.inputs.sum(), [seen.leaves[i] for i in floating], retain_graph=True, allow_unused=True
+        ) if floating and call.inputs.requires_grad else [None] * len(floating)  # fmt: skip
+        reach = [i for i, slope in zip(floating, slopes, strict=True) if slope is not None]
+        if self.inputs is not None:
+            wanted = [i for i in reach if _named(self.names[i], self.inputs)]
+            if len(wanted) != 1:
+                raise UnsuitableError(
+                    f"inputs={self.inputs!r} is none of the leaves that reach the head, {[self.names[i] for i in reach]}."
+                )
+            return wanted[0]
+        if len(reach) == 1:
+            return reach[0]
+        if not reach:
+            raise UnsuitableError(
+                f"No floating tensor of the batch (leaves {self.names}) reaches the head {call.name!r} with a gradient: integer "
+                "inputs (tokens, bytes) and inputs that are detached or drawn in the step cannot be perturbed. Convert them to "
+                "floats in the data set."
+            )
+        raise UnsuitableError(
+            f"Several tensors of the batch reach the head, {[self.names[i] for i in reach]}: which one is perturbed? Put them into "
+            "one tensor, or pass inputs= (key or position)."
+        )
+
+    def _loss(self, head: Head, call: HeadCall, at: int, n: int) -> tuple[BatchLoss, list[int]]:
+        """L(z, leaves), traced; where the step looks at values, the step itself, replayed."""
+        z = points(n, call.linear.out_features, self.dtype, call.output.device, 4)
+
+        def step(z: Tensor, *leaves: Any) -> Tensor:
+            with _answering(head.linear, z):
+                return self.run(self.rebuild(list(leaves)))
+
+        try:
+            graph = trace(step, z, self.leaves, self.algebra, storages(self.module))
+        except UnsuitableError:
+            raise
+        except Exception:
+            return _Replayed(step, self.dtype), [i for i, v in enumerate(self.leaves) if i != at and rows(v, n)]
+        refuse(graph, head.name, at)
+        return graph, graph.uses
+
+    def _same_for_all(
+        self, known: Known | None, batch_loss: BatchLoss, probes: list[Probe], kind: str, counts: list[Tensor]
+    ) -> float:
+        """c_i of a step that can only be replayed: its rows are not looked at one by one, so it must be the same for all."""
+        found = (
+            None
+            if known is None
+            else [known.factors(batch_loss, p, c, self.algebra) for p, c in zip(probes, counts, strict=True)]
+        )
+        values = torch.cat([f for f in found or [] if f is not None] or [torch.zeros(0)])
+        if kind == "weights" or len(values) == 0 or bool(((values - values[0]).abs() > 1e-3 * values[0].abs()).any()):
+            raise UnsuitableError(
+                f"{self.what} looks at values while it computes its loss (a branch on a tensor, .numpy(), ...), and the loss is no "
+                f"plain mean of a known one: it cannot be read off. {WAY_OUT}"
+            )
+        mean, near = float(values.mean()), round(float(values.mean()), 5)
+        return near if abs(mean - near) < 1e-6 else mean
+
+    def _probes(self, n: int) -> list[Probe]:
+        whole = Probe(self.leaves, n)
+        few = max(2, min(_FEW[0], n))
+        first = torch.arange(few) % n
+        second = torch.arange(max(2, min(_FEW[1], few - 1)) if few > 2 else 3).flip(0) % n
+        second = (n - 1 - second) % n
+        return [whole.rows(first), whole.rows(second)]
+
+    # -- the way to the head ---------------------------------------------------------------------------------------------
+
+    def _look_at_features(self, reading: Reading, call: HeadCall, whole: Probe, at: int) -> None:
+        """Whether phi is a function of the input alone, and whether ``module(x)`` is it."""
+        x = self.leaves[at]
+        phi = call.inputs.detach()
+        near = 1e-6 if self.dtype == torch.float64 else 1e-2 if self.dtype in (torch.float16, torch.bfloat16) else 1e-4
+        scale = float(phi.abs().max()) + 1e-30
+
+        def differs(other: Tensor) -> bool:
+            return other.shape != phi.shape or bool(((other - phi).abs() > near * scale).any())
+
+        with torch.no_grad():
+            reading.direct = False
+            torch.manual_seed(1)
+            if differs(reading.features(x)):
+                raise UnsuitableError(
+                    "The head's input is another one at every run (noise, augmentation or dropout written into it): a "
+                    "sample that was trained on cannot be found again. Augment once, in the data set."
+                )
+            if whole.n > 1:
+                turned = torch.roll(torch.arange(whole.n), 1)
+                moved = whole.rows(turned)
+                moved.leaves[at] = x
+                reading.example = self.rebuild(moved.leaves)
+                other = reading.features(x)
+                reading.example = self.rebuild(self.leaves)
+                if differs(other):
+                    raise UnsuitableError(
+                        "The head's input depends on other entries of the batch than the input that is perturbed. Put them into one "
+                        "tensor with it."
+                    )
+            try:
+                reading.direct = True
+                reading.direct = not differs(reading.features(x))
+            except Exception:
+                reading.direct = False
+            if reading.direct and reading.known is not None:
+                reading.plain = self._is_plain(reading, x, whole)
+
+    def _is_plain(self, reading: Reading, x: Tensor, whole: Probe) -> bool:
+        """Whether cross-entropy of what forward returns is the loss that was read."""
+        if loss_identity(reading.loss) != loss_identity(torch.nn.functional.cross_entropy):
+            return False
+        out = self.module(x)
+        y = reading._labels(whole)
+        if not isinstance(out, Tensor) or out.dim() != 2 or y.is_floating_point():
+            return False
+        z = reading.logits(x)
+        if out.shape != z.shape:
+            return False
+        apart = torch.nn.functional.cross_entropy(out, y, reduction="none") - torch.nn.functional.cross_entropy(
+            z, y, reduction="none"
+        )
+        return bool((apart.abs() < 1e-3 * (1 + z.abs().max())).all())
+
+    # -- the proof ---------------------------------------------------------------------------------------------------
+
+    def _verify(self, reading: Reading, call: HeadCall, seen: _Seen, whole: Probe) -> None:
+        """Value and gradient in the head, of the step and of what was read, on two batches, at the weights and at moved ones."""
+        near = _EQUAL.get(self.dtype, 2e-2)
+        linear = call.linear
+        for probe in (whole, *self._probes(whole.n)):
+            for moved in (0.0, 0.3):
+                generator = torch.Generator().manual_seed(7)
+                phi = reading.features(probe.leaves[reading.layout.input]).detach()
+                z = linear(phi).detach()
+                noise = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
+                z = (z + moved * noise).requires_grad_(True)
+                with _answering(linear, z):
+                    there = self._ran(probe.leaves)
+                (slope,) = torch.autograd.grad(there, z)
+                there = there.detach()
+                here, like = objective_at(reading, probe, z.detach().to(self.algebra))
+                floor = 1e-3 * float(slope.abs().max()) + 1e-12
+                value = abs(float(there) - float(here)) / max(abs(float(there)), 1e-3)
+                gradient = float((slope.to(like) - like).abs().max()) / max(float(slope.abs().max()), floor)
+                if not (value <= near and gradient <= 10 * near):
+                    raise UnsuitableError(
+                        f"The loss that was read off {self.what} ({reading.identity}) differs from the step itself: value "
+                        f"{float(here):.6g} instead of {float(there):.6g}, gradient off by {gradient:.1e} of its size. {WAY_OUT}"
+                    )
+
+    def _note(self, reading: Reading) -> None:
+        if reading.denominator == "sum":
+            reading.notes.append(
+                "The loss sums over the batch, so that weight decay counts once per batch: the objective is taken for batches of "
+                f"{reading.rows_per_step or 'one'} rows. Use a mean over the batch."
+            )
+        if reading.denominator == "weights":
+            reading.notes.append(
+                "The loss divides by the weights (or the kept rows) of each batch: the objective is taken for the whole data set, "
+                "sum w_i l_i / sum w_i, which batches approach as they grow. Exact: reduction='none' and a mean over the rows."
+            )
+        if not reading.convex:
+            reading.notes.append(
+                f"The loss ({reading.identity}) is not convex in the head's output: no certificate, and the minimiser that is "
+                "polished to may be one of several."
+            )
+
+
+class _Replayed:
+    """L(z, leaves) by the step itself."""
+
+    by_row = True
+
+    def __init__(self, step: Callable[..., Tensor], dtype: torch.dtype) -> None:
+        self.step, self.dtype = step, dtype
+
+    def __call__(self, z: Tensor, leaves: list[Any]) -> Tensor:
+        return self.step(z.to(self.dtype), *leaves).to(z.dtype)
+
+
+@contextmanager
+def _answering(linear: nn.Module, z: Tensor) -> Iterator[None]:
+    """Inside, the head answers z."""
+    handle = linear.register_forward_hook(lambda *_: z)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def objective_at(reading: Reading, probe: Probe, z: Tensor) -> tuple[Tensor, Tensor]:
+    """sum c_i l_i / sum d_i at z, and its gradient."""
+    y, weight, mass = reading.weighed(probe)
+    point = z.clone().requires_grad_(True)
+    values = per_sample(reading.loss, point, y).to(z.dtype)
+    values = torch.where(weight > 0, values, torch.zeros_like(values))
+    total = (values * weight.to(z)).sum() / (1.0 if reading.denominator == "sum" else mass.to(z).sum())
+    (slope,) = torch.autograd.grad(total, point)
+    return total.detach(), slope
+
+
+def _named(name: str, wanted: Any) -> bool:
+    return name in (f"[{wanted!r}]", wanted)

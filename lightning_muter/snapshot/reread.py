@@ -1,0 +1,33 @@
+"""The objective of a model whose snapshot is at hand: read off its step again, and compared with what was stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from torch.utils.data import Dataset
+
+from lightning_muter.errors import MismatchError
+from lightning_muter.model.losses import same_loss
+from lightning_muter.model.read_step import read_objective
+from lightning_muter.model.reading import Reading, Settled
+from lightning_muter.snapshot.snapshot import Stored
+
+
+def read_stored(
+    model: nn.Module, snapshot: Stored, data: Dataset[Any], positions: Sequence[int], **options: Any
+) -> Reading:
+    """The model's objective, read off these rows, with the weights that the snapshot holds of all rows.
+
+    Raises:
+        MismatchError: its loss is not the one that the snapshot was taken with.
+    """
+    reading = read_objective(model, data, positions=positions, normalization=snapshot.normalization, **options)
+    if not same_loss(reading.identity, snapshot.loss_name):
+        raise MismatchError(
+            f"loss: got {reading.identity}, the snapshot was taken with {snapshot.loss_name}. Pass that loss, or take a new "
+            "snapshot."
+        )
+    reading.settled = Settled(snapshot.sample_weight, snapshot.mass)
+    return reading
