@@ -12,8 +12,7 @@ from lightning_muter.deletion.gate import Gate
 from lightning_muter.study.audit.tables import AuditRow, LawRow, Results
 from lightning_muter.study.report.report import main
 from lightning_muter.study.report.rows import Row, write_rows
-from tests.test_gate import WithTest
-from tests.world import command, plain_checkpoint
+from tests.world import DataWithTest, command, plain_checkpoint
 
 
 def self_contained(page: str) -> bool:
@@ -99,7 +98,7 @@ def test_a_checkpoint_is_explained_from_its_ledger(
     assert main([str(path)]) == 2
     assert "no ledger here" in capsys.readouterr().err
     command("snapshot", path)
-    monkeypatch.setattr(world, "Data", WithTest)
+    monkeypatch.setattr(world, "Data", DataWithTest)
     command("unlearn", path, forget=[1, 5], within=1e-3, gate=Gate(clean_least=101), accept_held=True)
     assert muter(["publish", "--ckpt_path", str(path), "--out", str(tmp_path / "shown.ckpt")]) == 0
     assert main([str(tmp_path / "last.muter.ckpt"), "--out", str(tmp_path / "report")]) == 0

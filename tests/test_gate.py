@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from lightning_muter import Snapshot, ThreatModel, UnlearnResult, take_snapshot, unlearn
 from lightning_muter.deletion.gate import Gate, Verdict, Watch, test_batches
 from lightning_muter.deletion.ledger import Ledger
 from lightning_muter.errors import ArgumentError, RequestError
-from tests.world import Data, command, dataset, plain_checkpoint
+from tests.world import DataWithTest, command, plain_checkpoint
 
 test_batches.__test__ = False  # type: ignore[attr-defined]
 
@@ -95,11 +95,6 @@ def test_watching_keeps_the_state_from_before() -> None:
     assert result.gate["held"]
 
 
-class WithTest(Data):
-    def test_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(dataset(list(range(12))), batch_size=5)
-
-
 def test_the_command_writes_nothing_of_a_held_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import tests.world as world
 
@@ -109,7 +104,7 @@ def test_the_command_writes_nothing_of_a_held_request(tmp_path: Path, monkeypatc
     before = (tmp_path / "last.muter.ckpt").read_bytes()
     with pytest.raises(ArgumentError, match="test or validation rows"):
         command("unlearn", path, forget=[1], gate=Gate())
-    monkeypatch.setattr(world, "Data", WithTest)
+    monkeypatch.setattr(world, "Data", DataWithTest)
     with pytest.raises(RequestError, match="held"):
         command("unlearn", path, forget=[1], gate=Gate(clean_least=101))
     assert (tmp_path / "last.muter.ckpt").read_bytes() == before
