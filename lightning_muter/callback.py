@@ -433,6 +433,7 @@ class MUterCallback(Callback):
         retain: Dataset[Any] | None = None,
         refine: int = 0,
         within: float | None = None,
+        accept: str | None = None,
         method: Method | None = None,
         solver: str | Solver | None = None,
         dry_run: bool = False,
@@ -443,6 +444,7 @@ class MUterCallback(Callback):
         Args:
             forget: positions in the training dataset of the fit.
             data: that dataset, if it is another object by now.
+            accept: "worse" takes a step that raises the robust objective; None refuses it.
             within: refine until the certified distance to retraining is below this, else refuse; for `publish`.
             retain: the full training dataset: allows ``refine``, stationarity and the certificate. Wider scopes read it in any
                 case (from ``data`` if it is not given).
@@ -461,6 +463,7 @@ class MUterCallback(Callback):
             retain=retain,
             refine=refine,
             within=within,
+            accept=accept,
             dry_run=dry_run,
             loss=self.loss,
             inputs=self.inputs,

@@ -19,6 +19,7 @@ from lightning_muter import Snapshot, ThreatModel, WideSnapshot, take_snapshot, 
 from lightning_muter.curvature.hessian.sums import BlockSymmetric
 from lightning_muter.curvature.inner.maximiser import InnerSolver, Smoothing
 from lightning_muter.curvature.response.choose import Response
+from lightning_muter.errors import CorruptFileError
 from lightning_muter.extension import Extensible, parameters_of
 from lightning_muter.snapshot.codec import decode, encode
 
@@ -143,7 +144,9 @@ def test_files_of_version_1_serve_a_request(name, kind, tmp_path):
     model = (head if name == "head" else nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))).double()
     before, after = ({k: held[f"{when}.{k}"] for k in model.state_dict()} for when in ("before", "after"))
     model.load_state_dict(before)
-    snapshot = Snapshot.load(tmp_path / "a.muter.snapshot")
+    with pytest.raises(CorruptFileError, match=r"no seal.*unsealed=True"):
+        Snapshot.load(tmp_path / "a.muter.snapshot")
+    snapshot = Snapshot.load(tmp_path / "a.muter.snapshot", unsealed=True)
     assert type(snapshot) is kind
     assert snapshot.forgotten == [5]
     data = TensorDataset(held["x"], held["y"])

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from lightning_muter.deletion import evidence, purge
+from lightning_muter.deletion.checkpoints import load_checkpoint
 from lightning_muter.deletion.evidence import find
 from lightning_muter.deletion.files import Places
 from lightning_muter.deletion.ledger import Ledger
 from lightning_muter.deletion.ledger_access import open_ledger
 from lightning_muter.deletion.transactions import exclusive
 from lightning_muter.errors import ArgumentError
+from lightning_muter.storage.fingerprint import DigestKey
 
 from .world import Net, command, plain_checkpoint, unlearned
 
@@ -117,6 +119,22 @@ def test_links_are_resolved_and_go_with_what_they_lead_to(folder, capsys):
     (folder / "kept/last.muter.ledger").unlink()
     (folder / "next.muter.ckpt").symlink_to(old)
     assert deletable(folder) == set()
+
+
+def test_a_checkpoint_of_the_users_run_is_proved_by_the_key_it_names(folder):
+    """What a callback wrote into every checkpoint of a run: whose it is, and who was forgotten by then."""
+    key = DigestKey.load(folder / "last.muter.key").key_id
+    weights = load_checkpoint(folder / "last.ckpt")["state_dict"]
+    for name, listed in {"early": [], "other": []}.items():
+        state = {"n_total": 24, "forgotten": listed, "key_id": key if name == "early" else "0" * 16}
+        moved = {n: t + 0.01 for n, t in weights.items()}
+        torch.save({"state_dict": moved, "callbacks": {"MUterCallback": state}}, folder / f"{name}.ckpt")
+    found = findings(folder)
+    assert found["early.ckpt"].delete
+    assert not found["other.ckpt"].delete
+    entry = load_checkpoint(folder / "last.muter.ckpt")["lightning_muter"]
+    torch.save({"state_dict": moved, "callbacks": {"MUterCallback": entry}}, folder / "later.ckpt")
+    assert not findings(folder)["later.ckpt"].delete
 
 
 def test_what_proves_nothing_is_named_and_left(folder):

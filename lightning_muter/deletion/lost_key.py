@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import lightning as L
 import torch
@@ -19,9 +18,10 @@ from lightning_muter.forgotten.digests import sample_digests
 from lightning_muter.forgotten.rows import Barred, Forgotten, barred_of, remember_key
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards
-from lightning_muter.model.losses import Loss, resolve_loss
+from lightning_muter.model.losses import Loss
 from lightning_muter.scope.head_methods import objective_of
-from lightning_muter.scope.network import stored_objective
+from lightning_muter.scope.network_objective import Rows, stored_objective
+from lightning_muter.snapshot.reread import read_stored
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot
 from lightning_muter.storage.fingerprint import DigestKey
 
@@ -87,20 +87,22 @@ def _check_sums(
     old: AnySnapshot, model: L.LightningModule, data: TrainingData, kept: list[int], loss: Loss | None, batch_size: int
 ) -> None:
     """Compare with what was stored: of the head the sum of gradients, beyond it how stationary the weights were."""
+    reading = read_stored(model, old, data.dataset, kept, loss=loss, collate=data.collate)
     if isinstance(old, Snapshot):
         source = SampleSource(
             data.dataset, collate=data.collate, batch_size=batch_size, device=model.device, readable=kept,
-            weight=old.sample_weight, threat=old.threat_model,
+            threat=old.threat_model, reading=reading,
         )  # fmt: skip
-        problem = HeadProblem(model, resolve_loss(loss, model), source.examples())
+        problem = HeadProblem(model, reading.loss, source.examples(), reading)
         starts = old.base_starts if old.base_starts is not None else old.starts
         objective = objective_of(old, problem, source, kept, starts, Shards())
         sums, _ = objective.sums(old.theta_base.to(problem.device))
         error = float((sums.gradient.cpu() - old.gradient).norm() / sums.gradient_scale.cpu())
         limit = _SAME.get(old.gradient.dtype, _ELSE)
     else:
-        options: dict[str, Any] = {"loss": loss, "collate": data.collate, "batch_size": min(batch_size, WIDE_BATCH)}
-        wide = stored_objective(model, old, data.dataset, kept, **options)
+        wide = stored_objective(
+            model, old, Rows(data.dataset, kept, reading, data.collate, min(batch_size, WIDE_BATCH))
+        )
         found = wide.evaluate(wide.problem.read()).stationarity
         error, limit = abs(found - old.stationarity) / max(found, old.stationarity, 1e-12), 0.05
     if not error <= limit:

@@ -170,6 +170,7 @@ class MuterTrainer(L.Trainer):
         solver: str | Solver = "auto",
         refine: int = 0,
         within: float | None = None,
+        accept: Literal["worse"] | None = None,
         certify: bool = True,
         gate: Gate | None = None,
         accept_held: bool = False,
@@ -190,6 +191,7 @@ class MuterTrainer(L.Trainer):
             method: how; the constraint-aware MUter by default.
             solver: how the linear system is solved: auto, cholesky, cg, neumann, schur or a Solver.
             refine: further steps with the retained data, each closer to retraining (beyond the head: of Newton-CG).
+            accept: worse takes a step that raises the robust objective; without it such a step is refused.
             within: refine until the certified distance to retraining is below this, else refuse. `muter publish` needs it;
                 choose it before you see any request, and keep to it.
             certify: measure the result on the retained data: stationarity, and a certificate for linear models. It
@@ -236,6 +238,7 @@ class MuterTrainer(L.Trainer):
                 retain=data.dataset if refine or certify or within is not None else None,
                 refine=refine,
                 within=within,
+                accept=accept,
                 dry_run=dry_run,
                 loss=loss,
                 collate=data.collate,

@@ -80,7 +80,10 @@ def train_on(
         done = polish(
             objective, theta, response, tolerance=tolerance, max_passes=most, anchored=anchored, on_step=on_step
         )
-        return TrainedOn(done.theta, done.status, done.passes, done.before, done.evaluation.stationarity)
+        figures = {"objective": done.evaluation.value}
+        return TrainedOn(
+            done.theta, done.status, done.passes, done.before, done.evaluation.stationarity, figures=figures
+        )
     most = CUT_PASSES if limit == "auto" else int(limit)
     found = CuttingSets(objective, budget, first).run(theta, tolerance=GAP, max_passes=most, on_pass=on_pass)
     if not anchored:
@@ -91,6 +94,7 @@ def train_on(
     objective.prior = prior / prior.sum(0).clamp(min=1e-300)
     objective.passes += found.passes
     figures = {"gap": found.gap, "gradients": budget.spent, "objective": found.value, "bound": found.bound}
+    figures["objective_before"] = found.history[0]["value"] if found.history else found.value
     return TrainedOn(found.theta, found.status, found.passes, found.before, found.after, True, figures)
 
 

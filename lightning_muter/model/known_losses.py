@@ -74,7 +74,8 @@ def recognise(
         uses: leaves that the loss depends on.     k: outputs of the head.
         counts: rows that enter the loss at all (not those that ``ignore_index`` leaves out), (n,) bool.
     """
-    for loss, label in _candidates(batch, probe, uses, k, counts, dtype):
+    smoothed = functools.partial(_smoothing, batch, probe, k=k, counts=counts, dtype=dtype)
+    for loss, label in candidates(probe, uses, k, counts, smoothed):
         known = Known(loss, label, k)
         try:
             if known.factors(batch, probe, counts, dtype) is not None:
@@ -84,32 +85,35 @@ def recognise(
     return None
 
 
-def _candidates(
-    batch: BatchLoss, probe: Probe, uses: list[int], k: int, counts: Tensor, dtype: torch.dtype
+def candidates(
+    probe: Probe, uses: list[int], k: int, counts: Tensor, smoothed: Callable[[Label], float | None] | None = None
 ) -> Iterator[tuple[Loss, Label]]:
+    """Closed forms whose labels one of these leaves could be; ``smoothed``: what label smoothing the loss would have with it."""
     for i in uses:
         leaf = probe.leaves[i]
         if not isinstance(leaf, Tensor) or leaf.dim() == 0 or len(leaf) != probe.n:
             continue
+        classes: Label | None = None
         if k > 1 and leaf.numel() == probe.n and _classes(leaf, k, counts):
-            label = functools.partial(_indices, i, k)
-            yield F.cross_entropy, label
-            smoothing = _smoothing(batch, probe, label, k, counts, dtype)
+            classes = functools.partial(_indices, i, k)
+        elif k > 1 and tuple(leaf.shape[1:]) == (k,) and _one_hot(leaf):
+            classes = functools.partial(_hottest, i)
+        if classes is not None:
+            yield F.cross_entropy, classes
+            smoothing = smoothed(classes) if smoothed is not None else None
             if smoothing is not None:
-                yield functools.partial(F.cross_entropy, label_smoothing=smoothing), label
+                yield functools.partial(F.cross_entropy, label_smoothing=smoothing), classes
         if k > 1 and tuple(leaf.shape[1:]) == (k,):
-            if bool(((leaf == 0) | (leaf == 1)).all()) and bool((leaf.sum(1) == 1).all()):
-                label = functools.partial(_hottest, i)
-                yield F.cross_entropy, label
-                smoothing = _smoothing(batch, probe, label, k, counts, dtype)
-                if smoothing is not None:
-                    yield functools.partial(F.cross_entropy, label_smoothing=smoothing), label
             yield F.cross_entropy, functools.partial(_targets, i)
         if leaf.numel() == probe.n * k:
-            label = functools.partial(_flat, i) if k == 1 else functools.partial(_targets, i)
-            yield F.binary_cross_entropy_with_logits, label
-            yield F.mse_loss, label
-            yield F.huber_loss, label
+            numbers = functools.partial(_flat, i) if k == 1 else functools.partial(_targets, i)
+            yield F.binary_cross_entropy_with_logits, numbers
+            yield F.mse_loss, numbers
+            yield F.huber_loss, numbers
+
+
+def _one_hot(leaf: Tensor) -> bool:
+    return bool(((leaf == 0) | (leaf == 1)).all()) and bool((leaf.sum(1) == 1).all())
 
 
 def _classes(leaf: Tensor, k: int, counts: Tensor) -> bool:

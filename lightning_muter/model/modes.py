@@ -49,6 +49,13 @@ def widened(module: nn.Module) -> dict[str, Tensor] | None:
 
 
 @contextmanager
+def full_precision() -> Iterator[None]:
+    """Without the caller's autocast: 16 bits are too few for curvature. Also a decorator."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+@contextmanager
 def derivatives() -> Iterator[None]:
     """Autograd on, whatever the caller switched off (``no_grad``, ``inference_mode``), and no autocast.
 
@@ -56,12 +63,7 @@ def derivatives() -> Iterator[None]:
         UnsuitableError: an operation inside has no second derivative; the message names it.
     """
     try:
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast("cpu", enabled=False),
-            torch.autocast("cuda", enabled=False),
-        ):
+        with torch.inference_mode(False), torch.enable_grad(), full_precision():
             yield
     except RuntimeError as error:
         name = no_second_derivative(error)

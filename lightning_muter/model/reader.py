@@ -18,6 +18,7 @@ from lightning_muter.model.head import Head, HeadCall, record_calls, unsuitable_
 from lightning_muter.model.known_losses import Known, recognise
 from lightning_muter.model.leaves import flatten, rows
 from lightning_muter.model.losses import Loss, loss_identity, per_sample
+from lightning_muter.model.plain_mean import plain_mean_of
 from lightning_muter.model.reading import Layout, Reading, algebra
 from lightning_muter.model.replay import undone
 from lightning_muter.model.row_loss import RowLoss
@@ -119,6 +120,31 @@ class Reader:
         n = len(call.output)
         at = self._input(call, seen, n)
         head = Head(call.name, call.linear)
+        reading = self._quick(head, call, at, n, rows_per_step) or self._traced(head, call, at, n, rows_per_step)
+        self._look_at_features(reading, call, Probe(self.leaves, n), at)
+        self._verify(reading, call, seen, Probe(self.leaves, n))
+        self._note(reading)
+        return reading
+
+    def _quick(self, head: Head, call: HeadCall, at: int, n: int, rows_per_step: int | None) -> Reading | None:
+        """Where the step is the plain mean of a known loss, it is traced when its rows are first asked one by one."""
+        step, probes = self._step(head), self._probes(n)
+        labels = [i for i, v in enumerate(self.leaves) if i != at and rows(v, n)]
+        told = plain_mean_of(step, probes, labels, call.linear.out_features, self.dtype)
+        if told is None:
+            return None
+        known, scale = told
+
+        def traced() -> BatchLoss:
+            with undone(self.module):
+                return self._loss(head, call, at, n)[0]
+
+        return Reading(
+            self.module, self.run, head, Layout(self.names, at, labels), known.loss, loss_identity(known.loss), _Later(traced),
+            "rows", probes[0].rows(torch.tensor([0])), self.rebuild(self.leaves), known, rows_per_step=rows_per_step, uniform=scale,
+        )  # fmt: skip
+
+    def _traced(self, head: Head, call: HeadCall, at: int, n: int, rows_per_step: int | None) -> Reading:
         batch_loss, uses = self._loss(head, call, at, n)
         probes = self._probes(n)
         k = call.linear.out_features
@@ -130,19 +156,14 @@ class Reader:
         first = int(counts[0].nonzero()[0, 0])
         reference = probes[0].rows(torch.tensor([first]))
         graph_identity = getattr(batch_loss, "identity", None)
-        factor = self._same_for_all(known, batch_loss, probes, kind, counts) if graph_identity is None else None
+        uniform = self._same_for_all(known, batch_loss, probes, kind, counts) if graph_identity is None else None
         identity = loss_identity(known.loss) if known is not None else f"traced:{str(graph_identity)[:32]}"
         loss: Loss = known.loss if known is not None else RowLoss(batch_loss, probes[0], uses, identity)
-        whole = Probe(self.leaves, n)
-        reading = Reading(
+        return Reading(
             self.module, self.run, head, Layout(self.names, at, uses), loss, identity, batch_loss, kind, reference,
-            self.rebuild(self.leaves), known, rows_per_step=rows_per_step, factor=factor,
+            self.rebuild(self.leaves), known, rows_per_step=rows_per_step, uniform=uniform,
             convex=known is not None or convex(batch_loss, probes[0].rows(counts[0].nonzero()[:, 0]), k, self.algebra, device),
         )  # fmt: skip
-        self._look_at_features(reading, call, whole, at)
-        self._verify(reading, call, seen, whole)
-        self._note(reading)
-        return reading
 
     def _input(self, call: HeadCall, seen: _Seen, n: int) -> int:
         """The leaf that reaches the head."""
@@ -174,11 +195,7 @@ class Reader:
     def _loss(self, head: Head, call: HeadCall, at: int, n: int) -> tuple[BatchLoss, list[int]]:
         """L(z, leaves), traced; where the step looks at values, the step itself, replayed."""
         z = points(n, call.linear.out_features, self.dtype, call.output.device, 4)
-
-        def step(z: Tensor, *leaves: Any) -> Tensor:
-            with _answering(head.linear, z):
-                return self.run(self.rebuild(list(leaves)))
-
+        step = self._step(head)
         try:
             graph = trace(step, z, self.leaves, self.algebra, storages(self.module))
         except UnsuitableError:
@@ -187,6 +204,15 @@ class Reader:
             return _Replayed(step, self.dtype), [i for i, v in enumerate(self.leaves) if i != at and rows(v, n)]
         refuse(graph, head.name, at)
         return graph, graph.uses
+
+    def _step(self, head: Head) -> Callable[..., Tensor]:
+        """The step as a function of the head's output and the leaves of a batch."""
+
+        def step(z: Tensor, *leaves: Any) -> Tensor:
+            with _answering(head.linear, z):
+                return self.run(self.rebuild(list(leaves)))
+
+        return step
 
     def _same_for_all(
         self, known: Known | None, batch_loss: BatchLoss, probes: list[Probe], kind: str, counts: list[Tensor]
@@ -259,7 +285,7 @@ class Reader:
         if loss_identity(reading.loss) != loss_identity(torch.nn.functional.cross_entropy):
             return False
         out = self.module(x)
-        y = reading._labels(whole)
+        y = reading.labels(whole)
         if not isinstance(out, Tensor) or out.dim() != 2 or y.is_floating_point():
             return False
         z = reading.logits(x)
@@ -315,6 +341,26 @@ class Reader:
             )
 
 
+class _Later:
+    """L(z, leaves), traced at the first need."""
+
+    def __init__(self, trace: Callable[[], BatchLoss]) -> None:
+        self._trace = trace
+        self._found: BatchLoss | None = None
+
+    @property
+    def by_row(self) -> bool:
+        return getattr(self._loss(), "by_row", False)
+
+    def _loss(self) -> BatchLoss:
+        if self._found is None:
+            self._found = self._trace()
+        return self._found
+
+    def __call__(self, z: Tensor, leaves: list[Any]) -> Tensor:
+        return self._loss()(z, leaves)
+
+
 class _Replayed:
     """L(z, leaves) by the step itself."""
 
@@ -339,7 +385,11 @@ def _answering(linear: nn.Module, z: Tensor) -> Iterator[None]:
 
 def objective_at(reading: Reading, probe: Probe, z: Tensor) -> tuple[Tensor, Tensor]:
     """sum c_i l_i / sum d_i at z, and its gradient."""
-    y, weight, mass = reading.weighed(probe)
+    if reading.uniform is None:
+        y, weight, mass = reading.weighed(probe)
+    else:
+        y, mass = reading.labels(probe), torch.ones_like(z[:, 0])
+        weight = reading.uniform * mass
     point = z.clone().requires_grad_(True)
     values = per_sample(reading.loss, point, y).to(z.dtype)
     values = torch.where(weight > 0, values, torch.zeros_like(values))

@@ -80,7 +80,7 @@ class Reading:
         plain: cross-entropy of ``module(x)`` is this loss (what attack libraries climb).
         convex: in the head's output.
         normalization: of the batch's inputs; x everywhere here is in the scale of the data.
-        factor: c_i of every row, where the loss can only be replayed (then it is the same for all).
+        uniform: c_i of the first rows, where it is the same for all of them and each counts once.
     """
 
     module: nn.Module
@@ -97,7 +97,7 @@ class Reading:
     direct: bool = True
     plain: bool = False
     convex: bool = True
-    factor: float | None = None
+    uniform: float | None = None
     settled: Settled | None = None
     normalization: Normalization | None = None
     rows_per_step: int | None = None
@@ -121,10 +121,10 @@ class Reading:
         probe, rebuild = self.layout.probe(batch)
         x, of = probe.leaves[self.layout.input], self.normalization
         if of is None:
-            return x, self._labels(probe), rebuild
-        return of.to_data(x), self._labels(probe), lambda new: rebuild(of.to_model(new))
+            return x, self.labels(probe), rebuild
+        return of.to_data(x), self.labels(probe), lambda new: rebuild(of.to_model(new))
 
-    def _labels(self, probe: Probe) -> Tensor:
+    def labels(self, probe: Probe) -> Tensor:
         return self.known.label(probe.leaves) if self.known is not None else packed(probe, self.layout.labels)
 
     def rows(self, batch: Any) -> Rows:
@@ -139,12 +139,13 @@ class Reading:
 
     def weighed(self, probe: Probe) -> tuple[Tensor, Tensor, Tensor]:
         """Labels, c_i and d_i of some rows."""
-        y = self._labels(probe)
+        y = self.labels(probe)
         dtype = algebra(y.device)
+        if self.uniform is not None and getattr(self.batch_loss, "by_row", False):  # replayed: its rows are not asked
+            every = torch.ones(probe.n, dtype=dtype, device=y.device)
+            return y, self.uniform * every, self._each * every
         mass, active = self._masses(probe, y.device, dtype)
         weight = torch.ones_like(mass) if self.denominator == "sum" else mass.clone()
-        if self.factor is not None:
-            return y, weight * self.factor, mass
         if self.known is not None:
             found = self.known.factors(self.batch_loss, probe, active, dtype)
             if found is None:
@@ -155,10 +156,14 @@ class Reading:
             weight = weight * rounded(found)
         return y, weight, mass
 
+    @property
+    def _each(self) -> float:
+        """d_i where it is the same for all rows."""
+        return 1.0 / (self.rows_per_step or 1) if self.denominator == "sum" else 1.0
+
     def _masses(self, probe: Probe, device: torch.device, dtype: torch.dtype) -> Shares:
-        if self.denominator == "sum" or self.factor is not None:
-            per_row = 1.0 / (self.rows_per_step or 1) if self.denominator == "sum" else 1.0
-            every = torch.full((probe.n,), per_row, dtype=dtype, device=device)
+        if self.denominator == "sum":
+            every = torch.full((probe.n,), self._each, dtype=dtype, device=device)
             return Shares(every, torch.ones_like(every, dtype=torch.bool))
         found = masses(self.batch_loss, probe, self.reference, self.head.linear.out_features, dtype, device)
         return Shares(rounded(found.values), found.active)

@@ -6,6 +6,7 @@ else the loss does not depend on. What is left works for any number of rows, in 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Callable
@@ -75,9 +76,15 @@ def trace(
     Raises:
         Exception: whatever tracing raised: the step looks at values (branches, ``.numpy()``), or uses what has no trace.
     """
-    table: Any = core_aten_decompositions()
-    graph = make_fx(step, decomposition_table=table, tracing_mode="symbolic", _allow_non_fake_inputs=True)(z, *leaves)
+    graph = make_fx(step, decomposition_table=_table(), tracing_mode="symbolic", _allow_non_fake_inputs=True)(
+        z, *leaves
+    )
     return LossGraph(graph, dtype, named, len(leaves))
+
+
+@functools.cache
+def _table() -> dict[Any, Any]:
+    return dict(core_aten_decompositions())
 
 
 def storages(module: nn.Module) -> dict[int, str]:

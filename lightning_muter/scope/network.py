@@ -25,22 +25,22 @@ from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.curvature.inner.maximiser import InnerSolver, Smoothing
 from lightning_muter.curvature.objective.network import WideCurvature, WideObjective
 from lightning_muter.curvature.problem.network import WideProblem
-from lightning_muter.curvature.response.choose import Response, as_response
+from lightning_muter.curvature.response.choose import Response
 from lightning_muter.errors import ArgumentError
 from lightning_muter.forgotten.digests import check_digests
 from lightning_muter.forgotten.modules import check_remembered, recalled, remember
 from lightning_muter.forgotten.rows import Forgotten, barred_after, barred_of, known_keys, remember_key
 from lightning_muter.minimise.levenberg_marquardt import Found, LevenbergMarquardt
-from lightning_muter.model.dataset import SampleSource
-from lightning_muter.model.distributed import Shards, refuse_sharded_parameters
+from lightning_muter.model.distributed import Shards
 from lightning_muter.model.losses import Loss
+from lightning_muter.model.modes import full_precision
 from lightning_muter.model.read_step import read_objective
-from lightning_muter.model.reading import Reading
+from lightning_muter.scope.network_objective import Rows, Training, left_outside, stored_objective
 from lightning_muter.snapshot.ranks import ranks_agree
 from lightning_muter.snapshot.reread import read_stored
 from lightning_muter.snapshot.retaken import positions_to_leave_out
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, WideSnapshot
-from lightning_muter.snapshot.trained import Decay, decay_by_name, trained_threat
+from lightning_muter.snapshot.trained import Decay, trained_threat
 from lightning_muter.solvers.base import Solver
 from lightning_muter.solvers.cg import CG, TruncatedCG
 from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
@@ -50,12 +50,11 @@ from lightning_muter.unlearning.result import UnlearnResult
 
 #: mu at the start, per sample.
 DAMPING = 1e-2
-#: Inner maxima of ReLU networks sit on kinks: followed by a few steps per evaluation, they settle as the search goes on.
-_KINKED = InnerSolver(tolerance=1e-3, max_iter=8, tracking=4, finish=1)
 
 
 @ranks_agree
 @torch.inference_mode(False)
+@full_precision()
 def unlearn_wide(
     model: nn.Module,
     forget: Iterable[int],
@@ -117,25 +116,20 @@ def unlearn_wide(
     positions = checked_positions(forget, stand_in)
     gone = {*positions, *before}
     kept = [i for i in range(n_total) if i not in gone]
-    objective = wide_objective(
-        model,
-        data,
-        kept,
-        reading=read_objective(model, data, loss=loss, collate=collate, positions=kept, inputs=inputs, label=label),
-        scope=scope,
-        threat=trained_threat(model, threat_model, attack),
-        trades_beta=trades_beta,
-        response=response,
-        curvature=curvature,
-        decay=lambda problem: wide_decay(problem, model, weight_decay, optimizers),
-        smoothing=smoothing,
-        inner=inner,
-        sample_weight=sample_weight,
-        collate=collate,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        shards=shards,
+    training = Training(
+        scope,
+        trained_threat(model, threat_model, attack),
+        response,
+        curvature,
+        weight_decay,
+        trades_beta,
+        optimizers,
+        smoothing,
+        inner,
     )
+    reading = read_objective(model, data, loss=loss, collate=collate, positions=kept, inputs=inputs, label=label)
+    rows = Rows(data, kept, reading, collate, batch_size, num_workers, sample_weight, shards)
+    objective = training.objective(model, rows)
     deadline = None if seconds is None else began + seconds
     result, new = _carry_out(objective, scope, positions, len(kept), steps, damping, cg, tolerance, deadline, progress)
     _commit(objective.problem, new, result, dry_run, lambda fingerprint: None)
@@ -149,6 +143,7 @@ def unlearn_wide(
 
 
 @torch.inference_mode(False)
+@full_precision()
 def unlearn_stored(
     model: nn.Module,
     snapshot: WideSnapshot,
@@ -199,9 +194,7 @@ def unlearn_stored(
     )
     check_digests(snapshot, data, positions, "data", collate)
     check_digests(snapshot, read, kept, "data" if retain is None else "retain", collate)
-    objective = stored_objective(
-        model, snapshot, read, kept, reading=reading, collate=collate, batch_size=batch_size, shards=shards
-    )
+    objective = stored_objective(model, snapshot, Rows(read, kept, reading, collate, batch_size, shards=shards))
     result, new = _carry_out(
         objective, snapshot.scope, positions, len(kept), 1 + refine, DAMPING, _as_cg(solver), 1e-6, None, progress
     )
@@ -227,78 +220,6 @@ def _blanked(rows: Tensor | None, positions: list[int]) -> Any:
     rows = rows.clone()
     rows[torch.tensor(positions)] = 0
     return rows
-
-
-def wide_objective(
-    model: nn.Module,
-    data: Dataset[Any],
-    positions: Sequence[int],
-    *,
-    reading: Reading,
-    scope: str | Sequence[str],
-    threat: ThreatModel,
-    trades_beta: float | None,
-    response: str | Response,
-    curvature: WideCurvature,
-    decay: Callable[[WideProblem], Tensor],
-    smoothing: Smoothing | None,
-    inner: InnerSolver | None,
-    collate: Callable[[list[Any]], Any] | None,
-    batch_size: int,
-    sample_weight: Tensor | None = None,
-    num_workers: int = 0,
-    shards: Shards | None = None,
-) -> WideObjective:
-    """The robust objective of the parameters in ``scope`` over ``positions`` of ``data``, anchored at the weights at hand."""
-    refuse_sharded_parameters(model)
-    shards = shards or Shards.current()
-    source = SampleSource(
-        data,
-        collate=collate,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        device=next(model.parameters()).device,
-        weight=sample_weight,
-        threat=threat,
-        readable=positions,
-        reading=reading,
-    ).settle()
-    problem = WideProblem(model, reading.loss, scope, source.examples(), trades_beta, reading)
-    return WideObjective(
-        problem,
-        threat,
-        source,
-        decay(problem),
-        as_response(response, threat),
-        shards.share(positions),
-        source.total(positions),
-        curvature,
-        inner or (_KINKED if problem.backbone.piecewise_linear else InnerSolver(max_iter=50)),
-        smoothing or Smoothing(),
-        anchor=problem.read() if threat.jumps else None,
-        reduce=shards.sum_,
-        leads=shards.rank == 0,
-    )
-
-
-def stored_objective(
-    model: nn.Module, snapshot: WideSnapshot, data: Dataset[Any], positions: Sequence[int], **options: Any
-) -> WideObjective:
-    """The objective that a `WideSnapshot` describes, over some positions."""
-    return wide_objective(
-        model,
-        data,
-        positions,
-        scope=snapshot.patterns,
-        threat=snapshot.threat_model,
-        trades_beta=snapshot.trades_beta,
-        response=snapshot.response,
-        curvature=snapshot.curvature,
-        decay=lambda problem: wide_decay(problem, model, snapshot.decay, None),
-        smoothing=snapshot.smoothing,
-        inner=snapshot.inner,
-        **options,
-    )
 
 
 def _carry_out(
@@ -333,6 +254,11 @@ def _carry_out(
         fingerprint_before=weight_fingerprint(problem.module.state_dict()),
         refine=found.history,
     )
+    result.quality = {
+        "objective_before": found.first.value,
+        "objective_after": found.last.value,
+        "maximisers_converged": found.last.converged,
+    }
     result.warnings += _notes(problem, found)
     return result, found.w
 
@@ -347,13 +273,6 @@ def _as_cg(solver: str | Solver | TruncatedCG) -> TruncatedCG:
     raise ArgumentError(
         "solver", solver, "'auto', 'cg', CG or TruncatedCG beyond the head", "The others need the matrix itself."
     )
-
-
-def wide_decay(problem: WideProblem, model: nn.Module, weight_decay: Decay, optimizers: Iterable[Any] | None) -> Tensor:
-    """lambda per entry of w, (p,)."""
-    values = decay_by_name(problem.names, model, weight_decay, optimizers)
-    found = torch.tensor([values[n] for n in problem.names], dtype=problem.dtype, device=problem.device)
-    return torch.repeat_interleave(found, torch.tensor(problem.sizes, device=problem.device))
 
 
 def _notes(problem: WideProblem, found: Found) -> list[str]:
@@ -372,19 +291,6 @@ def _notes(problem: WideProblem, found: Found) -> list[str]:
             f"{found.solver['residual']:.1e}); its step lowered the retained objective and was accepted."
         )
     return notes
-
-
-def left_outside(model: nn.Module, names: Iterable[str]) -> str | None:
-    """What a scope leaves behind; None when it covers every trainable parameter."""
-    inside = set(names)
-    left = [n for n, p in model.named_parameters() if p.requires_grad and n not in inside]
-    if not left:
-        return None
-    shown = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
-    return (
-        f"The scope leaves {len(left)} trainable parameters as they are ({shown}): they keep what they learnt from "
-        "forgotten samples. scope='all' covers them."
-    )
 
 
 def _commit(

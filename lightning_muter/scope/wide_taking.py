@@ -14,15 +14,18 @@ from torch.utils.data import Dataset
 
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.curvature.inner.maximiser import InnerSolver, Smoothing
-from lightning_muter.curvature.objective.network import WideCurvature
+from lightning_muter.curvature.objective.base import Evaluation
+from lightning_muter.curvature.objective.network import WideCurvature, WideObjective
 from lightning_muter.curvature.response.choose import Response
 from lightning_muter.errors import ArgumentError, UnsuitableError
 from lightning_muter.forgotten.digests import check_digests, sample_digests
 from lightning_muter.minimise.levenberg_marquardt import LevenbergMarquardt
 from lightning_muter.model.losses import Loss
+from lightning_muter.model.modes import full_precision
 from lightning_muter.model.read_step import read_objective
 from lightning_muter.model.reading import Reading
-from lightning_muter.scope.network import DAMPING, left_outside, stored_objective, wide_decay, wide_objective
+from lightning_muter.scope.network import DAMPING
+from lightning_muter.scope.network_objective import Rows, Training, left_outside, stored_objective
 from lightning_muter.snapshot.ranks import ranks_agree
 from lightning_muter.snapshot.reread import read_stored
 from lightning_muter.snapshot.retaken import leaves_out_forgotten
@@ -38,6 +41,7 @@ _STATIONARY = 1e-2
 @ranks_agree
 @leaves_out_forgotten
 @torch.inference_mode(False)
+@full_precision()
 def take_wide_snapshot(
     model: nn.Module,
     dataset: Dataset[Any],
@@ -87,61 +91,41 @@ def take_wide_snapshot(
         reading = read_objective(
             model, dataset, loss=loss, collate=collate, inputs=inputs, label=label, normalization=normalization
         )
-    objective = wide_objective(
-        model,
-        dataset,
-        range(len(dataset)),  # type: ignore[arg-type]
-        reading=reading,
-        scope=scope,
-        threat=trained_threat(model, threat_model, attack),
-        trades_beta=trades_beta,
-        response=response,
-        curvature=curvature,
-        decay=lambda problem: wide_decay(problem, model, weight_decay, optimizers),
-        smoothing=smoothing,
-        inner=inner,
-        sample_weight=sample_weight,
-        collate=collate,
-        batch_size=batch_size,
-        num_workers=num_workers,
+    training = Training(
+        scope,
+        trained_threat(model, threat_model, attack),
+        response,
+        curvature,
+        weight_decay,
+        trades_beta,
+        optimizers,
+        smoothing,
+        inner,
     )
-    problem, source = objective.problem, objective.source
-    w = problem.read()
-    first = now = objective.evaluate(w)
-    if polish not in ("auto", 0):
-        title = "polish" if progress and objective.leads else None
-        found = LevenbergMarquardt(objective, TruncatedCG(), DAMPING, title=title).run(w, int(polish), 1e-6)
-        w, now = found.w, found.last
-    if not bool(torch.isfinite(now.gradient).all()):
-        raise UnsuitableError("The objective is not finite at the model's weights. Check the weights and the loss.")
-    notes = list(reading.notes)
-    outside = left_outside(model, problem.names)
-    if outside is not None:
-        notes.append(outside)
-    if now.stationarity > _STATIONARY:
-        notes.append(
-            f"The weights are not stationary: |grad F| / sqrt(n sum |grad phi_i|^2) = {now.stationarity:.1e}. A request also "
-            "goes on minimising; train longer, or pass polish=<steps>, to see the removal alone."
-        )
+    every = range(len(dataset))  # type: ignore[arg-type]
+    rows = Rows(dataset, every, reading, collate, batch_size, num_workers, sample_weight)
+    objective = training.objective(model, rows)
+    problem = objective.problem
+    w, first, now = _polished(objective, 0 if polish == "auto" else int(polish), progress)
+    notes = _notes(model, problem.names, reading, now)
     for note in notes:  # before anything is changed: a warning may be an error
         warning_module.warn(note, stacklevel=5)
     key = key or DigestKey.generate()
-    digests = sample_digests(key, source, range(source.n))
+    digests = sample_digests(key, objective.source, every)
     problem.write(w)
-    decay = wide_decay(problem, model, weight_decay, optimizers).split(problem.sizes)
     return WideSnapshot(
         patterns=[scope] if isinstance(scope, str) else list(scope),
         parameters=list(problem.names),
-        decay={name: float(part[0]) for name, part in zip(problem.names, decay, strict=True)},
-        n_total=source.n,
+        decay=training.decay_by_name(model, problem.names),
+        n_total=objective.source.n,
         forgotten=[],
         threat_model=objective.threat,
         response=objective.response,
         curvature=curvature,
         loss_name=reading.identity,
-        mass=source.mass,
+        mass=objective.source.mass,
         normalization=reading.normalization,
-        input_shape=source.input_shape,
+        input_shape=objective.source.input_shape,
         inner=objective.inner,
         smoothing=objective.smoothing,
         digests=digests,
@@ -149,20 +133,54 @@ def take_wide_snapshot(
         fingerprint=weight_fingerprint(model.state_dict()),
         stationarity=now.stationarity,
         trades_beta=trades_beta,
-        sample_weight=source.weight,
+        sample_weight=objective.source.weight,
         warnings=notes,
-        figures={
-            "seconds": time.perf_counter() - began,
-            "passes": objective.passes,
-            "objective": now.value,
-            "stationarity_before": first.stationarity,
-            "converged": now.converged,
-        },
+        figures=_figures(objective, first, now) | {"seconds": time.perf_counter() - began},
         key=key,
     )
 
 
+def _polished(objective: WideObjective, steps: int, progress: bool) -> tuple[Tensor, Evaluation, Evaluation]:
+    """Weights after so many steps, and the objective at the weights before and at these.
+
+    Raises:
+        UnsuitableError: it is not finite there.
+    """
+    w = objective.problem.read()
+    first = now = objective.evaluate(w)
+    if steps:
+        title = "polish" if progress and objective.leads else None
+        found = LevenbergMarquardt(objective, TruncatedCG(), DAMPING, title=title).run(w, steps, 1e-6)
+        w, now = found.w, found.last
+    if not bool(torch.isfinite(now.gradient).all()):
+        raise UnsuitableError("The objective is not finite at the model's weights. Check the weights and the loss.")
+    return w, first, now
+
+
+def _figures(objective: WideObjective, first: Evaluation, now: Evaluation) -> dict[str, Any]:
+    return {
+        "passes": objective.passes,
+        "objective": now.value,
+        "stationarity_before": first.stationarity,
+        "converged": now.converged,
+    }
+
+
+def _notes(model: nn.Module, names: list[str], reading: Reading, now: Evaluation) -> list[str]:
+    notes = list(reading.notes)
+    outside = left_outside(model, names)
+    if outside is not None:
+        notes.append(outside)
+    if now.stationarity > _STATIONARY:
+        notes.append(
+            f"The weights are not stationary: |grad F| / sqrt(n sum |grad phi_i|^2) = {now.stationarity:.1e}. A request also "
+            "goes on minimising; train longer, or pass polish=<steps>, to see the removal alone."
+        )
+    return notes
+
+
 @torch.inference_mode(False)
+@full_precision()
 def refresh_wide(
     model: nn.Module,
     snapshot: WideSnapshot,
@@ -180,7 +198,7 @@ def refresh_wide(
     kept = snapshot.retained_positions
     reading = read_stored(model, snapshot, data, kept, loss=loss, collate=collate, inputs=inputs, label=label)
     check_digests(snapshot, data, kept, "data", collate)
-    objective = stored_objective(model, snapshot, data, kept, reading=reading, collate=collate, batch_size=batch_size)
+    objective = stored_objective(model, snapshot, Rows(data, kept, reading, collate, batch_size))
     now = objective.evaluate(objective.problem.read())
     return replace(
         snapshot,

@@ -26,10 +26,12 @@ from lightning_muter.curvature.problem.head import HeadProblem
 from lightning_muter.curvature.response.choose import Response, as_response
 from lightning_muter.errors import ArgumentError, MismatchError, UnsuitableError
 from lightning_muter.forgotten.digests import check_digests, sample_digests
+from lightning_muter.minimise.best import Best, best_head
 from lightning_muter.minimise.budget import FORWARD, Budget, Fit
 from lightning_muter.minimise.train_on import TrainedOn, cost_of_sums, train_on
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.losses import Loss, accuracy
+from lightning_muter.model.modes import full_precision
 from lightning_muter.model.read_step import read_objective
 from lightning_muter.model.reading import Reading
 from lightning_muter.snapshot.ranks import ranks_agree
@@ -51,6 +53,7 @@ AIM = {torch.float64: 1e-6, torch.float32: 1e-4}
 @ranks_agree
 @leaves_out_forgotten
 @torch.inference_mode(False)
+@full_precision()
 def take_snapshot(
     model: nn.Module,
     dataset: Dataset[Any],
@@ -166,6 +169,7 @@ def take_snapshot(
     metric = chosen if chosen.norm is not None else as_response("auto", threat).resolved(problem.backbone, source.n)
     figures: dict[str, Any] = {}
     done: TrainedOn | None = None
+    best: Best | None = None
     before_theta = theta
     spending = Budget((fit or Fit()).allowance(budget))
     if polish != 0:
@@ -183,7 +187,8 @@ def take_snapshot(
                 on_step=told.step,
                 on_pass=told.gap,
             )
-        theta = done.theta
+        best = best_head(objective, before_theta, done, constants=polish == "auto", anchored=anchored)
+        theta = problem.rounded(best.theta)
     if done is not None and done.as_found:
         aim = max(aim, AIM[torch.float32])  # cutting sets aim at the objective, not at the gradient
     as_found = done.as_found if done is not None else like is not None and like.inner.as_found
@@ -199,7 +204,10 @@ def take_snapshot(
     reached = objective.evaluation(theta, sums, final)
     notes = [*reading.notes, *_notes(problem, model, theta, reached, aim, polish, decay, sums, attack)]
     if done is not None:
-        figures |= _polish_figures(objective, problem, loss, before_theta, theta, done)
+        assert best is not None
+        figures |= _polish_figures(objective, problem, loss, before_theta, theta, done, best)
+        if best.is_constant:
+            notes.append(_constant_note(best, threat))
     figures |= {
         "stationarity": reached.stationarity,
         "objective": reached.value,
@@ -350,6 +358,14 @@ def _notes(
     return notes
 
 
+def _constant_note(best: Best, threat: ThreatModel) -> str:
+    return (
+        f"The robust optimum is a constant predictor: the best head that was found has the objective {best.value:.6g}, one that "
+        f"answers the same whatever it is shown {best.constant:.6g}. Balls of eps={threat.eps:g} swamp the classes: at this "
+        "radius there is nothing to learn, nor to unlearn but the share of the classes. Use a smaller eps, or better features."
+    )
+
+
 def outside_head(model: nn.Module, problem: HeadProblem) -> str | None:
     """What head scope leaves behind, said loudly; None when every trained parameter is in the head."""
     inside = {id(p) for p in problem.head.linear.parameters()}
@@ -365,7 +381,13 @@ def outside_head(model: nn.Module, problem: HeadProblem) -> str | None:
 
 
 def _polish_figures(
-    objective: RobustObjective, problem: HeadProblem, loss: Loss, before: Tensor, after: Tensor, done: TrainedOn
+    objective: RobustObjective,
+    problem: HeadProblem,
+    loss: Loss,
+    before: Tensor,
+    after: Tensor,
+    done: TrainedOn,
+    best: Best,
 ) -> dict[str, Any]:
     right = {"before": torch.zeros(()), "after": torch.zeros(())}
     count, known = 0, True
@@ -387,6 +409,7 @@ def _polish_figures(
             "accuracy_before": float(right["before"]) / count if known else None,
             "accuracy_after": float(right["after"]) / count if known else None,
             **done.figures,
+            **best.to_dict(),
         }
     }
 

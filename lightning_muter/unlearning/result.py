@@ -18,6 +18,8 @@ class UnlearnResult:
         within: the distance that was asked for, or None.      parameters: names of those that were changed.
         gate: what :class:`lightning_muter.deletion.gate.Gate` measured, or None.
         refine: stationarity after each refine step.
+        quality: what the step is worth: the retained objective before and after (with ``retain``), the fall that its model predicts,
+            what of the step is owed to weights that were not stationary (``owed_share``), the share of inner maxima that converged.
     """
 
     method: str
@@ -38,6 +40,7 @@ class UnlearnResult:
     within: float | None = None
     parameters: list[str] = field(default_factory=list)
     gate: dict[str, Any] | None = None
+    quality: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:

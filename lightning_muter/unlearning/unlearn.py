@@ -24,6 +24,7 @@ from lightning_muter.minimise.refine import refined
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards
 from lightning_muter.model.losses import Loss
+from lightning_muter.model.modes import full_precision
 from lightning_muter.scope.head_methods import Method, MUter, Request, Step
 from lightning_muter.scope.network import unlearn_stored
 from lightning_muter.snapshot.ranks import ranks_agree
@@ -34,12 +35,23 @@ from lightning_muter.solvers.base import Solver
 from lightning_muter.solvers.choose import as_solver
 from lightning_muter.unlearning.commit import adopter, commit
 from lightning_muter.unlearning.positions import checked_positions
+from lightning_muter.unlearning.quality import (
+    check_accept,
+    or_constant,
+    quality_of,
+    remember_owed,
+    require_no_worse,
+    require_trust,
+    start_of,
+    warnings_of,
+)
 from lightning_muter.unlearning.result import UnlearnResult
 from lightning_muter.unlearning.within import check_within, refine_within
 
 
 @ranks_agree
 @torch.inference_mode(False)
+@full_precision()
 def unlearn(
     model: nn.Module,
     snapshot: Snapshot | WideSnapshot,
@@ -51,6 +63,7 @@ def unlearn(
     retain: Dataset[Any] | None = None,
     refine: int = 0,
     within: float | None = None,
+    accept: str | None = None,
     dry_run: bool = False,
     loss: Loss | None = None,
     collate: Callable[[list[Any]], Any] | None = None,
@@ -79,13 +92,16 @@ def unlearn(
             where the request went too far for the stored one (a whole class).
         within: refine until the certified distance to retraining is below this, else refuse. For
             :func:`lightning_muter.publish`: fix it before you see any request.
+        accept: "worse" takes the step even where it raises the robust objective of the retained rows (known with ``retain``), or
+            where most of it is owed to a snapshot that could not be made stationary. None refuses it.
         dry_run: compute everything, change nothing.
         shards: this process's share of the samples; None asks torch.distributed. Every process of the group makes the same
             call and gets the same weights; ``Shards()``: this one works alone.
 
     Raises:
         ArgumentError, RequestError: bad positions; MismatchError: model, data or loss are not the snapshot's;
-        SolveError: the system was not solved, or ``within`` was not reached. Model and snapshot are as they were.
+        SolveError: the system was not solved, ``within`` was not reached, or the step makes the model worse.
+        Model and snapshot are as they were.
     """
     if isinstance(snapshot, WideSnapshot):
         if within is not None:
@@ -102,6 +118,7 @@ def unlearn(
     if refine and retain is None:
         raise ArgumentError("refine", refine, "0 without retained data", "Pass retain=train_dataset as well.")
     check_within(within, retain)
+    check_accept(accept)
     chosen_solver, method = as_solver(solver), method or MUter()
     snapshot.check_length(data, "data")
     snapshot.check_model(model)
@@ -153,11 +170,18 @@ def unlearn(
         within=within,
         parameters=[f"{snapshot.head_name}.{name}".lstrip(".") for name, _ in problem.head.linear.named_parameters()],
     )
+    result.quality = quality_of(request, step)
+    if not refine:  # which would lead away from a bad step
+        result.warnings += warnings_of(result.quality)
     after = _downdated(snapshot, step, positions)
+    remember_owed(after, result.quality)
     after.barred = barred_after(snapshot, data, positions, collate)
+    step.theta = problem.rounded(step.theta)
     theta = step.theta
     if retain is not None:
-        theta = _with_retained(request, step, kept, now, after, result, refine, within, progress)
+        theta = _with_retained(request, step, kept, now, after, result, refine, accept, progress)
+    else:
+        require_trust(snapshot, result.quality, accept)
     if not bool(torch.isfinite(theta).all()):
         raise SolveError("The new weights are not finite. Nothing was changed; take a new snapshot and try again.")
     result.step_norm = float((theta - now).norm())
@@ -208,11 +232,11 @@ def _with_retained(
     after: Snapshot,
     result: UnlearnResult,
     refine: int,
-    within: float | None,
+    accept: str | None,
     progress: bool,
 ) -> Tensor:
     """Stationarity before and after, refine steps, and the certificate; updates ``after`` and ``result``."""
-    snapshot, theta = request.snapshot, step.theta
+    snapshot, theta, within = request.snapshot, step.theta, result.within
     starts = snapshot.base_starts if snapshot.base_starts is not None else snapshot.starts
     objective = request.objective(kept, starts, request.retained)
     with bar(objective, "refine" if refine else "certify", progress) as on_step:
@@ -239,6 +263,7 @@ def _with_retained(
             )
 
         if refine or within is not None:
+            theta, evaluation = start_of(objective, now, at_now, theta, evaluation)
             if within is None:
                 found = further(theta, evaluation, refine)
             else:
@@ -246,7 +271,8 @@ def _with_retained(
                 found, result.bound = refine_within(
                     further, lambda w, e: certify(objective, w, e), start, step.matrix, refine, within
                 )
-            theta, evaluation = found.theta, found.evaluation
+            theta, evaluation = or_constant(objective, snapshot, found.theta, found.evaluation)
+            theta, result.bound = _rounded(request.problem, theta, result.bound)
             result.refine = found.history[1:]
             # from now on gradients count from here; curvature stays at theta_ref
             base_starts = objective.stored_starts()
@@ -257,6 +283,8 @@ def _with_retained(
                 full = torch.zeros(snapshot.n_total, *base_starts.shape[1:], dtype=base_starts.dtype)
                 full[torch.tensor(kept)] = base_starts
                 after.base_starts = full
+        require_no_worse(objective, now, at_now.value, evaluation.value, accept, result.quality)
+        result.quality["maximisers_converged"] = evaluation.converged
         result.stationarity_after = evaluation.stationarity
         after.stationarity = evaluation.stationarity
         if why is None:
@@ -265,6 +293,12 @@ def _with_retained(
         else:
             result.warnings.append(why)
     return theta
+
+
+def _rounded(problem: HeadProblem, theta: Tensor, bound: float | None) -> tuple[Tensor, float | None]:
+    """theta as the model will hold it, and its certified distance."""
+    kept = problem.rounded(theta)
+    return kept, None if bound is None else bound + float((kept - theta).norm())
 
 
 def _warnings(
