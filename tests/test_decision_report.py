@@ -83,7 +83,7 @@ def test_a_study_begins_with_what_a_decision_needs(tmp_path: Path, capsys: pytes
     assert "[audit.csv](audit.csv)" in text
     assert "12 worlds give wide intervals" in text
     assert self_contained(page)
-    assert page.count("data:image/png;base64") >= 4
+    assert page.count("data:image/png;base64") == 3
     assert 'name="viewport"' in page
     assert "@media print" in page
 
