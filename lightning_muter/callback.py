@@ -51,7 +51,7 @@ from lightning_muter.storage.atomic import commit_files
 from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
 from lightning_muter.storage.plain import Plain, plain
 from lightning_muter.unlearning.result import UnlearnResult
-from lightning_muter.unlearning.unlearn import unlearn
+from lightning_muter.unlearning.unlearn import CERTIFY_SECONDS, unlearn
 
 
 class MUterCallback(Callback):
@@ -148,7 +148,7 @@ class MUterCallback(Callback):
             callback=self,
             cap=self.size_cap,
         )
-        skip = enforce(findings)
+        skip = enforce(findings, show=self.verbose and trainer.is_global_zero)
         records = all_records(self._record, pl_module, self._folders(trainer))
         refuse_earlier_training(trainer.ckpt_path, self._resumed, records, known_before=self._stale)
         refuse_forgotten_data(records, trainer.train_dataloader)
@@ -265,6 +265,8 @@ class MUterCallback(Callback):
         remember(pl_module, Forgotten.of(snapshot))
         self._record = recalled(pl_module)
         self._log(trainer, snapshot)
+        if self.verbose:
+            rank_zero_info(f"MUter: {snapshot!r}")
         dumped = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
         del dumped["state_dict"]
         written = plain(dumped)
@@ -346,10 +348,7 @@ class MUterCallback(Callback):
         self._on_disk, self._changed = snapshot.fingerprint, False
         self._read_back(snapshot, written)
         if self.verbose:
-            rank_zero_info(
-                f"MUter: snapshot of {snapshot.n_total} samples, stationarity {snapshot.stationarity:.1e}, "
-                f"{snapshot.nbytes / 2**20:.1f} MiB: {self.paths['snapshot']} (weights: {self.paths['checkpoint'].name})"
-            )
+            rank_zero_info(f"MUter: written: {self.paths['snapshot']} (weights: {self.paths['checkpoint'].name})")
 
     def _read_back(self, snapshot: Snapshot | WideSnapshot, written: Plain) -> None:
         """What was written must be what the command line can read; said now, not when the first request comes."""
@@ -433,6 +432,7 @@ class MUterCallback(Callback):
         retain: Dataset[Any] | None = None,
         refine: int = 0,
         within: float | None = None,
+        certify: bool | float = CERTIFY_SECONDS,
         accept: str | None = None,
         method: Method | None = None,
         solver: str | Solver | None = None,
@@ -444,6 +444,7 @@ class MUterCallback(Callback):
         Args:
             forget: positions in the training dataset of the fit.
             data: that dataset, if it is another object by now.
+            certify: seconds that the search for a certificate may take, True: as long as a tight one may, False: none.
             accept: "worse" takes a step that raises the robust objective; None refuses it.
             within: refine until the certified distance to retraining is below this, else refuse; for `publish`.
             retain: the full training dataset: allows ``refine``, stationarity and the certificate. Wider scopes read it in any
@@ -463,6 +464,7 @@ class MUterCallback(Callback):
             retain=retain,
             refine=refine,
             within=within,
+            certify=certify,
             accept=accept,
             dry_run=dry_run,
             loss=self.loss,

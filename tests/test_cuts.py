@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -168,3 +170,20 @@ def test_examples_are_found_by_content():
     kept.next_epoch()
     kept.next_epoch()
     assert not bool(kept.of(x)[1].any())
+
+
+def test_refining_goes_on_from_the_stored_points_and_is_never_worse():
+    net, data = network()
+    threat = ThreatModel("linf", 0.05)
+    snapshot = take_snapshot(net, data, threat_model=threat, weight_decay=DECAY, progress=False)
+    assert snapshot.inner.as_found
+    kept = TensorDataset(*(t[8:] for t in data.tensors))
+    ends = {}
+    for refine in (0, 2):
+        model, stored = copy.deepcopy(net), copy.deepcopy(snapshot)
+        unlearn(model, stored, range(8), data, retain=data, refine=refine, progress=False)
+        head = torch.cat([model[-1].weight, model[-1].bias[:, None]], 1).detach().double()
+        ends[refine] = robust_value(net, kept, threat, head)
+        if refine:  # what is stored goes on: another request finds its own rows there
+            unlearn(model, stored, [9, 20], data, progress=False)
+    assert ends[2] <= ends[0] + 1e-3 * abs(ends[0])

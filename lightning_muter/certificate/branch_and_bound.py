@@ -59,12 +59,12 @@ def global_maxima(dual: Dual, delta: Tensor, *, tolerance: float = 0.0, budget: 
     return GlobalMaxima(peak, dual.loss_gap(value, gap + rounding), seen, unsettled)
 
 
-def default_budget(dual: Dual) -> int:
-    """One cell per sample, and some minute of a processor more (by count: the same everywhere), at most 300 per sample. Most
-    samples take one; where the ball is wide a few take hundreds."""
+def default_budget(dual: Dual, seconds: float = 60.0) -> int:
+    """One cell per sample, and about so many seconds of a processor more (by count: the same everywhere), at most 300 per
+    sample. Most samples take one; where the ball is wide a few take hundreds."""
     n, m = dual.z.shape
-    seconds = 3e-4 + 5e-8 * m * max(m * m, dual.x.shape[1])
-    return n + min(max(299 * n, 3000), int(60 / seconds))
+    each = 3e-4 + 5e-8 * m * max(m * m, dual.x.shape[1])
+    return n + min(max(299 * n, 3000), int(seconds / each))
 
 
 @dataclass

@@ -93,13 +93,17 @@ def certified_distance_in_metric(
     return math.sqrt(float(square.min())) * (1 + 1e-9)
 
 
-def certify(objective: RobustObjective, theta: Tensor, evaluation: Evaluation) -> float:
-    """The bound at theta as the module will hold it, rounded to its dtype, given the objective's evaluation at theta."""
+def certify(objective: RobustObjective, theta: Tensor, evaluation: Evaluation, seconds: float = 60.0) -> float:
+    """The bound at theta as the module will hold it, rounded to its dtype, given the objective's evaluation at theta.
+
+    ``seconds``: of a processor, about, that the search for larger maxima may take per process (counted in cells, so that the
+    bound is the same everywhere); it is the looser for less.
+    """
     written = theta.to(objective.problem.head.linear.weight.dtype).to(theta)
-    return _certify(objective, theta, evaluation) + float((theta - written).norm())
+    return _certify(objective, theta, evaluation, seconds) + float((theta - written).norm())
 
 
-def _certify(objective: RobustObjective, theta: Tensor, evaluation: Evaluation) -> float:
+def _certify(objective: RobustObjective, theta: Tensor, evaluation: Evaluation, seconds: float) -> float:
     """The bound at theta.
 
     The gradient is taken at the maximisers that the search for global ones ends with, and eta is their gap.
@@ -107,7 +111,7 @@ def _certify(objective: RobustObjective, theta: Tensor, evaluation: Evaluation) 
     m = float(objective.decay.min()) * objective.total
     # a gap that hardly moves the bound need not be told from 0
     target = 1e-4 * float(evaluation.gradient.square().sum()) / (4 * m)
-    found = globally_maximised(objective, theta, evaluation, target / max(objective.count, 1))
+    found = globally_maximised(objective, theta, evaluation, target / max(objective.count, 1), seconds)
     exact = replace(objective, delta=found.delta, rivals=evaluation.rivals, prior=evaluation.prior, tick=None)
     bent = found.curvature is not None and theta.numel() <= _DENSE
     sums, delta = exact.sums(theta, settle=False, response=NoResponse() if bent else None)
@@ -148,7 +152,7 @@ class Maximised:
 
 
 def globally_maximised(
-    objective: RobustObjective, theta: Tensor, evaluation: Evaluation, tolerance: float = 0.0
+    objective: RobustObjective, theta: Tensor, evaluation: Evaluation, tolerance: float = 0.0, seconds: float = 60.0
 ) -> Maximised:
     """Maximisers at least as good as the evaluation's, and eta, an upper bound of sum_i w_i (phi_i - value at them).
 
@@ -162,7 +166,9 @@ def globally_maximised(
         c = objective.coefficients(done, x, batch.y)
         rows = slice(done, done + len(x))
         here = evaluation.delta[rows].to(x)
-        here, gap = best_maximisers(problem, theta, threat, x, batch.y, here, c, tolerance)
+        here, gap = best_maximisers(
+            problem, theta, threat, x, batch.y, here, c, tolerance, seconds * len(x) / len(objective.own)
+        )
         total += float((gap if batch.weight is None else gap * batch.weight).sum())
         others = () if evaluation.rivals is None else evaluation.rivals[:, rows].to(x)
         for d in (here, *others):

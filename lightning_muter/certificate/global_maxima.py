@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_muter.adversarial.threat_model import ThreatModel
-from lightning_muter.certificate.branch_and_bound import global_maxima
+from lightning_muter.certificate.branch_and_bound import default_budget, global_maxima
 from lightning_muter.certificate.gibbs import as_dual, gibbs_targets
 from lightning_muter.curvature.inner.maximiser import Rho
 from lightning_muter.curvature.problem.head import HeadProblem
@@ -52,13 +52,14 @@ def best_maximisers(
     delta: Tensor,
     c: Tensor | None,
     tolerance: float = 0.0,
+    seconds: float = 60.0,
 ) -> tuple[Tensor, Tensor]:
-    """Maximisers (n, D) at least as good as ``delta``, and their certified gaps (n,)."""
+    """Maximisers (n, D) at least as good as ``delta``, and their certified gaps (n,), in about so many seconds."""
     parts = []
     size = max(1, _ROWS // (max(problem.n_logits, 2) * x.shape[1]))
     for i in torch.arange(len(x), device=x.device).split(size):
         part = None if c is None else c[i]
-        parts.append(_best_of(problem, theta, threat, x[i], y[i], delta[i], part, tolerance))
+        parts.append(_best_of(problem, theta, threat, x[i], y[i], delta[i], part, tolerance, seconds * len(i) / len(x)))
     return torch.cat([d for d, _ in parts]), torch.cat([g for _, g in parts])
 
 
@@ -71,12 +72,13 @@ def _best_of(
     delta: Tensor,
     c: Tensor | None,
     tolerance: float,
+    seconds: float,
 ) -> tuple[Tensor, Tensor]:
     if threat.eps == 0:
         return delta, torch.zeros_like(x[:, 0])
     dual = as_dual(problem, theta, threat, x, y, c)
     if dual is not None:
-        best = global_maxima(dual, delta, tolerance=tolerance)
+        best = global_maxima(dual, delta, tolerance=tolerance, budget=default_budget(dual, seconds))
         delta, gap, rough = best.delta, best.gap, best.unsettled
     elif problem.n_logits == 1 and c is None:
         return _worst_end(problem, theta, threat, x, y)

@@ -39,9 +39,11 @@ from lightning_muter.deletion.request_flow import (
 from lightning_muter.deletion.requests import ForgetConfig, asked_digest, checked_request_id, refuse_forgotten, resolve
 from lightning_muter.deletion.training_data import load_into, threat_of, trades_beta_of, trained_decay, training_data
 from lightning_muter.deletion.transactions import exclusive
+from lightning_muter.errors import UnsuitableError
 from lightning_muter.forgotten.modules import remember, remember_instead
 from lightning_muter.forgotten.rows import Forgotten
 from lightning_muter.minimise.budget import Fit
+from lightning_muter.preflight.check import check
 from lightning_muter.scope.head_methods import Method
 from lightning_muter.scope.wide_taking import take_wide_snapshot
 from lightning_muter.snapshot.part import snapshot_of_rows
@@ -54,6 +56,20 @@ from lightning_muter.unlearning.unlearn import unlearn
 
 class MuterTrainer(L.Trainer):
     """A Trainer that also takes snapshots and honours deletion requests, from the command line."""
+
+    def check(self, model: L.LightningModule, datamodule: L.LightningDataModule | None = None) -> None:
+        """Say in seconds whether a fit with these options will end with a snapshot, what weakens it, and how long that takes.
+
+        Nothing is trained and nothing is written. Findings block, prevent the snapshot, weaken it, or are good to know.
+
+        Args:
+            model: the module, as for fit.
+            datamodule: the data, as for fit.
+        """
+        found = check(model, datamodule, trainer=self)
+        print(found)
+        if not found.ok:
+            raise UnsuitableError("a fit with these options would end without a snapshot; the table says why")
 
     def snapshot(
         self,

@@ -118,14 +118,15 @@ class CuttingSets:
     Args:
         objective: of a nonlinear backbone; its smoothing is not used.
         budget: gradients per sample are counted and limited in it.
-        first: perturbations (n, D) of this process's samples known beforehand, e.g. the last epoch's adversarial examples.
+        first: perturbations (n, D) or (m, n, D) of this process's samples known beforehand, e.g. the last epoch's adversarial
+            examples, or the local maxima that a snapshot stores.
     """
 
     def __init__(self, objective: RobustObjective, budget: Budget, first: Tensor | None = None) -> None:
         self.objective, self.budget, self.first = objective, budget, first
         self.problem = objective.problem
         self.oracle = Oracle(objective)
-        self.penalty = objective.count * objective.decay
+        self.penalty = objective.total * objective.decay
 
     def run(
         self, theta: Tensor, *, tolerance: float, max_passes: int = 10_000, on_pass: OnPass | None = None
@@ -177,9 +178,13 @@ class CuttingSets:
             delta, phi, _ = self.oracle.climb(theta, FAR, None)
             self.budget.spend(FAR.steps + FORWARD)
         else:
-            delta, phi = self.oracle.at(self.first)
-            self.budget.spend(FORWARD)
-        return Cuts.beginning(delta, phi, self.oracle.y, self.problem.dtype)
+            known = self.first[None] if self.first.dim() == 2 else self.first[:KEEP]
+            delta, phi = self.oracle.at(known[0])
+            self.budget.spend(FORWARD * len(known))
+        cuts = Cuts.beginning(delta, phi, self.oracle.y, self.problem.dtype)
+        for more in () if self.first is None else known[1:]:
+            cuts.put(self._losses(theta, cuts), *self.oracle.at(more))
+        return cuts
 
     def _master(self, theta: Tensor, cuts: Cuts, steps: int) -> tuple[Tensor, float]:
         """The next weights, and a lower bound of the least F."""

@@ -7,6 +7,7 @@ and exact (linear models, and networks in double precision while nothing limits 
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +18,13 @@ from lightning_muter.curvature.objective.base import Evaluation
 from lightning_muter.curvature.objective.head import RobustObjective
 from lightning_muter.curvature.response.choose import Response
 from lightning_muter.minimise.budget import FORWARD, Budget
-from lightning_muter.minimise.cuts import CuttingSets, OnPass
-from lightning_muter.minimise.polish import polish
+from lightning_muter.minimise.cuts import CYCLE, CuttingSets, OnPass, Polished
+from lightning_muter.minimise.polish import Descent, polish
 
 #: Relative gap to the least objective that is aimed at.
 GAP = 1e-3
+#: Random directions per sample where exact Jacobians are too dear.
+SKETCH = 8
 #: Passes of the older method, and of cutting sets, that "auto" allows.
 PASSES, CUT_PASSES = 150, 400
 
@@ -88,14 +91,44 @@ def train_on(
     found = CuttingSets(objective, budget, first).run(theta, tolerance=GAP, max_passes=most, on_pass=on_pass)
     if not anchored:
         objective.anchor(found.theta)
+    track(objective, found)
+    figures = {"gap": found.gap, "gradients": budget.spent, "objective": found.value, "bound": found.bound}
+    figures["objective_before"] = found.history[0]["value"] if found.history else found.value
+    return TrainedOn(found.theta, found.status, found.passes, found.before, found.after, True, figures)
+
+
+def track(objective: RobustObjective, found: Polished) -> None:
+    """Follow the worst points that cutting sets ended with from now on."""
     places, prior = found.places[: 1 + objective.inner.rivals], found.prior[: 1 + objective.inner.rivals]
     places = places.to(objective.problem.backbone.exact_dtype) * objective.threat.eps
     objective.delta, objective.rivals = places[0], places[1:]
     objective.prior = prior / prior.sum(0).clamp(min=1e-300)
     objective.passes += found.passes
-    figures = {"gap": found.gap, "gradients": budget.spent, "objective": found.value, "bound": found.bound}
-    figures["objective_before"] = found.history[0]["value"] if found.history else found.value
-    return TrainedOn(found.theta, found.status, found.passes, found.before, found.after, True, figures)
+
+
+def refined_by_cuts(objective: RobustObjective, theta: Tensor, steps: int, on_pass: OnPass | None = None) -> Descent:
+    """``steps`` cycles of cutting sets from theta, where the tracked maximisers are the first cuts.
+
+    One cycle is three passes from the worst points and one from scratch. The best weights met are kept, theta among them.
+    """
+    assert objective.delta is not None
+    known = objective.delta[None] if objective.rivals is None else torch.cat([objective.delta[None], objective.rivals])
+    sets = CuttingSets(objective, Budget(), known)
+    found = sets.run(theta, tolerance=GAP / 10, max_passes=CYCLE * steps + 1, on_pass=on_pass)
+    track(objective, found)
+    status = "converged" if found.status == "noise floor" else found.status
+    evaluation = objective.evaluation(found.theta, *objective.sums(found.theta, settle=False))
+    return Descent(found.theta, evaluation, status, steps, [found.before, found.after])
+
+
+def affordable(response: Response, objective: RobustObjective, budget: Budget) -> Response:
+    """The response, from random directions where exact Jacobians would take more than a third of the budget."""
+    if budget.limit is None or getattr(response, "sketch", None) != 0 or objective.problem.backbone.affine:
+        return response
+    sketched = copy(response)
+    sketched.sketch = SKETCH  # type: ignore[attr-defined]
+    exact, cheap = cost_of_sums(objective, response), cost_of_sums(objective, sketched)
+    return sketched if exact > budget.limit / 3 and cheap < exact else response
 
 
 def cost_of_sums(objective: RobustObjective, response: Response) -> float:

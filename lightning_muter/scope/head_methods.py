@@ -124,7 +124,7 @@ class MUter(Method):
         assert sums.hessian is not None
         gone = sums.gradient
         if not torch.equal(reference, base):
-            gone = request.objective(request.forget, snapshot.base_starts).sums(base)[0].gradient
+            gone = request.objective(request.forget, snapshot.base_starts).sums(base, settle=settle)[0].gradient
         hessian = replace(snapshot.hessian, blocks=snapshot.hessian.blocks.to(device)).minus(sums.hessian, reuse=True)
         gradient = snapshot.gradient.to(device) - gone
         penalty = request.total * snapshot.decay.to(device)

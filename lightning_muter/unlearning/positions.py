@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from torch import Tensor
@@ -33,7 +34,7 @@ def checked_positions(forget: Iterable[int], snapshot: Stored) -> list[int]:
             "forget", out[:5], f"positions from 0 to {snapshot.n_total - 1}", "Negative ones do not count."
         )
     if len(set(positions)) != len(positions):
-        twice = sorted({i for i in positions if positions.count(i) > 1})[:5]
+        twice = sorted(i for i, count in Counter(positions).items() if count > 1)[:5]
         raise ArgumentError("forget", twice, "each position once", "Remove the duplicates.")
     again = sorted(set(positions) & set(snapshot.forgotten))
     if again:

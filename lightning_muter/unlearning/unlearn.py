@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings as warning_module
 from collections.abc import Callable, Iterable
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_muter.certificate.certificate import certify, why_no_certificate
+from lightning_muter.certificate.certificate import certify as certified
+from lightning_muter.certificate.certificate import why_no_certificate
 from lightning_muter.curvature.objective.base import Evaluation
 from lightning_muter.curvature.problem.head import HeadProblem
 from lightning_muter.errors import ArgumentError, MismatchError, SolveError, UnsuitableError
@@ -21,6 +23,7 @@ from lightning_muter.forgotten.modules import check_remembered, remember
 from lightning_muter.forgotten.rows import Forgotten, barred_after
 from lightning_muter.minimise.polish import Descent
 from lightning_muter.minimise.refine import refined
+from lightning_muter.minimise.train_on import refined_by_cuts
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards
 from lightning_muter.model.losses import Loss
@@ -48,6 +51,9 @@ from lightning_muter.unlearning.quality import (
 from lightning_muter.unlearning.result import UnlearnResult
 from lightning_muter.unlearning.within import check_within, refine_within
 
+#: For how long a certificate is looked for unless somebody asks for more.
+CERTIFY_SECONDS = 5.0
+
 
 @ranks_agree
 @torch.inference_mode(False)
@@ -63,6 +69,7 @@ def unlearn(
     retain: Dataset[Any] | None = None,
     refine: int = 0,
     within: float | None = None,
+    certify: bool | float = CERTIFY_SECONDS,
     accept: str | None = None,
     dry_run: bool = False,
     loss: Loss | None = None,
@@ -92,6 +99,8 @@ def unlearn(
             where the request went too far for the stored one (a whole class).
         within: refine until the certified distance to retraining is below this, else refuse. For
             :func:`lightning_muter.publish`: fix it before you see any request.
+        certify: with ``retain``, look for a certificate (linear models): for about so many seconds of a processor beyond a first
+            look at every sample, True: as long as a tight one may take (minutes), False: not at all.
         accept: "worse" takes the step even where it raises the robust objective of the retained rows (known with ``retain``), or
             where most of it is owed to a snapshot that could not be made stationary. None refuses it.
         dry_run: compute everything, change nothing.
@@ -118,6 +127,7 @@ def unlearn(
     if refine and retain is None:
         raise ArgumentError("refine", refine, "0 without retained data", "Pass retain=train_dataset as well.")
     check_within(within, retain)
+    seconds = _seconds(certify)
     check_accept(accept)
     chosen_solver, method = as_solver(solver), method or MUter()
     snapshot.check_length(data, "data")
@@ -179,7 +189,7 @@ def unlearn(
     step.theta = problem.rounded(step.theta)
     theta = step.theta
     if retain is not None:
-        theta = _with_retained(request, step, kept, now, after, result, refine, accept, progress)
+        theta = _with_retained(request, step, kept, now, after, result, refine, seconds, accept, progress)
     else:
         require_trust(snapshot, result.quality, accept)
     if not bool(torch.isfinite(theta).all()):
@@ -196,6 +206,15 @@ def unlearn(
         remember(model, Forgotten.of(snapshot))
     result.seconds = time.perf_counter() - began
     return result
+
+
+def _seconds(certify: bool | float) -> float | None:
+    """How long a certificate may be looked for; None: not at all."""
+    if isinstance(certify, bool):
+        return 60.0 if certify else None
+    if not (isinstance(certify, (int, float)) and 0 < certify < math.inf):
+        raise ArgumentError("certify", certify, "True, False or a number of seconds above 0")
+    return float(certify)
 
 
 def _downdated(snapshot: Snapshot, step: Step, positions: list[int]) -> Snapshot:
@@ -232,6 +251,7 @@ def _with_retained(
     after: Snapshot,
     result: UnlearnResult,
     refine: int,
+    seconds: float | None,
     accept: str | None,
     progress: bool,
 ) -> Tensor:
@@ -239,28 +259,22 @@ def _with_retained(
     snapshot, theta, within = request.snapshot, step.theta, result.within
     starts = snapshot.base_starts if snapshot.base_starts is not None else snapshot.starts
     objective = request.objective(kept, starts, request.retained)
+    settle = not snapshot.inner.as_found
     with bar(objective, "refine" if refine else "certify", progress) as on_step:
-        at_now = objective.evaluate(now)
+        at_now = objective.evaluate(now) if settle else objective.as_tracked(now)
         objective.accept(at_now)
         result.stationarity_before = at_now.stationarity
         why = why_no_certificate(request.problem, objective.decay, snapshot.threat_model)
         if within is not None and why is not None:
             raise UnsuitableError(f"within: {why}. Leave it out, or retrain.")
-        evaluation = objective.evaluate(theta, explore=bool(refine))
+        evaluation = objective.evaluate(theta, explore=bool(refine)) if settle else objective.as_tracked(theta)
 
         def further(theta: Tensor, first: Evaluation, steps: int) -> Descent:
+            if not settle:
+                return refined_by_cuts(objective, theta, steps, on_step.gap)
             response, curvature = snapshot.response, snapshot.curvature
-            return refined(
-                objective,
-                theta,
-                step.matrix,
-                response,
-                curvature,
-                before=at_now,
-                first=first,
-                steps=steps,
-                on_step=on_step,
-            )
+            told: dict[str, Any] = {"before": at_now, "first": first, "steps": steps, "on_step": on_step}
+            return refined(objective, theta, step.matrix, response, curvature, **told)
 
         if refine or within is not None:
             theta, evaluation = start_of(objective, now, at_now, theta, evaluation)
@@ -269,29 +283,31 @@ def _with_retained(
             else:
                 start = Descent(theta, evaluation, "capped", 0, [evaluation.stationarity])
                 found, result.bound = refine_within(
-                    further, lambda w, e: certify(objective, w, e), start, step.matrix, refine, within
+                    further, lambda w, e: certified(objective, w, e), start, step.matrix, refine, within
                 )
             theta, evaluation = or_constant(objective, snapshot, found.theta, found.evaluation)
             theta, result.bound = _rounded(request.problem, theta, result.bound)
             result.refine = found.history[1:]
             # from now on gradients count from here; curvature stays at theta_ref
             base_starts = objective.stored_starts()
-            sums, delta = objective.sums(theta)
+            sums, delta = objective.sums(theta, settle=settle)
             evaluation = objective.evaluation(theta, sums, delta)
             after.theta_base, after.gradient = theta.cpu(), sums.gradient.cpu()
             if base_starts is not None:
                 full = torch.zeros(snapshot.n_total, *base_starts.shape[1:], dtype=base_starts.dtype)
                 full[torch.tensor(kept)] = base_starts
                 after.base_starts = full
-        require_no_worse(objective, now, at_now.value, evaluation.value, accept, result.quality)
+        before = at_now.value
+        if refine and not settle:  # measured by what was found since
+            before = max(before, objective.as_tracked(now).value)
+        require_no_worse(objective, now, before, evaluation.value, accept, result.quality)
         result.quality["maximisers_converged"] = evaluation.converged
         result.stationarity_after = evaluation.stationarity
         after.stationarity = evaluation.stationarity
-        if why is None:
-            if result.bound is None:
-                result.bound = certify(objective, theta, evaluation)
-        else:
-            result.warnings.append(why)
+        if why is None and result.bound is None and seconds is not None:
+            result.bound = certified(objective, theta, evaluation, seconds)
+        if result.bound is None:
+            result.warnings.append(why or "no certificate: certify=False did not ask for one")
     return theta
 
 

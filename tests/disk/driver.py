@@ -25,15 +25,17 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import lightning.pytorch as pl
 import torch
 
+from lightning_muter import MUterCallback
 from lightning_muter.deletion.audit import audit
 from lightning_muter.deletion.files import Places
 from lightning_muter.deletion.ledger import Ledger
 from lightning_muter.deletion.purge import purge_command
 from lightning_muter.deletion.transactions import exclusive
 from lightning_muter.snapshot.snapshot import Snapshot
-from tests.world import command, plain_checkpoint, unlearned
+from tests.world import QUIET, Data, Net, command, plain_checkpoint, unlearned
 
 from .power import Disk, read_log
 
@@ -44,8 +46,39 @@ KILLED, TORN = (1, 2), 3
 class Scenario:
     """A command on a prepared folder: what it forgets if it counts, and what was forgotten before."""
 
+    stem, here = (
+        "last",
+        False,
+    )  # the model's name; whether it is prepared in this process, whose memory the action needs
+
     def __init__(self, name: str, prepare: Action, act: Action, before: list[int], after: list[int]) -> None:
         self.name, self.prepare, self.act, self.before, self.after = name, prepare, act, before, after
+
+
+class Saving(Scenario):
+    """A model in memory, of which rows are forgotten and saved by its callback."""
+
+    stem, here = "model", True
+
+    def __init__(self, name: str, before: list[int]) -> None:
+        super().__init__(name, self._fit, self._save, before, [*before, 5])
+
+    def _fit(self, folder: Path) -> None:
+        self.callback = MUterCallback(dirpath=folder, verbose=False)
+        self.model = Net()
+        trainer = pl.Trainer(**QUIET, max_epochs=2, callbacks=[self.callback], enable_checkpointing=False)
+        trainer.fit(self.model, Data())
+        if self.before:
+            self._forget(self.before)
+
+    def _forget(self, rows: list[int]) -> None:
+        self.callback.unlearn(self.model, rows)
+        self.callback.save()
+
+    def _save(self, folder: Path) -> None:
+        # asked again where it counts already: the memory of this process does not know
+        if sorted(Snapshot.load(folder / "model.muter.snapshot").forgotten) != self.after:
+            self._forget([5])
 
 
 def _ckpt(folder: Path) -> Path:
@@ -86,6 +119,8 @@ SCENARIOS = [
     Scenario("later unlearn", lambda f: unlearned(f, [3]), _run("unlearn", forget=[5], certify=False), [3], [3, 5]),
     Scenario("later snapshot", _trained_further, _run("snapshot"), [3], [3]),
     Scenario("later refresh", lambda f: unlearned(f, [3]), _run("refresh"), [3], [3]),
+    Saving("first save", []),
+    Saving("later save", [3]),
     Scenario("purge", lambda f: unlearned(f, [3]), _purge, [3], [3]),
 ]
 
@@ -134,7 +169,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 def settled(folder: Path, scenario: Scenario, outcome: str) -> str | None:
     """What is wrong after the next command has recovered, and after the request was asked for again."""
-    places = Places.of(_ckpt(folder))
+    places = Places.of(folder / f"{scenario.stem}.ckpt")
     with exclusive(places, say=lambda line: None):
         pass
     begun = places.snapshot.exists()
@@ -166,7 +201,7 @@ def _state(places: Places, allowed: tuple[list[int], ...], outcome: str, scenari
             entered = ledger.find("again") is not None
     else:
         entered = False
-    if scenario.name == "purge" or len(allowed) == 1:
+    if scenario.name == "purge" or scenario.here or len(allowed) == 1:
         return None
     if outcome == "ok" and not entered:
         return "success was reported, but nothing is entered"
@@ -189,8 +224,11 @@ class Runner:
 
     def run(self, scenario: Scenario) -> None:
         lay(self.folder, {})
-        said = in_child(lambda: scenario.prepare(self.folder) and None)
-        assert said == "ok", said
+        if scenario.here:
+            scenario.prepare(self.folder)
+        else:
+            said = in_child(lambda: scenario.prepare(self.folder) and None)
+            assert said == "ok", said
         start, disk = files_in(self.folder), Disk.of(self.folder)
         total, log = self._measure(scenario)
         print(f"{scenario.name}: {total} calls", flush=True)

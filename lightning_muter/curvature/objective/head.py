@@ -282,6 +282,10 @@ class RobustObjective:
         explore = explore or self.problem.backbone.affine
         return self.evaluation(theta, *self.sums(theta, explore=explore and not self.reproducible))
 
+    def as_tracked(self, theta: Tensor) -> Evaluation:
+        """F and its gradient at theta, the tracked maximisers taken as they are."""
+        return self.evaluation(theta, *self.sums(theta, settle=False))
+
     def afresh(self, theta: Tensor) -> Evaluation:
         """F and its gradient at the largest maxima of a linear model, whichever were followed on the way there."""
         self.restart()
