@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lightning_muter.adversarial.training import AdversarialTraining, AdversarialTrainingMixin
     from lightning_muter.callback import MUterCallback
     from lightning_muter.curvature.inner.maximiser import Smoothing
-    from lightning_muter.curvature.response.choose import Response
+    from lightning_muter.curvature.response.base import Response
     from lightning_muter.preflight.check import check
     from lightning_muter.publication.publish import Publication, publish
     from lightning_muter.scope.head_methods import Method, MUter
@@ -72,7 +72,7 @@ _HOME = {
     "Publication": "publication.publish",
     "Method": "scope.head_methods",
     "MUter": "scope.head_methods",
-    "Response": "curvature.response.choose",
+    "Response": "curvature.response.base",
     "Solver": "solvers.base",
     "Smoothing": "curvature.inner.maximiser",
 }

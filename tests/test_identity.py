@@ -88,7 +88,7 @@ def test_key_file_is_private_created_once_and_checked(tmp_path):
     with pytest.raises(CorruptFileError, match="5 bytes, not 32"):
         DigestKey.load_or_create(path)
     assert path.read_bytes() == b"short"  # never overwritten
-    with pytest.raises(ArgumentError, match="new snapshot"):
+    with pytest.raises(ArgumentError, match="--recover_key true"):
         DigestKey.load(tmp_path / "lost.key")
     with pytest.raises(ArgumentError, match="existing folder"):
         DigestKey.load_or_create(tmp_path / "no" / "a.key")
