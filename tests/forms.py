@@ -160,7 +160,7 @@ def _logged(module: Any, batch: Any) -> Tensor:
 def _trained(module: Any, batch: Any) -> Any:
     loss = _ce(module, batch)
     module.log("lr", 0.1 * (1 + module.current_epoch))
-    if module._trainer is not None:
+    if module._trainer is not None and module.logger is not None:
         module.logger.experiment.add_scalar("a", loss.detach(), module.global_step)
         _ = module.trainer.max_epochs, module.trainer.is_global_zero
     return {"loss": loss, "progress": module.current_epoch, "z": loss.detach()}
