@@ -96,7 +96,7 @@ class Reader:
     def _ran(self, leaves: list[Any]) -> Tensor:
         try:
             return self.run(self.rebuild(_copied(leaves)))
-        except UnsuitableError:
+        except (UnsuitableError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise UnsuitableError(

@@ -18,6 +18,7 @@ class UnlearnResult:
         stationarity_before, stationarity_after: of the retained objective at w and w_u (with ``retain``).
         bound: certified distance of w_u to the retrained optimum, or None (``warnings`` says why).
         within: the distance that was asked for, or None.      parameters: names of those that were changed.
+        gate: what :class:`lightning_muter.deletion.gate.Gate` measured, or None.
         refine: stationarity after each refine step.
         quality: what the step is worth: the retained objective before and after (with ``retain``), the fall that its model predicts,
             what of the step is owed to weights that were not stationary (``owed_share``), the share of inner maxima that converged.
@@ -40,6 +41,7 @@ class UnlearnResult:
     refine: list[float] = field(default_factory=list)
     within: float | None = None
     parameters: list[str] = field(default_factory=list)
+    gate: dict[str, Any] | None = None
     quality: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
