@@ -12,8 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_muter import MUterCallback, ThreatModel, take_snapshot, unlearn
 from tests.fits import short_trainer
-from tests.forms import ACCEPTED, Form
-from tests.test_reading import of_step
+from tests.forms import ACCEPTED, Form, of_step
 
 N, FORGET = 40, [3, 17]
 #: No minimum where the gradient vanishes: kinks at the optimum, or not convex.
@@ -47,7 +46,8 @@ def test_the_polished_head_is_stationary_in_the_users_step(name: str, tmp_path: 
         muter = MUterCallback(threat_model=threat, verbose=False)
         loader: Any = DataLoader(data, 1 if form.denominator == "sum" else N, collate_fn=form.collate)
         short_trainer(tmp_path, muter, epochs=1).fit(module, loader)
-        snapshot = muter._at_hand()
+        snapshot = muter.snapshot
+        assert snapshot is not None
     else:
         snapshot = take_snapshot(
             module, data, threat_model=threat, weight_decay=module.decay, collate=form.collate, progress=False
