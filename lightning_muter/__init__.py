@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_muter.callback import MUterCallback
     from lightning_muter.curvature.inner.maximiser import Smoothing
     from lightning_muter.curvature.response.choose import Response
+    from lightning_muter.preflight.check import check
     from lightning_muter.publication.publish import Publication, publish
     from lightning_muter.scope.head_methods import Method, MUter
     from lightning_muter.scope.network import unlearn_wide
@@ -33,6 +34,7 @@ __all__ = [  # noqa: RUF022 - in the order of the flow
     "AdversarialTrainingMixin",
     "AdversarialTraining",
     "MUterCallback",
+    "check",
     "take_snapshot",
     "take_wide_snapshot",
     "refresh",
@@ -57,6 +59,7 @@ _HOME = {
     "AdversarialTrainingMixin": "adversarial.training",
     "AdversarialTraining": "adversarial.training",
     "MUterCallback": "callback",
+    "check": "preflight.check",
     "take_snapshot": "snapshot.take",
     "take_wide_snapshot": "scope.wide_taking",
     "refresh": "snapshot.take",

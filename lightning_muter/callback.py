@@ -148,7 +148,7 @@ class MUterCallback(Callback):
             callback=self,
             cap=self.size_cap,
         )
-        skip = enforce(findings)
+        skip = enforce(findings, show=self.verbose and trainer.is_global_zero)
         records = all_records(self._record, pl_module, self._folders(trainer))
         refuse_earlier_training(trainer.ckpt_path, self._resumed, records, known_before=self._stale)
         refuse_forgotten_data(records, trainer.train_dataloader)
@@ -265,6 +265,8 @@ class MUterCallback(Callback):
         remember(pl_module, Forgotten.of(snapshot))
         self._record = recalled(pl_module)
         self._log(trainer, snapshot)
+        if self.verbose:
+            rank_zero_info(f"MUter: {snapshot!r}")
         dumped = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
         del dumped["state_dict"]
         written = plain(dumped)
@@ -346,10 +348,7 @@ class MUterCallback(Callback):
         self._on_disk, self._changed = snapshot.fingerprint, False
         self._read_back(snapshot, written)
         if self.verbose:
-            rank_zero_info(
-                f"MUter: snapshot of {snapshot.n_total} samples, stationarity {snapshot.stationarity:.1e}, "
-                f"{snapshot.nbytes / 2**20:.1f} MiB: {self.paths['snapshot']} (weights: {self.paths['checkpoint'].name})"
-            )
+            rank_zero_info(f"MUter: written: {self.paths['snapshot']} (weights: {self.paths['checkpoint'].name})")
 
     def _read_back(self, snapshot: Snapshot | WideSnapshot, written: Plain) -> None:
         """What was written must be what the command line can read; said now, not when the first request comes."""

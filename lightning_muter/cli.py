@@ -20,7 +20,7 @@ from lightning_muter.errors import MuterError
 
 DONE, REFUSED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 _LIGHTNING = ("fit", "validate", "test", "predict")
-_REQUESTS = ("snapshot", "unlearn", "refresh")
+_REQUESTS = ("check", "snapshot", "unlearn", "refresh")
 _FILES = ("audit", "purge", "publish")
 
 HELP = """\
@@ -30,6 +30,7 @@ Train with Lightning, then honour deletion requests on the checkpoint in seconds
 
 training, as in any LightningCLI (add the unlearning callback with --trainer.callbacks+=lightning_muter.MUterCallback):
   fit, validate, test, predict
+  check                                        say in seconds whether a fit would end with a snapshot, and how long that takes
 
 deletion requests (need the model, the training data and a checkpoint):
   snapshot  --ckpt_path CKPT                   store what unlearning needs to know, for a checkpoint trained by anyone

@@ -171,3 +171,20 @@ def test_a_certificate_is_of_the_weights_as_they_are_held() -> None:
     snapshot = take_snapshot(net, data, threat_model=ThreatModel("l2", 0.3, None), weight_decay=DECAY, progress=False)
     held = torch.cat([net[0].weight, net[0].bias[:, None]], 1).double()
     assert torch.equal(snapshot.theta_base, held)
+
+
+@QUIET
+def test_an_end_of_the_budget_is_no_constant_optimum() -> None:
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    net[0].requires_grad_(False)
+    with torch.no_grad():
+        net[2].weight *= 20  # far worse than a constant
+    data = TensorDataset(_data().tensors[0].float(), _data().tensors[1])
+    threat = ThreatModel("l2", 0.1, None)
+    snapshot = take_snapshot(net, data, threat_model=threat, weight_decay=DECAY, budget=0.01, progress=False)
+    told = snapshot.figures["polish"]
+    assert told["status"] == "budget"
+    assert told["objective_after"] > told["objective_constant"]
+    assert (told["kept"], told["constant"]) == ("polished", False)
+    assert unlearn(net, snapshot, [1], data, progress=False).solver["status"] == "converged"

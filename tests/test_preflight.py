@@ -131,10 +131,10 @@ def test_errors_are_raised_together_and_warnings_given_together() -> None:
     ]
     with pytest.raises(UnsuitableError) as caught:
         enforce(findings)
-    assert "- First. Do one.\n- Third." in str(caught.value)
+    assert "- blocks: First. Do one.\n- blocks: Third." in str(caught.value)
     assert "Second" not in str(caught.value)
     findings = [Finding("skip", "A.", "Pass b."), Finding("warning", "C."), Finding("note", "D.")]
-    with pytest.warns(UserWarning, match=r"(?s)- A\. Pass b\.\n- C\.$"):
+    with pytest.warns(UserWarning, match=r"(?s)- no snapshot: A\. Pass b\.\n- weaker: C\.$"):
         reason = enforce(findings)
     assert reason == skip_reason(findings)
     assert "A. Pass b." in reason

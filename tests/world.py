@@ -72,6 +72,13 @@ class Data(pl.LightningDataModule):
         return DataLoader(self.of, batch_size=8)
 
 
+class DataWithTest(Data):
+    """The same with twelve test rows."""
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(dataset(list(range(12))), batch_size=5)
+
+
 def plain_checkpoint(path: Path, shift: float = 0.0) -> None:
     """What a user's own script leaves."""
     model = Net()

@@ -221,7 +221,13 @@ class Adversary:
         self.asks = False
         try:
             reading = read_batch(
-                module, batch, inputs=self.inputs, label=self.label, normalization=self.normalization, ready=True
+                module,
+                batch,
+                inputs=self.inputs,
+                label=self.label,
+                normalization=self.normalization,
+                ready=True,
+                fixed=True,
             )
         except UnsuitableError as error:
             if self.normalization is not None:  # nothing else would undo it

@@ -140,7 +140,11 @@ def is_tpgd(attack: Any) -> bool:
 
 def _build(factory: Any, module: nn.Module) -> Any:
     try:
-        return factory(module)
+        built = factory(module)
+        for name in ("eps", "alpha"):  # from a command line: "8/255"
+            if isinstance(getattr(built, name, None), str) and (value := as_number(getattr(built, name))) is not None:
+                setattr(built, name, value)
+        return built
     except Exception as e:
         allowed = "a factory that is called with the model and returns an attack"
         raise ArgumentError("attack", factory, allowed, f"Calling it failed: {e!r}") from e

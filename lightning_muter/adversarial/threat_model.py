@@ -235,6 +235,10 @@ class ThreatModel:
         return self.ball.linear_maximiser(g, *self.bounds(x), self.eps)
 
 
+# Command lines and configuration files may give a fraction as text; once there, it is a float.
+ThreatModel.__annotations__["eps"] = ThreatModel.__init__.__annotations__["eps"] = "float | str"
+
+
 def _ball_box(v: Tensor, lo: Tensor, hi: Tensor, eps: float, *, at_most_one: bool) -> Tensor:
     """clip(t v, lo, hi) with the scalar t per row such that the norm is eps (t <= 1 for a projection).
 

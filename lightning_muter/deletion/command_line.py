@@ -17,7 +17,7 @@ from lightning_muter.deletion.checkpoints import load_checkpoint
 from lightning_muter.deletion.trainer import MuterTrainer
 from lightning_muter.lightning_names import MODULES, other
 
-_REQUESTS = ("snapshot", "unlearn", "refresh")
+_REQUESTS = ("check", "snapshot", "unlearn", "refresh")
 
 if TYPE_CHECKING:
     _Base = LightningCLI
@@ -115,7 +115,8 @@ def run(arguments: Sequence[str]) -> int:
         # users have their config.yaml.
         saved = {"config_filename": "muter-config.yaml", "overwrite": True}
         cli, trainer = _command_line(arguments)
-        cli(trainer_class=trainer, save_config_kwargs=saved, seed_everything_default=0)
+        options: dict[str, Any] = {"save_config_callback": None} if arguments[0] == "check" else {}  # it writes nothing
+        cli(trainer_class=trainer, save_config_kwargs=saved, seed_everything_default=0, **options)
     finally:
         sys.argv, sys.path = saved_argv, saved_path
     return 0

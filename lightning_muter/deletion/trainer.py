@@ -19,6 +19,7 @@ from lightning_muter.deletion.authority import current, key_of, record_of, refus
 from lightning_muter.deletion.chain import ANEW
 from lightning_muter.deletion.checkpoints import checkpoint_fingerprint, load_checkpoint
 from lightning_muter.deletion.files import Places
+from lightning_muter.deletion.gate import Gate, Watch, test_batches
 from lightning_muter.deletion.ledger import Ledger
 from lightning_muter.deletion.ledger_access import check_agreement, fork, open_ledger, reading
 from lightning_muter.deletion.lost_key import new_key, under_new_key
@@ -38,9 +39,11 @@ from lightning_muter.deletion.request_flow import (
 from lightning_muter.deletion.requests import ForgetConfig, asked_digest, checked_request_id, refuse_forgotten, resolve
 from lightning_muter.deletion.training_data import load_into, threat_of, trades_beta_of, trained_decay, training_data
 from lightning_muter.deletion.transactions import exclusive
+from lightning_muter.errors import UnsuitableError
 from lightning_muter.forgotten.modules import remember, remember_instead
 from lightning_muter.forgotten.rows import Forgotten
 from lightning_muter.minimise.budget import Fit
+from lightning_muter.preflight.check import check
 from lightning_muter.scope.head_methods import Method
 from lightning_muter.scope.wide_taking import take_wide_snapshot
 from lightning_muter.snapshot.part import snapshot_of_rows
@@ -53,6 +56,20 @@ from lightning_muter.unlearning.unlearn import unlearn
 
 class MuterTrainer(L.Trainer):
     """A Trainer that also takes snapshots and honours deletion requests, from the command line."""
+
+    def check(self, model: L.LightningModule, datamodule: L.LightningDataModule | None = None) -> None:
+        """Say in seconds whether a fit with these options will end with a snapshot, what weakens it, and how long that takes.
+
+        Nothing is trained and nothing is written. Findings block, prevent the snapshot, weaken it, or are good to know.
+
+        Args:
+            model: the module, as for fit.
+            datamodule: the data, as for fit.
+        """
+        found = check(model, datamodule, trainer=self)
+        print(found)
+        if not found.ok:
+            raise UnsuitableError("a fit with these options would end without a snapshot; the table says why")
 
     def snapshot(
         self,
@@ -171,6 +188,8 @@ class MuterTrainer(L.Trainer):
         within: float | None = None,
         accept: Literal["worse"] | None = None,
         certify: bool = True,
+        gate: Gate | None = None,
+        accept_held: bool = False,
         loss: Callable[..., torch.Tensor] | None = None,
         batch_size: int = 1024,
         dry_run: bool = False,
@@ -194,6 +213,9 @@ class MuterTrainer(L.Trainer):
             certify: measure the result on the retained data: stationarity, and a certificate for linear models. It
                 costs about one pass over the data; without it the retained data are not read (unless refined, or the
                 scope is wider than the head, where every request reads them).
+            gate: measure accuracy on test (or validation) rows, and the step beside random requests; a request beyond its
+                thresholds is held: nothing is written. `--gate lightning_muter.deletion.gate.Gate` takes the usual ones.
+            accept_held: carry out what the gate would hold; the receipt says so.
             loss: the loss that the snapshot was taken with, if it was given there.
             batch_size: samples at a time.
             dry_run: compute everything, write nothing, say what would change.
@@ -221,6 +243,7 @@ class MuterTrainer(L.Trainer):
             load_into(model, checkpoint, here.checkpoint)
             model.to(self.strategy.root_device)
             before = checkpoint_fingerprint(checkpoint)
+            watch = Watch.of(gate, model, snapshot, accept_held)
             result = unlearn(
                 model,
                 snapshot,
@@ -237,6 +260,8 @@ class MuterTrainer(L.Trainer):
                 collate=data.collate,
                 batch_size=batch_size,
             )
+            if watch is not None:
+                watch.judge(model, result, data.dataset, test_batches(datamodule), loss=loss, collate=data.collate)
             content = receipt_content("unlearn", request_id, snapshot, before, model, result, rows.digests(key))
             if dry_run:
                 for line in rows.per_user(forget.show_ids):

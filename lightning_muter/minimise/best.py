@@ -22,7 +22,7 @@ class Best:
     """Which head was kept ("polished", "before" or "constant"), and what F is there, before, and at the best constant head.
 
     Attributes:
-        stopped: polish could go no further, short of a stationary head.
+        stopped: polish could go no further, short of a stationary head (an end of its budget says nothing).
     """
 
     theta: Tensor
@@ -70,7 +70,8 @@ def best_head(objective: RobustObjective, before: Tensor, done: TrainedOn, *, co
     stationary = done.status == "converged"
     added = max(reached - at_last, 0.0) if stationary else 0.0
     allowed = at_last - added - rounding_of(objective, at_last)
-    found = Best(done.theta, "polished", at_last, at_first, constant, constants and not stationary)
+    stopped = constants and not stationary and done.status != "budget"
+    found = Best(done.theta, "polished", at_last, at_first, constant, stopped)
     if at_first < allowed:
         found = replace(found, theta=before, kept="before", value=at_first)
     if found.stopped and constant < min(allowed, found.value):

@@ -81,13 +81,14 @@ def read_batch(
     normalization: Any = None,
     rows_per_step: int | None = None,
     ready: bool = False,
+    fixed: bool = False,
 ) -> Reading:
-    """:func:`read_objective` off one batch as collated, or (``ready``) as the step receives it.
+    """:func:`read_objective` off one batch as collated, or (``ready``) as the step receives it; ``fixed``: the head stays.
 
     ``normalization``: (mean, std) of inputs that come normalised: perturbations are then of the data as it was before.
     """
     of = Normalization.of(normalization)
-    reading = _read_batch(module, batch, loss, inputs, label, rows_per_step, ready)
+    reading = _read_batch(module, batch, loss, inputs, label, rows_per_step, ready, fixed)
     if of is None:
         return reading
     return replace(reading, normalization=of, plain=False)
@@ -101,6 +102,7 @@ def _read_batch(
     label: Any,
     rows_per_step: int | None,
     ready: bool,
+    fixed: bool,
 ) -> Reading:
     if not ready:
         batch = prepared(module, batch)
@@ -108,10 +110,10 @@ def _read_batch(
     if not has_step(module):
         return _read_given(module, batch, loss, inputs, label, rows_per_step)
     if loss is None:
-        return _read_step(module, batch, inputs, rows_per_step)
+        return _read_step(module, batch, inputs, rows_per_step, fixed)
     given = _read_given(module, batch, loss, inputs, label, rows_per_step)
     try:
-        own = _read_step(module, batch, inputs, rows_per_step)
+        own = _read_step(module, batch, inputs, rows_per_step, fixed)
     except UnsuitableError as error:
         given.notes.append(f"loss= is taken at its word: training_step itself could not be read ({str(error)[:300]})")
         return given
@@ -119,13 +121,13 @@ def _read_batch(
     return own if given.identity == own.identity else given
 
 
-def _read_step(module: nn.Module, batch: Any, inputs: Any, rows_per_step: int | None) -> Reading:
+def _read_step(module: nn.Module, batch: Any, inputs: Any, rows_per_step: int | None, fixed: bool) -> Reading:
     if getattr(module, "automatic_optimization", True) is False:
         raise UnsuitableError(
             "The module optimises by hand (automatic_optimization=False), so that no returned loss says what it minimises. "
             + WAY_OUT
         )
-    return Reader(module, batch, lambda b: run_step(module, b), inputs).read(rows_per_step)
+    return Reader(module, batch, lambda b: run_step(module, b), inputs, fixed=fixed).read(rows_per_step)
 
 
 def _few_rows(batch: Any) -> Any:

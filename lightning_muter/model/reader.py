@@ -5,7 +5,8 @@ The function is a module's training step (`read_step`) or a given loss on the mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -46,12 +47,20 @@ class _Seen:
 
 
 class Reader:
-    """Reads ``run(batch) -> scalar``, which goes through ``module`` and its head once; ``what``: its name in messages."""
+    """Reads ``run(batch) -> scalar``, which goes through ``module`` and its head once; ``what``: its name in messages; ``fixed``: the
+    head itself is not asked for, only what follows it (to be climbed): it may be frozen, tied or adapted."""
 
     def __init__(
-        self, module: nn.Module, batch: Any, run: Run, inputs: Any = None, what: str = "training_step"
+        self,
+        module: nn.Module,
+        batch: Any,
+        run: Run,
+        inputs: Any = None,
+        what: str = "training_step",
+        *,
+        fixed: bool = False,
     ) -> None:
-        self.module, self.run, self.inputs, self.what = module, run, inputs, what
+        self.module, self.run, self.inputs, self.what, self.fixed = module, run, inputs, what, fixed
         self.names, self.leaves, self.rebuild = flatten(batch)
         self.dtype = next(module.parameters()).dtype
         first = next((v for v in self.leaves if isinstance(v, Tensor)), None)
@@ -72,7 +81,7 @@ class Reader:
             v.detach().clone().requires_grad_(True) if isinstance(v, Tensor) and v.is_floating_point() else v
             for v in self.leaves
         ]
-        with record_calls(self.module) as calls:
+        with record_calls(self.module) as calls, _copied_outputs(self.module):
             loss = self._ran(leaves)
         if not bool(torch.isfinite(loss.detach())):
             raise UnsuitableError("The loss is NaN or infinite on the first samples. Check data and weights.")
@@ -80,8 +89,8 @@ class Reader:
 
     def _ran(self, leaves: list[Any]) -> Tensor:
         try:
-            return self.run(self.rebuild(leaves))
-        except UnsuitableError:
+            return self.run(self.rebuild(_copied(leaves)))
+        except (UnsuitableError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise UnsuitableError(
@@ -94,7 +103,7 @@ class Reader:
             raise UnsuitableError(
                 f"{self.what} calls no nn.Linear: end the model with one, whose output the loss takes."
             )
-        for call in reversed(seen.calls):
+        for call in reversed([c for c in seen.calls if c.output.requires_grad]):
             (slope,) = torch.autograd.grad(seen.loss, call.output, retain_graph=True, allow_unused=True)
             if slope is not None:
                 return call
@@ -112,7 +121,7 @@ class Reader:
                 f"attack written into the step): its loss is no function of one output. Let AdversarialTraining attack. {WAY_OUT}"
             )
         reasons = unsuitable_head(self.module, call)
-        if reasons:
+        if reasons and not (self.fixed and call.inputs.dim() == 2):
             raise UnsuitableError(
                 f"The layer {call.name!r} gives what the loss takes but cannot serve as the head:\n"
                 + "\n".join(f"- {r}" for r in reasons)
@@ -120,41 +129,72 @@ class Reader:
         n = len(call.output)
         at = self._input(call, seen, n)
         head = Head(call.name, call.linear)
-        reading = self._quick(head, call, at, n, rows_per_step) or self._traced(head, call, at, n, rows_per_step)
-        self._look_at_features(reading, call, Probe(self.leaves, n), at)
-        self._verify(reading, call, seen, Probe(self.leaves, n))
-        self._note(reading)
-        return reading
+        first: UnsuitableError | None = None
+        for reading in self._readings(head, call, at, n, rows_per_step):
+            try:
+                self._look_at_features(reading, call, Probe(self.leaves, n), at)
+                self._verify(reading, call, seen, Probe(self.leaves, n))
+            except UnsuitableError as error:
+                first = first or error
+            else:
+                self._note(reading)
+                return reading
+        assert first is not None
+        raise first
+
+    def _readings(self, head: Head, call: HeadCall, at: int, n: int, rows_per_step: int | None) -> Iterator[Reading]:
+        """What the step may be, the quickest to be told first; none is proved yet.
+
+        Raises:
+            UnsuitableError: it cannot be any; the message is of the first that was tried.
+        """
+        quick = self._quick(head, call, at, n, rows_per_step)
+        if quick is not None:
+            yield quick
+        first: UnsuitableError | None = None
+        for loss in self._losses(head, call, at, n):
+            try:
+                found = self._traced(head, call, loss, at, rows_per_step)
+            except UnsuitableError as error:
+                first = first or error
+            else:
+                yield found
+        if first is not None:
+            raise first
 
     def _quick(self, head: Head, call: HeadCall, at: int, n: int, rows_per_step: int | None) -> Reading | None:
         """Where the step is the plain mean of a known loss, it is traced when its rows are first asked one by one."""
         step, probes = self._step(head), self._probes(n)
         labels = [i for i, v in enumerate(self.leaves) if i != at and rows(v, n)]
-        told = plain_mean_of(step, probes, labels, call.linear.out_features, self.dtype)
+        try:
+            told = plain_mean_of(step, probes, labels, call.linear.out_features, self.dtype)
+        except Exception:  # of the step, on other rows
+            told = None
         if told is None:
             return None
         known, scale = told
 
         def traced() -> BatchLoss:
             with undone(self.module):
-                return self._loss(head, call, at, n)[0]
+                return next(self._losses(head, call, at, n))[0]
 
         return Reading(
             self.module, self.run, head, Layout(self.names, at, labels), known.loss, loss_identity(known.loss), _Later(traced),
             "rows", probes[0].rows(torch.tensor([0])), self.rebuild(self.leaves), known, rows_per_step=rows_per_step, uniform=scale,
         )  # fmt: skip
 
-    def _traced(self, head: Head, call: HeadCall, at: int, n: int, rows_per_step: int | None) -> Reading:
-        batch_loss, uses = self._loss(head, call, at, n)
+    def _traced(
+        self, head: Head, call: HeadCall, of: tuple[BatchLoss, list[int]], at: int, rows_per_step: int | None
+    ) -> Reading:
+        batch_loss, uses = of
+        n = len(call.output)
         probes = self._probes(n)
-        k = call.linear.out_features
-        device = call.output.device
+        k, device = call.linear.out_features, call.output.device
         found = [shares(batch_loss, p, k, self.algebra, device) for p in probes]
         kind = denominator(found, probes)
         counts = [s.active for s in found]
         known = recognise(batch_loss, probes[0], uses, k, counts[0], self.algebra)
-        first = int(counts[0].nonzero()[0, 0])
-        reference = probes[0].rows(torch.tensor([first]))
+        reference = probes[0].rows(counts[0].nonzero()[:1, 0])
         graph_identity = getattr(batch_loss, "identity", None)
         uniform = self._same_for_all(known, batch_loss, probes, kind, counts) if graph_identity is None else None
         identity = loss_identity(known.loss) if known is not None else f"traced:{str(graph_identity)[:32]}"
@@ -192,25 +232,32 @@ class Reader:
             "one tensor, or pass inputs= (key or position)."
         )
 
-    def _loss(self, head: Head, call: HeadCall, at: int, n: int) -> tuple[BatchLoss, list[int]]:
-        """L(z, leaves), traced; where the step looks at values, the step itself, replayed."""
-        z = points(n, call.linear.out_features, self.dtype, call.output.device, 4)
+    def _losses(self, head: Head, call: HeadCall, at: int, n: int) -> Iterator[tuple[BatchLoss, list[int]]]:
+        """L(z, leaves) and the leaves it uses: traced; then (where the step looks at values) the step itself, replayed."""
+        k, device, whole = call.linear.out_features, call.output.device, Probe(self.leaves, n)
         step = self._step(head)
-        try:
-            graph = trace(step, z, self.leaves, self.algebra, storages(self.module))
+
+        def copies(count: int) -> tuple[Tensor, list[Any]]:
+            rows = torch.tensor([0, n // 2, n - 1]).repeat(count)
+            return points(len(rows), k, self.dtype, device, count), whole.rows(rows).leaves
+
+        try:  # more than one copy: a selection of a single row is another operation than one of several
+            graph = trace(step, (copies(2), copies(3)), self.algebra, storages(self.module))
         except UnsuitableError:
             raise
         except Exception:
-            return _Replayed(step, self.dtype), [i for i, v in enumerate(self.leaves) if i != at and rows(v, n)]
-        refuse(graph, head.name, at)
-        return graph, graph.uses
+            pass
+        else:
+            refuse(graph, call.name, at)
+            yield graph, graph.uses
+        yield _Replayed(step, self.dtype), [i for i, v in enumerate(self.leaves) if i != at and rows(v, n)]
 
     def _step(self, head: Head) -> Callable[..., Tensor]:
         """The step as a function of the head's output and the leaves of a batch."""
 
         def step(z: Tensor, *leaves: Any) -> Tensor:
             with _answering(head.linear, z):
-                return self.run(self.rebuild(list(leaves)))
+                return self.run(self.rebuild(_copied(leaves)))
 
         return step
 
@@ -300,10 +347,10 @@ class Reader:
 
     def _verify(self, reading: Reading, call: HeadCall, seen: _Seen, whole: Probe) -> None:
         """Value and gradient in the head, of the step and of what was read, on two batches, at the weights and at moved ones."""
-        near = _EQUAL.get(self.dtype, 2e-2)
+        near = max(_EQUAL.get(d, 2e-2) for d in (self.dtype, seen.loss.dtype))
         linear = call.linear
         for probe in (whole, *self._probes(whole.n)):
-            for moved in (0.0, 0.3):
+            for moved in (0.0, 0.3) if probe is not whole else (0.0, 0.3, 4.0):
                 generator = torch.Generator().manual_seed(7)
                 phi = reading.features(probe.leaves[reading.layout.input]).detach()
                 z = linear(phi).detach()
@@ -370,17 +417,45 @@ class _Replayed:
         self.step, self.dtype = step, dtype
 
     def __call__(self, z: Tensor, leaves: list[Any]) -> Tensor:
-        return self.step(z.to(self.dtype), *leaves).to(z.dtype)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of small batches
+                return self.step(z.to(self.dtype), *leaves).to(z.dtype)
+        except UnsuitableError:
+            raise
+        except Exception as error:
+            raise UnsuitableError(
+                f"training_step looks at values and fails on a batch of {len(z)} of the same rows ({type(error).__name__}: "
+                f"{str(error)[:200]}): its loss cannot be read row by row. {WAY_OUT}"
+            ) from error
 
 
 @contextmanager
 def _answering(linear: nn.Module, z: Tensor) -> Iterator[None]:
     """Inside, the head answers z."""
-    handle = linear.register_forward_hook(lambda *_: z)
+    handle = linear.register_forward_hook(lambda *_: z.clone())  # the step may work in place on it
     try:
         yield
     finally:
         handle.remove()
+
+
+def _copied(leaves: Iterable[Any]) -> list[Any]:
+    """The step may work in place."""
+    return [v.clone() if isinstance(v, Tensor) else v for v in leaves]
+
+
+@contextmanager
+def _copied_outputs(module: nn.Module) -> Iterator[None]:
+    """Inside, what follows a linear layer works on a copy of its output: the step may work in place."""
+    handles = [
+        m.register_forward_hook(lambda *call: call[-1].clone()) for m in module.modules() if isinstance(m, nn.Linear)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def objective_at(reading: Reading, probe: Probe, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -210,7 +210,7 @@ class Reading:
         n = len(leaves[self.layout.input])
         at = torch.arange(len(x)) % n
         filled = [leaf[at.to(leaf.device)] if rows(leaf, n) else leaf for leaf in leaves]
-        filled[self.layout.input] = x
+        filled[self.layout.input] = x.clone()  # the step may work in place
         return rebuild(filled)
 
 

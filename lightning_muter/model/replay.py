@@ -5,7 +5,6 @@ Plain torch: a LightningModule is known by its methods alone.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -20,11 +19,11 @@ from torch import Tensor, nn
 
 from lightning_muter.errors import UnsuitableError
 from lightning_muter.model.head import eager, eval_mode
+from lightning_muter.model.kept import Kept
 
 #: Set while a step is replayed: what is wrapped around steps (an attack, a measurement) then stays out of the way.
 replaying: ContextVar[bool] = ContextVar("replaying", default=False)
 
-_CONTAINERS = (list, dict, set)
 _LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 
 
@@ -112,13 +111,12 @@ def _on_cuda(module: nn.Module) -> bool:
 
 @contextmanager
 def _state_kept(module: nn.Module) -> Iterator[None]:
+    """Weights' ``.grad``, buffers, and everything that modules hold as attributes: numbers, tensors, containers, meters."""
     grads = [(p, p.grad) for p in module.parameters()]
     buffers = [(m, name, b, b.clone()) for m in module.modules() for name, b in m._buffers.items() if b is not None]
-    attributes = []
+    keep = Kept()
     for m in module.modules():
-        own = {k: v for k, v in vars(m).items() if k not in ("_parameters", "_buffers", "_modules")}
-        inside = {k: copy.copy(v) for k, v in own.items() if type(v) in _CONTAINERS}
-        attributes.append((m, own, inside))
+        keep.attributes(m, leave=("_parameters", "_buffers", "_modules"))
     try:
         for p, _ in grads:
             p.grad = None
@@ -126,21 +124,11 @@ def _state_kept(module: nn.Module) -> Iterator[None]:
     finally:
         for p, grad in grads:
             p.grad = grad
-        for m, own, inside in attributes:
-            for name in [k for k in vars(m) if k not in own and k not in ("_parameters", "_buffers", "_modules")]:
-                del vars(m)[name]
-            vars(m).update(own)
-            for name, content in inside.items():
-                _refill(own[name], content)
+        keep.put_back()
         with torch.no_grad():
             for m, name, buffer, before in buffers:
                 m._buffers[name] = buffer
                 buffer.copy_(before)
-
-
-def _refill(container: Any, content: Any) -> None:
-    container.clear()
-    container.extend(content) if isinstance(container, list) else container.update(content)
 
 
 class _Silent:

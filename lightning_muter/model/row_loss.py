@@ -20,7 +20,9 @@ def packed(probe: Probe, labels: list[int]) -> Tensor:
         found: Tensor = probe.leaves[at[0]]
         return found
     if not at:
-        return torch.zeros(probe.n, dtype=torch.float64, device=probe.leaves[0].device)
+        return torch.zeros(
+            probe.n, dtype=torch.float64, device=next(v.device for v in probe.leaves if isinstance(v, Tensor))
+        )
     return torch.cat([probe.leaves[i].reshape(probe.n, -1).to(torch.float64) for i in at], 1)
 
 

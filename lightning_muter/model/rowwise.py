@@ -33,6 +33,7 @@ Denominator = Literal["rows", "weights", "sum"]
 
 _COUPLED = 1e-6
 _ATTEMPTS = 4
+_CHORDS = 8
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,10 @@ def points(n: int, k: int | None, dtype: torch.dtype, device: torch.device, seed
 
 
 def convex(loss: BatchLoss, probe: Probe, k: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether every row's Hessian in z is positive semidefinite at random points of several sizes."""
+    """Whether every row's loss lies below its chords, and its Hessian in z is positive semidefinite, at random points of several
+    sizes (kinks show in chords alone)."""
+    if not _below_chords(loss, probe, k, dtype, device):
+        return False
     for seed, scale in ((11, 0.5), (12, 2.0), (13, 6.0)):
         z = scale * points(probe.n, k, dtype, device, seed)
         hess = hessians(lambda at: alone(loss, at, probe), z)
@@ -195,6 +199,19 @@ def convex(loss: BatchLoss, probe: Probe, k: int, dtype: torch.dtype, device: to
             continue
         values = torch.linalg.eigvalsh(hess)
         if float(values.min()) < -1e-7 * max(float(values.abs().max()), 1e-12):
+            return False
+    return True
+
+
+def _below_chords(loss: BatchLoss, probe: Probe, k: int, dtype: torch.dtype, device: torch.device) -> bool:
+    many = probe.rows(torch.arange(_CHORDS * probe.n) % probe.n)
+    for seed, scale in ((14, 0.5), (15, 2.0), (16, 6.0)):
+        one, other = (scale * points(many.n, k, dtype, device, seed + 10 * i) for i in (0, 1))
+        with torch.no_grad():
+            ends = (alone(loss, one, many) + alone(loss, other, many)) / 2
+            above = alone(loss, (one + other) / 2, many) - ends
+        size = ends.abs() + 1
+        if bool((above > 1e3 * torch.finfo(dtype).eps * size).any()):
             return False
     return True
 

@@ -114,26 +114,38 @@ def inspect_trainer(trainer: pl.Trainer, callback: pl.Callback | None = None) ->
     strategy = next((c.__name__ for c in type(trainer.strategy).__mro__ if c.__name__ in _SHARDED), None)
     if strategy is not None:
         advice = "Use strategy='ddp' or a single device."
-        out.append(Finding("error", f"{strategy} shards parameters; curvature needs them whole.", advice))
+        cli = "--trainer.strategy ddp"
+        out.append(Finding("error", f"{strategy} shards parameters; curvature needs them whole.", advice, cli))
     if "spawn" in type(trainer.strategy).__name__.lower() or getattr(trainer.strategy, "_start_method", None) in (
         "spawn",
         "fork",
     ):
         advice = "Set dirpath, or use strategy='ddp'."
-        out.append(Finding("warning", "Spawned processes keep results to themselves: only files survive.", advice))
+        cli = "--trainer.strategy ddp"
+        out.append(Finding("warning", "Spawned processes keep results to themselves: only files survive.", advice, cli))
     precision = str(trainer.precision)
     if "16" in precision or "transformer" in precision:
         advice = "Polish and unlearning are better with precision='32-true' or '64-true'."
-        out.append(Finding("warning", f"Precision {precision} limits how stationary the model can be.", advice))
+        cli = "--trainer.precision 32-true"
+        out.append(Finding("warning", f"Precision {precision} limits how stationary the model can be.", advice, cli))
     advice = "Unlearning weighs every sample of the dataset once; train on a Subset instead."
     overfit = trainer.overfit_batches  # type: ignore[attr-defined]
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
-        out.append(Finding("skip", "fast_dev_run is a trial of the code.", "Fit without it for a snapshot."))
+        out.append(
+            Finding(
+                "skip",
+                "fast_dev_run is a trial of the code.",
+                "Fit without it for a snapshot.",
+                "--trainer.fast_dev_run false",
+            )
+        )
     elif overfit:
-        out.append(Finding("warning", f"overfit_batches={overfit} trains on a part only.", advice))
+        cli = "--trainer.overfit_batches 0"
+        out.append(Finding("warning", f"overfit_batches={overfit} trains on a part only.", advice, cli))
     elif trainer.limit_train_batches not in (1.0, None):
         limit = trainer.limit_train_batches
-        out.append(Finding("warning", f"limit_train_batches={limit} trains on a part of each epoch only.", advice))
+        cli = "--trainer.limit_train_batches 1.0"
+        out.append(Finding("warning", f"limit_train_batches={limit} trains on a part of each epoch only.", advice, cli))
     callbacks: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]
     averaging = [c for c in callbacks if is_averaging(c)]
     if averaging:
@@ -183,6 +195,7 @@ def inspect_adversary(
                 "Nothing tells the threat model: no adversarial training was found.",
                 "Add AdversarialTraining(attack=...) or the mixin, or pass threat_model=ThreatModel(norm, eps, box) "
                 "(eps=0 for plain training).",
+                "--trainer.callbacks.threat_model '{norm: linf, eps: 0.03}'",
             )
         ]
     out = []
@@ -200,6 +213,7 @@ def inspect_adversary(
                 "skip",
                 "TRADES is not convex even in a linear head; its unlearning from stored sums is refused.",
                 "Train with PGD (no trades_beta) to unlearn, or use scope='all' (matrix-free).",
+                "--trainer.callbacks.scope all",
             )
         )
     elif adversary.note is not None:
@@ -290,6 +304,7 @@ def inspect_outside(module: nn.Module, names: Iterable[str], optimizers: Iterabl
             f"{len(outside)} parameters outside the scope ({_few(outside)}) are trained on the same data and keep "
             "what they learnt from forgotten samples.",
             "Freeze them (requires_grad=False) after training them on data that is never forgotten, or use scope='all'.",
+            "--trainer.callbacks.scope all",
         )
     ]
 
@@ -322,6 +337,7 @@ def inspect_size(
             "error",
             f"A dense snapshot of {p} head parameters would take {size / 2**30:.1f} GiB (cap {cap / 2**30:g} GiB).",
             "Put a narrow layer before the head, use scope='all' or patterns (matrix-free), or raise the cap.",
+            f"--trainer.callbacks.size_cap {size} (or --trainer.callbacks.scope all)",
         )
     ]
 

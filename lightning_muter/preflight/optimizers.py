@@ -51,7 +51,7 @@ def inspect_optimizers(
     try:
         decays = read_weight_decay(plain, named.items())
     except UnsuitableError as e:
-        return [*out, Finding("skip", str(e))]
+        return [*out, Finding("skip", str(e), cli="--trainer.callbacks.weight_decay 0.001")]
     undecayed = [n for n in names if decays[n] == 0.0]
     weights = [n for n in undecayed if named[n].dim() > 1 or len(names) == 1]
     if weights and damped:
@@ -59,7 +59,7 @@ def inspect_optimizers(
         text = f"Weight decay is 0 for {shown}: the minimiser is not unique, damping alone holds the steps."
         out.append(Finding("warning", text, "Give the optimiser weight_decay (1e-4 to 1e-2 is usual)."))
     elif weights:
-        out.append(Finding("skip", no_decay_text(weights)))
+        out.append(Finding("skip", no_decay_text(weights), cli="--trainer.callbacks.weight_decay 0.001"))
     elif undecayed:
         text = f"{', '.join(undecayed)} is not decayed: results will carry no certificate."
         out.append(Finding("note", text, "Decay every parameter of the head for one."))

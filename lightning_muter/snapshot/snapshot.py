@@ -35,6 +35,7 @@ from lightning_muter.errors import CorruptFileError, MismatchError
 from lightning_muter.forgotten.digests import check_digests
 from lightning_muter.forgotten.rows import Barred
 from lightning_muter.model.normalization import Normalization
+from lightning_muter.snapshot import summary
 from lightning_muter.snapshot.codec import decode, encode
 from lightning_muter.snapshot.format_1 import from_format_1
 from lightning_muter.storage.atomic import Writer, atomic_write
@@ -47,7 +48,7 @@ VERSION = 2
 WIDE_BATCH = 256
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class Stored(ABC):
     """What every stored state of a trained model shares, whatever it covers: whose it is, of which data, what was forgotten.
 
@@ -85,6 +86,9 @@ class Stored(ABC):
     versions: dict[str, str] = field(default_factory=versions)
     barred: Barred = field(default_factory=Barred)
     key: DigestKey | None = field(default=None, repr=False, metadata={"stored": False})
+
+    def __repr__(self) -> str:
+        return summary.text(self)
 
     @property
     @abstractmethod
@@ -235,7 +239,7 @@ class Stored(ABC):
             _check_numbers("anchor", self.smoothing.anchor)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class Snapshot(Stored):
     """Statistics of one trained head, tied to its weights, data and threat model.
 
@@ -278,7 +282,7 @@ class Snapshot(Stored):
                 _check_numbers(name, rows, (self.n_total, *rows.shape[1:]), (torch.float16,))
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class WideSnapshot(Stored):
     """The objective of a training, tied to weights and data; parameters by name instead of sums.
 

@@ -20,7 +20,6 @@ from lightning_muter.curvature.hessian.direct import Curvature
 from lightning_muter.curvature.hessian.sums import Sums
 from lightning_muter.curvature.inner.maximiser import InnerSolver, Smoothing
 from lightning_muter.curvature.objective.base import Evaluation
-from lightning_muter.curvature.objective.head import RobustObjective
 from lightning_muter.curvature.objective.sharded import ShardedObjective
 from lightning_muter.curvature.problem.head import HeadProblem
 from lightning_muter.curvature.response.choose import Response, as_response
@@ -30,10 +29,11 @@ from lightning_muter.minimise.best import Best, best_head
 from lightning_muter.minimise.budget import FORWARD, Budget, Fit
 from lightning_muter.minimise.train_on import TrainedOn, affordable, cost_of_sums, train_on
 from lightning_muter.model.dataset import SampleSource
-from lightning_muter.model.losses import Loss, accuracy
+from lightning_muter.model.losses import Loss
 from lightning_muter.model.modes import full_precision
 from lightning_muter.model.read_step import read_objective
 from lightning_muter.model.reading import Reading
+from lightning_muter.snapshot.polished import polish_figures
 from lightning_muter.snapshot.ranks import ranks_agree
 from lightning_muter.snapshot.reread import read_stored
 from lightning_muter.snapshot.resume import Resumable
@@ -207,7 +207,7 @@ def take_snapshot(
     notes = [*reading.notes, *_notes(problem, model, theta, reached, aim, polish, decay, sums, attack)]
     if done is not None:
         assert best is not None
-        figures |= _polish_figures(objective, problem, loss, before_theta, theta, done, best)
+        figures |= polish_figures(objective, problem, loss, before_theta, theta, done, best)
         if best.is_constant:
             notes.append(_constant_note(best, threat))
     figures |= {
@@ -380,40 +380,6 @@ def outside_head(model: nn.Module, problem: HeadProblem) -> str | None:
         "they keep what they learnt from forgotten samples. Freeze the backbone (requires_grad=False) and train it on data "
         "that is never forgotten."
     )
-
-
-def _polish_figures(
-    objective: RobustObjective,
-    problem: HeadProblem,
-    loss: Loss,
-    before: Tensor,
-    after: Tensor,
-    done: TrainedOn,
-    best: Best,
-) -> dict[str, Any]:
-    right = {"before": torch.zeros(()), "after": torch.zeros(())}
-    count, known = 0, True
-    for batch in objective.source.batches():
-        with torch.no_grad():
-            phi = problem.backbone(batch.x.to(problem.backbone.exact_dtype))
-        count += len(phi)
-        for name, theta in (("before", before), ("after", after)):
-            share = accuracy(loss, problem.logits(theta, phi), batch.y)
-            known = known and share is not None
-            right[name] = right[name] + (0.0 if share is None else share.cpu() * len(phi))
-    return {
-        "polish": {
-            "status": done.status,
-            "passes": done.passes,
-            "stationarity_before": done.before,
-            "stationarity_after": done.after,
-            "step_norm": float((after - before).norm()),
-            "accuracy_before": float(right["before"]) / count if known else None,
-            "accuracy_after": float(right["after"]) / count if known else None,
-            **done.figures,
-            **best.to_dict(),
-        }
-    }
 
 
 @dataclass

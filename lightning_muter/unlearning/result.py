@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lightning_muter.snapshot.summary import shown
 
-@dataclass
+
+@dataclass(repr=False)
 class UnlearnResult:
     """What a request did.
 
@@ -16,6 +18,7 @@ class UnlearnResult:
         stationarity_before, stationarity_after: of the retained objective at w and w_u (with ``retain``).
         bound: certified distance of w_u to the retrained optimum, or None (``warnings`` says why).
         within: the distance that was asked for, or None.      parameters: names of those that were changed.
+        gate: what :class:`lightning_muter.deletion.gate.Gate` measured, or None.
         refine: stationarity after each refine step.
         quality: what the step is worth: the retained objective before and after (with ``retain``), the fall that its model predicts,
             what of the step is owed to weights that were not stationary (``owed_share``), the share of inner maxima that converged.
@@ -38,8 +41,23 @@ class UnlearnResult:
     refine: list[float] = field(default_factory=list)
     within: float | None = None
     parameters: list[str] = field(default_factory=list)
+    gate: dict[str, Any] | None = None
     quality: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        rows = ", ".join(map(str, self.forgotten[:8])) + (", …" if len(self.forgotten) > 8 else "")
+        moved = [f"{v:.1e}" for v in (self.stationarity_before, self.stationarity_after) if v is not None]
+        lines = {
+            "forgotten": f"{len(self.forgotten)} ({rows}); {self.n_retained} are retained",
+            "step": f"{self.step_norm:.3g} ({self.method}, {self.response}, solver {self.solver.get('status')})",
+            "stationarity": " -> ".join(moved) or None,
+            "bound": None if self.bound is None else f"at most {self.bound:.3g} from the retrained optimum",
+            "refined": " -> ".join(f"{v:.1e}" for v in self.refine[-6:]) or None,
+            "seconds": f"{self.seconds:.2f}",
+        }
+        title = f"UnlearnResult of {self.scope}" + (" (dry run: nothing was changed)" if self.dry_run else "")
+        return shown(title, lines, self.warnings)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values only."""

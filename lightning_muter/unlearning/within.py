@@ -14,8 +14,8 @@ from lightning_muter.curvature.objective.base import Evaluation
 from lightning_muter.errors import ArgumentError, SolveError
 from lightning_muter.minimise.polish import Descent
 
-#: Steps between two looks.
-ROUND = 2
+#: Steps between two looks; each look begins a descent anew, without what the last one had learnt of the curvature.
+ROUND = 4
 #: Steps in all.
 MOST = 60
 
@@ -44,13 +44,13 @@ def refine_within(
 
     Args:
         further: at most so many steps on from a point; bound_at: the certificate at a point.
-        start: where the request's own step leads; steps: at least so many.
+        start: where the request's own step leads; steps: at least so many (no fewer than a round).
 
     Raises:
         SolveError: no further step lowers the bound enough.
     """
     found, bound = start, math.inf
-    todo = steps
+    todo = max(steps, ROUND)
     while True:
         if todo:
             part = further(found.theta, found.evaluation, todo)

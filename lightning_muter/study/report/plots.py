@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +286,39 @@ def plot_distance_by_size(rows: Sequence[Row], path: Path) -> Path | None:
         handles, labels = panels[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
         figure.suptitle(f"Distance against removal size: {_where(rows)}", x=0.01, ha="left", fontweight="bold")
+        return _save(figure, path)
+
+
+def plot_roc(curves: Sequence[Mapping[str, str]], path: Path, attack: str = "U-LiRA") -> Path | None:
+    """True against false positives of one attack, a panel for clean and one for adversarial inputs: before, after, retrained."""
+    shown = [c for c in curves if c["attack"] == attack] or [c for c in curves if c["attack"] == (curves[0]["attack"])]
+    if not shown:
+        return None
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(7.2, 4.3), sharex=True, sharey=True, layout="constrained")
+        methods = list(dict.fromkeys(c["method"] for c in shown))
+        for axis, inputs in zip(axes, ("clean", "adversarial"), strict=True):
+            for i, method in enumerate(methods):
+                line = [c for c in shown if c["method"] == method and c["inputs"] == inputs]
+                x, y = ([float(c[name]) for c in line] for name in ("fpr", "tpr"))
+                dashed = method == REFERENCE
+                axis.plot(
+                    x, y, label=method, markevery=(2 + i, 8), markersize=5, linewidth=2.2 if dashed else 1.3,
+                    linestyle="--" if dashed else "-", **_look(len(COLOURS) - 1 if dashed else i),
+                )  # fmt: skip
+            axis.plot([0, 1], [0, 1], color="#999999", linewidth=0.8, zorder=1)
+            axis.set_title(f"{inputs} inputs", fontsize=10, loc="left")
+            axis.set_xlabel("never seen, called removed")
+            axis.set_aspect("equal")
+        axes[0].set_ylabel("removed, called removed")
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8.5)
+        figure.suptitle(
+            f"Can the attack {shown[0]['attack']} tell? (the diagonal is guessing)",
+            x=0.01,
+            ha="left",
+            fontweight="bold",
+        )
         return _save(figure, path)
 
 

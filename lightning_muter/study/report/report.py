@@ -1,5 +1,5 @@
-"""One report of any folder of runs: ``muter-report FOLDER`` reads every ``results.csv`` below it and writes
-``report.md``, ``report.html`` (one file, pictures inside) and the pictures."""
+"""One page for a person who decides: ``muter-report FOLDER`` reads every ``results.csv`` and ``audit.csv`` below it and writes
+``report.md``, ``report.html`` (one file, pictures inside) and the pictures; ``muter-report CHECKPOINT`` reads its ledger."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 from rich.console import Console
 
+from lightning_muter.deletion.files import Places
 from lightning_muter.errors import MuterError
+from lightning_muter.study.audit.tables import read_audit
 from lightning_muter.study.report import plots, tables
+from lightning_muter.study.report.checkpoint import checkpoint_markdown
 from lightning_muter.study.report.closest import closest_markdown
+from lightning_muter.study.report.decision import decision_markdown
 from lightning_muter.study.report.rows import PARTS, REFERENCE, Row, group, read_rows, summarise
 
 PICTURES = {
@@ -34,11 +38,33 @@ LEGEND = (
     "*speed-up* is retraining's time over it. *Solver* is the status that the method reported."
 )
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; margin: 1em 0; }
-th, td { border-bottom: 1px solid #ddd; padding: 3px 9px; text-align: right; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; background: #fff; }
+h2 { border-top: 2px solid #0072B2; padding-top: .5em; margin-top: 2em; }
+a { color: #00527f; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; margin: 1em 0; }
+th, td { border-bottom: 1px solid #ddd; padding: 4px 9px; text-align: right; vertical-align: top; }
 th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
+table.figures td { text-align: left; }
+table.figures th { text-align: left; }
+code { overflow-wrap: anywhere; }
+li, p { overflow-wrap: anywhere; }
 img { max-width: 100%; }
+@media (max-width: 640px) {
+  body { margin: 1em auto; }
+  table.figures, table.figures tbody, table.figures tr, table.figures td { display: block; width: auto; }
+  table.figures thead { display: none; }
+  table.figures tr { border-bottom: 1px solid #bbb; padding: .5em 0; }
+  table.figures td { border: 0; padding: 1px 0; }
+}
+@media print {
+  body { font-size: 10pt; max-width: none; margin: 0; }
+  table { font-size: 7.5pt; }
+  th, td { padding: 2px 4px; }
+  .wide { overflow: visible; }
+  tr, img { break-inside: avoid; }
+  h2, h3 { break-after: avoid; }
+}
 """
 
 
@@ -121,11 +147,13 @@ def notes_markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def compose(rows: Sequence[Row], pictures: Sequence[Path], *, heading: str = "Unlearning study") -> str:
-    """The report as Markdown; pictures are named relative to it."""
+def compose(
+    rows: Sequence[Row], pictures: Sequence[Path], *, heading: str = "Unlearning study", decision: str = ""
+) -> str:
+    """The report as Markdown, what a decision needs (``decision``) first; pictures are named relative to it."""
     problems = tables.problems(rows)
     failed = [r for r in rows if r.note]
-    parts = [f"# {heading}\n", LEGEND + "\n"]
+    parts = [f"# {heading}\n", decision, "## All figures\n", LEGEND + "\n"]
     parts += [f"![{PICTURES[p.name]}]({p.name})\n\n{PICTURES[p.name]}\n" for p in pictures]
     closest = closest_markdown(rows)
     if closest:
@@ -158,8 +186,13 @@ def to_html(markdown: str, folder: Path) -> str:
         return f'src="data:image/png;base64,{data}"'
 
     body = re.sub(r'src="([^":]+\.png)"', inline, body)
+    body = body.replace(
+        "<table>\n<thead>\n<tr>\n<th>figure</th>", '<table class="figures">\n<thead>\n<tr>\n<th>figure</th>'
+    )
+    body = body.replace("<table", '<div class="wide"><table').replace("</table>", "</table></div>")
     title = html.escape(markdown.splitlines()[0].lstrip("# "))
-    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    screen = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = f'<meta charset="utf-8">{screen}<title>{title}</title><style>{STYLE}</style>'
     return f"<!doctype html>\n<html lang='en'><head>{head}</head><body>\n{body}</body></html>\n"
 
 
@@ -182,28 +215,56 @@ def write_report(folder: Path, out: Path | None = None, *, heading: str = "Unlea
     out = out if out is not None else folder if folder.is_dir() else folder.parent
     out.mkdir(parents=True, exist_ok=True)
     pictures = plots.plot_all(rows, out)
-    text = compose(rows, pictures, heading=heading)
+    roc = plots.plot_roc(read_audit(folder)[2] if folder.is_dir() else [], out / "audit_roc.png")
+    decision = decision_markdown(rows, folder, None if roc is None else roc.name)
+    text = compose(rows, pictures, heading=heading, decision=decision)
     (out / "report.md").write_text(text, encoding="utf-8")
     (out / "report.html").write_text(to_html(text, out), encoding="utf-8")
     return out / "report.md"
 
 
+def write_checkpoint_report(path: Path, out: Path | None = None) -> Path:
+    """``<stem>.muter.report.md`` and ``.html`` beside a checkpoint (or in ``out``); returns the path of the Markdown.
+
+    Raises:
+        RequestError: there is no ledger beside it.
+    """
+    places = Places.of(path)
+    folder = places.folder if out is None else out
+    folder.mkdir(parents=True, exist_ok=True)
+    text, page = checkpoint_markdown(places), folder / f"{places.stem}.muter.report.md"
+    page.write_text(text, encoding="utf-8")
+    page.with_suffix(".html").write_text(to_html(text, folder), encoding="utf-8")
+    return page
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="muter-report", description="One report of any folder of muter-experiment runs."
+        prog="muter-report",
+        description="One page for a person who decides: of a folder of muter-experiment runs, or of a checkpoint that requests have "
+        "changed (what was removed, how close to retraining, accuracies, ledger, limits), as HTML and Markdown.",
     )
-    parser.add_argument("folder", type=Path, help="output folder of a run or sweep, or a folder of such folders")
-    parser.add_argument("--out", type=Path, default=None, help="where to write the report (default: into the folder)")
-    parser.add_argument("--heading", default="Unlearning study", help="the report's title")
+    parser.add_argument(
+        "source",
+        type=Path,
+        help="output folder of a run or sweep, a folder of such folders, or a checkpoint <name>.muter.ckpt",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=None, help="where to write the report (default: beside what it is of)"
+    )
+    parser.add_argument("--heading", default="Unlearning study", help="the report's title, for runs")
     options = parser.parse_args(arguments)
+    console = wide_console()
     try:
-        written = write_report(options.folder, options.out, heading=options.heading)
+        if options.source.suffix == ".ckpt":
+            written = write_checkpoint_report(options.source, options.out)
+        else:
+            written = write_report(options.source, options.out, heading=options.heading)
+            for same in tables.problems(read_rows(options.source)):
+                console.print(tables.terminal_table(same))
     except (MuterError, OSError) as error:
         print(f"muter-report: {error}", file=sys.stderr)
         return 2
-    console = wide_console()
-    for same in tables.problems(read_rows(options.folder)):
-        console.print(tables.terminal_table(same))
     console.print(f"Report: {written} (and {written.with_suffix('.html').name})")
     return 0
 
