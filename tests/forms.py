@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
 from collections import namedtuple
@@ -160,7 +161,7 @@ def _logged(module: Any, batch: Any) -> Tensor:
 def _trained(module: Any, batch: Any) -> Any:
     loss = _ce(module, batch)
     module.log("lr", 0.1 * (1 + module.current_epoch))
-    if module._trainer is not None:
+    if module._trainer is not None and module.logger is not None:
         module.logger.experiment.add_scalar("a", loss.detach(), module.global_step)
         _ = module.trainer.max_epochs, module.trainer.is_global_zero
     return {"loss": loss, "progress": module.current_epoch, "z": loss.detach()}
@@ -337,6 +338,16 @@ def _shared(self: Any, batch: Any, stage: str) -> Tensor:
 
 def _multi_margin(module: Any, batch: Any) -> Tensor:
     return F.multi_margin_loss(module(batch[0]), batch[1])
+
+
+def of_step(module: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    """The user's loss and its gradient in the head, by his own step in eval mode."""
+    twin = copy.deepcopy(module).eval()
+    twin.log = twin.log_dict = lambda *args, **kwargs: None
+    out = twin.training_step(copy.deepcopy(batch), *([0] if twin.training_step.__code__.co_argcount > 2 else []))
+    loss = (out["loss"] if isinstance(out, dict) else out).reshape(())
+    slopes = torch.autograd.grad(loss, list(twin.head.parameters()))
+    return loss.detach(), torch.cat([s.flatten() for s in slopes]).double()
 
 
 ACCEPTED: dict[str, Form] = {

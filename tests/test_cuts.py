@@ -14,10 +14,12 @@ from lightning_muter import ThreatModel, take_snapshot, unlearn
 from lightning_muter.adversarial.examples import LastExamples
 from lightning_muter.curvature.objective.head import RobustObjective
 from lightning_muter.curvature.problem.head import HeadProblem
+from lightning_muter.curvature.response.choose import L2Response
 from lightning_muter.errors import ArgumentError
 from lightning_muter.minimise.budget import Budget, Fit
 from lightning_muter.minimise.cuts import CYCLE, CuttingSets
 from lightning_muter.minimise.oracle import into
+from lightning_muter.minimise.train_on import affordable, cost_of_sums
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards
 from lightning_muter.scope.head_methods import objective_of
@@ -187,3 +189,16 @@ def test_refining_goes_on_from_the_stored_points_and_is_never_worse():
         if refine:  # what is stored goes on: another request finds its own rows there
             unlearn(model, stored, [9, 20], data, progress=False)
     assert ends[2] <= ends[0] + 1e-3 * abs(ends[0])
+
+
+def test_a_budget_takes_the_cheaper_form_of_a_response():
+    net, data = network("silu")
+    one = objective(net, data, ThreatModel("l2", 0.1))
+    exact = L2Response(sketch=0)
+    assert affordable(exact, one, Budget()) is exact
+    assert affordable(exact, one, Budget(1000.0)) is exact
+    cheap = affordable(exact, one, Budget(24.0))
+    assert isinstance(cheap, L2Response)
+    assert cheap.max_exact == 0
+    assert cost_of_sums(one, cheap) < cost_of_sums(one, exact)
+    assert exact.max_exact > 0

@@ -15,7 +15,7 @@ from lightning_muter.errors import UnsuitableError
 from lightning_muter.model.losses import per_sample
 from lightning_muter.model.read_step import read_batch
 from lightning_muter.model.reading import Reading
-from tests.forms import ACCEPTED, REFUSED, Form, Meter
+from tests.forms import ACCEPTED, REFUSED, Form, Meter, of_step
 
 NEAR = {torch.float32: 1e-5, torch.float64: 1e-9}
 
@@ -58,16 +58,6 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
     return type(one) is type(other) and (one == other or repr(one).split(" at 0x")[0] == repr(other).split(" at 0x")[0])
-
-
-def of_step(module: Any, batch: Any) -> tuple[Tensor, Tensor]:
-    """The user's loss and its gradient in the head, by his own step in eval mode."""
-    twin = copy.deepcopy(module).eval()
-    twin.log = twin.log_dict = lambda *args, **kwargs: None
-    out = twin.training_step(copy.deepcopy(batch), *([0] if twin.training_step.__code__.co_argcount > 2 else []))
-    loss = (out["loss"] if isinstance(out, dict) else out).reshape(())
-    slopes = torch.autograd.grad(loss, list(twin.head.parameters()))
-    return loss.detach(), torch.cat([s.flatten() for s in slopes]).double()
 
 
 def of_reading(reading: Reading, batch: Any) -> tuple[Tensor, Tensor]:

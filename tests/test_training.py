@@ -257,6 +257,7 @@ def test_precision(make, precision) -> None:
     assert 0 <= run.callback_metrics["val/robust_acc"] <= run.callback_metrics["val/clean_acc"]
 
 
+@pytest.mark.filterwarnings("ignore:The attack raises torch.nn.functional.cross_entropy")
 @both
 def test_manual_optimisation(make) -> None:
     model, callbacks = make()

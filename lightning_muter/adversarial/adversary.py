@@ -24,7 +24,7 @@ from lightning_muter.model.losses import Loss, is_cross_entropy, one_logit, per_
 from lightning_muter.model.normalization import Normalization
 from lightning_muter.model.read_step import read_batch
 from lightning_muter.model.reading import Reading
-from lightning_muter.model.replay import has_step
+from lightning_muter.model.replay import SkippedBatchError, has_step
 
 
 class LossAttack:
@@ -214,6 +214,7 @@ class Adversary:
             return "torchattacks clamps inputs to [0, 1], which is not the box of this threat model"
         return None
 
+    @torch.compiler.disable
     def read(self, module: nn.Module, batch: Any) -> None:
         """Take the loss, the input and the labels from the module's own step, once; ``unread`` says why where that cannot be."""
         if not self.asks or not has_step(module):
@@ -229,6 +230,8 @@ class Adversary:
                 ready=True,
                 fixed=True,
             )
+        except SkippedBatchError:
+            self.asks = True
         except UnsuitableError as error:
             if self.normalization is not None:  # nothing else would undo it
                 raise

@@ -122,13 +122,17 @@ def refined_by_cuts(objective: RobustObjective, theta: Tensor, steps: int, on_pa
 
 
 def affordable(response: Response, objective: RobustObjective, budget: Budget) -> Response:
-    """The response, from random directions where exact Jacobians would take more than a third of the budget."""
-    if budget.limit is None or getattr(response, "sketch", None) != 0 or objective.problem.backbone.affine:
+    """The response in cheaper forms where it would take more than a third of the budget: from random directions instead of exact
+    Jacobians, and by Gauss-Newton instead of exact input Hessians."""
+    if budget.limit is None or objective.problem.backbone.affine:
         return response
-    sketched = copy(response)
-    sketched.sketch = SKETCH  # type: ignore[attr-defined]
-    exact, cheap = cost_of_sums(objective, response), cost_of_sums(objective, sketched)
-    return sketched if exact > budget.limit / 3 and cheap < exact else response
+    for name, cheaper in (("max_exact", 0), ("sketch", SKETCH)):
+        if hasattr(response, name) and cost_of_sums(objective, response) > budget.limit / 3:
+            other = copy(response)
+            setattr(other, name, cheaper)
+            if cost_of_sums(objective, other) < cost_of_sums(objective, response):
+                response = other
+    return response
 
 
 def cost_of_sums(objective: RobustObjective, response: Response) -> float:
@@ -139,4 +143,6 @@ def cost_of_sums(objective: RobustObjective, response: Response) -> float:
         return FORWARD + smoothing
     directions = int(getattr(response, "sketch", 0) or 0)
     through = 2 * FORWARD * directions if directions else FORWARD * min(backbone.width, backbone.inputs)
-    return 2 * FORWARD + smoothing + through + FORWARD * logits
+    curved = not backbone.piecewise_linear and backbone.inputs <= int(getattr(response, "max_exact", 0))
+    root = 4 * FORWARD * backbone.inputs if curved else FORWARD * logits
+    return 2 * FORWARD + smoothing + through + root

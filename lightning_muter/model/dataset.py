@@ -124,7 +124,7 @@ class SampleSource:
 
     def _split(self, batch: Any) -> tuple[Tensor, Tensor]:
         if self.reading is None:
-            return split_batch(batch)[:2]
+            return _content(batch)
         return self.reading.split(self.reading.prepared(batch))[:2]
 
     def examples(self, count: int = 8) -> Tensor:

@@ -71,7 +71,13 @@ class Reader:
     def read(self, rows_per_step: int | None) -> Reading:
         with undone(self.module):
             seen = self._see()
-            return self._read_head(self._head_call(seen), seen, rows_per_step)
+            try:
+                call = self._head_call(seen)
+            except RuntimeError as error:  # an in-place operation that autograd cannot undo, ...
+                raise UnsuitableError(
+                    f"The loss of {self.what} has no gradient ({str(error).splitlines()[0]}), so that it cannot be trained either."
+                ) from error
+            return self._read_head(call, seen, rows_per_step)
 
     # -- what runs ---------------------------------------------------------------------------------------------------
 

@@ -176,7 +176,7 @@ class Reading:
 
     def _features(self, x: Tensor, values: dict[str, Tensor] | None) -> Tensor:
         if self.direct:
-            return features(self.module, self.head, x, values)
+            return features(self.module, self.head, x.clone(), values)  # a layer may work in place
         if values is not None:
             found: Tensor = functional_call(_ToTheHead(self), {f"module.{n}": v for n, v in values.items()}, (x,))
             return found

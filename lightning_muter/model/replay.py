@@ -21,6 +21,11 @@ from lightning_muter.errors import UnsuitableError
 from lightning_muter.model.head import eager, eval_mode
 from lightning_muter.model.kept import Kept
 
+
+class SkippedBatchError(UnsuitableError):
+    """The step gives no loss for this batch; it may for another."""
+
+
 #: Set while a step is replayed: what is wrapped around steps (an attack, a measurement) then stays out of the way.
 replaying: ContextVar[bool] = ContextVar("replaying", default=False)
 
@@ -53,6 +58,10 @@ def run_step(module: nn.Module, batch: Any) -> Tensor:
     names = _parameters(module)
     out = step(batch, **{name: 0 for name in ("batch_idx", "dataloader_idx") if name in names}, **_second(names))
     loss = out.get("loss") if isinstance(out, Mapping) else out
+    if out is None:
+        raise SkippedBatchError(
+            "training_step returns None, not one loss, for these rows: it skips them. Return the loss."
+        )
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise UnsuitableError(
             f"training_step returns {type(out).__name__}, not one loss (a tensor with one number, or a dict with 'loss'). "

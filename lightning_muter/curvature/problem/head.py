@@ -30,6 +30,7 @@ from lightning_muter.model.modes import (
     working_dtype,
 )
 from lightning_muter.model.reading import Reading
+from lightning_muter.model.rowwise import hessians
 from lightning_muter.solvers.eigen import symmetric_eigh
 
 #: An affine backbone is represented by its matrix up to this many numbers.
@@ -309,8 +310,13 @@ class HeadProblem:
                 def one(zi: Tensor, yi: Tensor) -> Tensor:
                     return per_sample(self.loss, zi[None], yi[None]).sum()
 
-                hess = vmap(jacrev(grad(one)))(z, y).detach()
-                hess = (hess + hess.mT) / 2
+                try:
+                    hess = vmap(jacrev(grad(one)))(z, y).detach()
+                    hess = (hess + hess.mT) / 2
+                except RuntimeError as error:  # rows selected by a mask, ...
+                    if not lacks_forward_mode(error):
+                        raise
+                    hess = hessians(lambda at: self.losses(at, y), z)
         loss = loss.detach()
         if weight is not None:
             loss, r = loss * weight, r * weight[:, None]
