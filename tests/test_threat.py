@@ -175,7 +175,7 @@ def test_box_is_the_callers_and_threat_models_pass_through(net) -> None:
 def test_normalisation_and_targets_are_refused_with_advice(net) -> None:
     attack = torchattacks.PGD(net)
     attack.set_normalization_used(mean=[0.5], std=[0.5])
-    with pytest.raises(ArgumentError, match="Put the normalisation inside the model"):
+    with pytest.raises(ArgumentError, match=r"Pass normalization=\(mean, std\) to the adversarial training"):
         ThreatModel.from_attack(attack)
     attack = torchattacks.PGD(net)
     attack.set_mode_targeted_random(quiet=True)

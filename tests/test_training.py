@@ -684,8 +684,9 @@ def test_missing_pieces_are_named_at_fit_start() -> None:
         def on_train_start(self, trainer, pl_module):
             started.append(1)
 
+    with pytest.raises(UnsuitableError, match="no forward"):  # the first batch tells
+        trainer(callbacks=[AdversarialTraining(PGD)]).fit(NoForward(), loader())
     for model, callback, words in (
-        (NoForward(), AdversarialTraining(PGD), "no forward"),
         (Plain(), AdversarialTraining(), "attack: got None"),
         (Plain(), AdversarialTraining(torchattacks.CW), "threat_model=ThreatModel"),
         (Plain(), AdversarialTraining(PGD, ThreatModel("l2", 1.0)), "threat_model: got"),

@@ -235,6 +235,11 @@ class Adversary:
         except UnsuitableError as error:
             if self.normalization is not None:  # nothing else would undo it
                 raise
+            if not _has_forward(module):
+                raise UnsuitableError(
+                    "The module has no forward(x) giving logits, which is what an attack attacks where the step itself cannot be "
+                    f"read; define it. {error}"
+                ) from error
             self.unread = str(error)
         else:
             self.adopt(reading)
@@ -257,6 +262,7 @@ class Adversary:
             return self.reading.split(batch)
         return split_batch(batch, self.inputs, self.label)
 
+    @torch.compiler.disable
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Adversarial inputs for ``x`` (same shape, dtype, device), whatever the autograd mode around the call.
 
@@ -307,6 +313,11 @@ class Adversary:
                 "logits alone from forward, or build the attack on the submodule that gives them."
             )
         return out
+
+
+def _has_forward(module: nn.Module) -> bool:
+    """Whether forward is the user's own."""
+    return type(module).forward.__module__.split(".")[0] not in ("torch", "lightning", "pytorch_lightning")
 
 
 def divergence(clean: Tensor, adversarial: Tensor) -> Tensor:

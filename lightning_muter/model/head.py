@@ -57,7 +57,10 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 def eager(module: nn.Module) -> Iterator[None]:
     """Compiled parts of ``module`` run as they were written (hooks and second derivatives need that)."""
     in_place = [m for m in module.modules() if getattr(m, "_compiled_call_impl", None) is not None]
-    wrapped = any(type(m).__name__ == "OptimizedModule" for m in module.modules())
+    # Lightning keeps the compiler of a module that was compiled as a whole, and puts compiled steps on the instance
+    wrapped = getattr(module, "_compiler_ctx", None) is not None or any(
+        type(m).__name__ == "OptimizedModule" for m in module.modules()
+    )
     with ExitStack() as stack:
         set_stance = getattr(torch.compiler, "set_stance", None)
         if wrapped and set_stance is not None:
