@@ -13,9 +13,10 @@ muter snapshot --config config.yaml --config threat.yaml --ckpt_path digits.ckpt
 
 # 4. Requests, by user or by row. The first one is only tried.
 printf 'user017\nuser101\n' >requests.txt
-request="--config config.yaml --ckpt_path digits.ckpt --forget.ids requests.txt --forget.table ids.csv --forget.column user"
-muter unlearn $request --dry_run true
-muter unlearn $request --request_id ticket-4711
+muter unlearn --config config.yaml --ckpt_path digits.ckpt --forget.ids requests.txt --forget.table ids.csv \
+  --forget.column user --dry_run true
+muter unlearn --config config.yaml --ckpt_path digits.ckpt --forget.ids requests.txt --forget.table ids.csv \
+  --forget.column user --request_id ticket-4711
 muter unlearn --config config.yaml --ckpt_path digits.ckpt --forget.indices [3,17] --refine 2
 
 # 5. Evidence, and nothing left behind: the old checkpoint still holds what was removed.
