@@ -160,7 +160,7 @@ QUIET = pytest.mark.filterwarnings(
     "ignore:The head is not stationary",
     "ignore:The weights are not stationary",
     "ignore:The inner maximiser converged for",
-    "ignore:Unlearning, before the fit starts.\n- Precision",
+    "ignore:Unlearning, before the fit starts.\n- weaker. Precision",
 )
 
 
