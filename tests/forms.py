@@ -661,13 +661,6 @@ def _l1(module: Any, batch: Any) -> Tensor:
     return _ce(module, batch) + 0.01 * module.head.weight.abs().sum()
 
 
-def _hidden_attack(module: Any, batch: Any) -> Tensor:
-    x, y = batch
-    at = x.clone().requires_grad_(True)
-    (slope,) = torch.autograd.grad(F.cross_entropy(module(at), y), at)
-    return F.cross_entropy(module(x + 0.05 * slope.sign()), y)
-
-
 def _two_heads(module: Any, batch: Any) -> Tensor:
     x, y = batch
     return F.cross_entropy(module(x), y) + 0.3 * F.cross_entropy(module.auxiliary(x), y)
@@ -709,7 +702,6 @@ REFUSED: dict[str, Form] = {
         _distilled, made=lambda m: setattr(m, "teacher", nn.Linear(D, K)), refused="more than the head's output"
     ),
     "L1 of the head": Form(_l1, refused="own parameters"),
-    "an attack in the step": Form(_hidden_attack, refused="called 2 times"),
     "an auxiliary head": Form(
         _two_heads, made=lambda m: setattr(m, "auxiliary", nn.Linear(D, K)), refused="called|more than"
     ),

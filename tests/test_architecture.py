@@ -41,6 +41,7 @@ CORE = [
     "certificate",
     "curvature",
     "evidence",
+    "forgotten",
     "minimise",
     "model",
     "publication",
