@@ -78,6 +78,8 @@ def _input(module: nn.Module, head: Head, names: list[str], leaves: list[Any], n
             try:
                 with torch.no_grad():
                     features(module, head, leaf)
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
             except Exception:  # a label, a weight: not what forward takes
                 continue
             found.append(i)
