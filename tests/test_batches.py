@@ -10,7 +10,7 @@ import torch
 from lightning_muter.errors import ArgumentError
 from lightning_muter.model.batches import split_batch
 
-X, Y, W = torch.rand(4, 3), torch.arange(4), torch.rand(4)
+X, Y, W = torch.linspace(0, 1, 12).reshape(4, 3), torch.arange(4), torch.tensor([0.5, 1.0, 0.2, 0.7])
 Pair = namedtuple("Pair", "image label")
 
 
@@ -29,7 +29,19 @@ Pair = namedtuple("Pair", "image label")
         UserDict(Image=X, Target=Y),
         {"data": X, "labels": W},
     ],
-    ids=repr,
+    ids=[
+        "pair",
+        "list",
+        "triple",
+        "weights around",
+        "named",
+        "text and none",
+        "dict",
+        "dict of more",
+        "ordered",
+        "user",
+        "labels only",
+    ],
 )
 def test_only_the_inputs_change(batch) -> None:
     x, y, rebuild = split_batch(batch)

@@ -84,7 +84,7 @@ def test_what_converts_without_loss_is_kept(name):
     assert isinstance(right, torch.Tensor) or (back == right and type(back) is type(right))
 
 
-@pytest.mark.parametrize("value", LEFT_OUT, ids=str)
+@pytest.mark.parametrize("value", LEFT_OUT, ids=lambda value: type(value).__name__)
 def test_what_needs_code_is_left_out_by_name(value):
     found = plain({"cfg": {"it": value, "n": 1}, "many": [1, value], "deep": [{"it": value}]})
     assert found.value == {"cfg": {"n": 1}}

@@ -105,7 +105,7 @@ def _assert_inside(threat: ThreatModel, x: Tensor, delta: Tensor) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "argument"),
     [
-        ({"norm": "l1", "eps": 1.0}, "norm"),
+        ({"norm": "l0", "eps": 1.0}, "norm"),
         ({"norm": "l2", "eps": -1.0}, "eps"),
         ({"norm": "l2", "eps": float("nan")}, "eps"),
         ({"norm": "linf", "eps": 1.0, "box": (1.0, 0.0)}, "box"),
