@@ -253,7 +253,7 @@ class MUterCallback(Callback):
             collate=collate,
             batch_size=min(self.batch_size, WIDE_BATCH) if wide else self.batch_size,
             key=self._kept_key(trainer),
-            progress=self.verbose and trainer.is_global_zero,
+            progress=self.verbose and trainer.is_global_zero and trainer.progress_bar_callback is not None,
             **options,
         )
         note = attack_note(adversary.attack) if adversary is not None else None

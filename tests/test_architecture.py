@@ -24,7 +24,7 @@ FRAMEWORKS = {
 #: From the ground up: a folder (or a file) imports from lower lines and from its own.
 FLOORS = [
     "errors",
-    "extension lightning_names stopping",
+    "extension lightning_names pictures stopping watching",
     "storage solvers evidence",
     "adversarial forgotten model",
     "curvature",

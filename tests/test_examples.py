@@ -1,8 +1,9 @@
-"""The example of deletion requests runs as it is written."""
+"""The examples run as they are written."""
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -14,9 +15,12 @@ import pytest
 from lightning_muter import cli
 
 from .faults import listing
+from .readme import at_work
 
 ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "examples" / "deletion_requests"
+EXAMPLES = ROOT / "examples"
+FOLDER = EXAMPLES / "deletion_requests"
+SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "my")
 
 
 @pytest.fixture
@@ -56,3 +60,42 @@ def test_every_command_of_the_script(copy, capsys):
 def test_the_script_itself(copy):
     subprocess.run(["bash", "commands.sh"], check=True, capture_output=True)
     finished(copy)
+
+
+def _run(folder, *command):
+    environment = {
+        **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }  # fmt: skip
+    done = subprocess.run(command, cwd=folder, env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_short_examples(tmp_path, name):
+    if name == "timm_backbone":
+        pytest.importorskip("timm")
+    with at_work(tmp_path, size=None):
+        assert "UnlearnResult of" in (out := _run(tmp_path, sys.executable, f"{name}.py")) or "removed" in out
+
+
+@pytest.mark.slow
+def test_the_sweep(tmp_path):
+    with at_work(tmp_path, size=None):
+        _run(tmp_path, "bash", "sweep.sh")
+        assert (tmp_path / "sweep" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_a_look_at_the_whole_network(tmp_path):
+    _run(EXAMPLES / "whole_network", sys.executable, "run.py", "--seeds", "0", "--epochs", "3", "--out", str(tmp_path))
+
+
+def test_examples_are_short_and_listed():
+    text = (EXAMPLES / "README.md").read_text()
+    for path in (*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.sh")):
+        assert len(path.read_text().splitlines()) <= 60, path.name
+        assert f"`{path.name}`" in text, path.name
+    assert {found for found in re.findall(r"`(\w+\.(?:py|sh|yaml))`", text) if not (EXAMPLES / found).exists()} == set()

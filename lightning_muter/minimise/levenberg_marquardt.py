@@ -19,6 +19,7 @@ from lightning_muter.curvature.objective.kfac import Kronecker
 from lightning_muter.curvature.objective.network import WideObjective
 from lightning_muter.errors import SolveError
 from lightning_muter.solvers.cg import TruncatedCG
+from lightning_muter.watching import watched
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +61,9 @@ class LevenbergMarquardt:
             SolveError: not one trial was accepted.
         """
         objective = self.objective
-        with tqdm(total=steps, desc=self.title, unit="step", disable=self.title is None, leave=False) as line:
+        with tqdm(
+            total=steps, desc=self.title, unit="step", disable=not watched(self.title is not None), leave=False
+        ) as line:
             now = objective.evaluate(w)
             objective.accept(now)
             found = Found(w, now, now, {"status": "converged", "residual": 0.0, "iterations": 0})

@@ -50,7 +50,7 @@ class Check:
         return not any(f.level in ("error", "skip") for f in self.findings)
 
     def __str__(self) -> str:
-        console = Console(width=120, no_color=True, highlight=False)
+        console = Console(width=100, no_color=True, highlight=False)
         with console.capture() as captured:
             console.print(*([as_table(self.findings)] if self.findings else ["Nothing stands against a snapshot."]))
             if self.seconds is not None:

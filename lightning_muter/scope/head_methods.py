@@ -101,7 +101,8 @@ class Method(Extensible, ABC):
     """From a request to a :class:`Step`; results and receipts name it by its ``name``."""
 
     @abstractmethod
-    def step(self, request: Request) -> Step: ...
+    def step(self, request: Request) -> Step:
+        """The step of one request; nothing of it is written to the model. Raises SolveError where the system was not solved."""
 
 
 class MUter(Method):
@@ -116,6 +117,7 @@ class MUter(Method):
     name = "muter"
 
     def step(self, request: Request) -> Step:
+        """Subtract the forgotten terms, solve, step."""
         snapshot, device = request.snapshot, request.problem.device
         reference, base = snapshot.theta_ref.to(device), snapshot.theta_base.to(device)
         objective = request.objective(request.forget, snapshot.starts)

@@ -35,6 +35,7 @@ from lightning_muter.errors import CorruptFileError, MismatchError
 from lightning_muter.forgotten.digests import check_digests
 from lightning_muter.forgotten.rows import Barred
 from lightning_muter.model.normalization import Normalization
+from lightning_muter.pictures import stationarity_curve
 from lightning_muter.snapshot import summary
 from lightning_muter.snapshot.codec import decode, encode
 from lightning_muter.snapshot.format_1 import from_format_1
@@ -89,6 +90,17 @@ class Stored(ABC):
 
     def __repr__(self) -> str:
         return summary.text(self)
+
+    def summary(self) -> str:
+        """What it is of, which objective, what polish changed, in words: as ``repr``."""
+        return summary.text(self)
+
+    def plot(self, axis: Any = None) -> Any:
+        """Stationarity before and after polish, on matplotlib Axes (None makes a figure); where nothing was polished, as it is."""
+        polish = self.figures.get("polish", {})
+        values = [v for v in (polish.get("stationarity_before"), self.stationarity) if v is not None]
+        names = ["before polish", "snapshot"][-len(values) :]
+        return stationarity_curve(values, names, f"snapshot of {self.scope}", axis)
 
     @property
     @abstractmethod

@@ -41,6 +41,7 @@ from lightning_muter.snapshot.retaken import leaves_out_forgotten, spread
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot
 from lightning_muter.snapshot.trained import Decay, head_decay, trained_threat
 from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
+from lightning_muter.watching import watched
 
 #: What knows adversarial examples of the training (`adversarial.examples`).
 Examples = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -406,7 +407,7 @@ def bar(objective: ShardedObjective, what: str, show: bool, budget: Budget | Non
     if what == "polish" and not limited:
         total = None  # type: ignore[assignment]
     shown = show and objective.shards.rank == 0
-    line = tqdm(total=total, desc=what, unit="samples", unit_scale=True, disable=not shown, leave=False)
+    line = tqdm(total=total, desc=what, unit="samples", unit_scale=True, disable=not watched(shown), leave=False)
     objective.tick = line.update
     try:
         yield Told(line)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lightning_muter.errors import ArgumentError
+from lightning_muter.pictures import stationarity_curve
 from lightning_muter.snapshot.summary import shown
 
 
@@ -62,3 +64,21 @@ class UnlearnResult:
     def to_dict(self) -> dict[str, Any]:
         """JSON values only."""
         return asdict(self)
+
+    def plot(self, axis: Any = None) -> Any:
+        """Stationarity of the retained objective before the request, after each refine step, and at the end; the bound, if any.
+
+        Args:
+            axis: matplotlib Axes to draw on; None makes a figure.
+
+        Raises:
+            ArgumentError: it was not measured, for there was no ``retain``.
+        """
+        if self.stationarity_before is None or self.stationarity_after is None:
+            raise ArgumentError(
+                "retain", None, "the training dataset, for a picture", "Ask with unlearn(..., retain=train_dataset)."
+            )
+        values = [self.stationarity_before, *self.refine, self.stationarity_after]
+        names = ["before", *(f"refine {i}" for i in range(1, len(self.refine) + 1)), "after"]
+        bound = "" if self.bound is None else f"; at most {self.bound:.2g} from retraining"
+        return stationarity_curve(values, names, f"{len(self.forgotten)} forgotten{bound}", axis)
