@@ -44,7 +44,7 @@ resolvers.register()
 
 def config_dir() -> str:
     """The configuration groups: beside the package in a source checkout, else inside the installed package."""
-    checkout = Path(__file__).resolve().parent.parent
+    checkout = Path(__file__).resolve().parents[2]
     if (checkout / "setup.cfg").is_file() and (checkout / "conf" / "config.yaml").is_file():
         return str(checkout / "conf")
     spec = importlib.util.find_spec("lightning_muter.conf")
