@@ -68,7 +68,6 @@ TO_SHORTEN = {
     "scope.network.unlearn_stored",
     "unlearning.unlearn.unlearn",
     "callback.MUterCallback.__init__",
-    "minimise.polish.polish",
 }
 
 

@@ -15,7 +15,8 @@ from lightning_muter.curvature.inner.maximiser import InnerSolver, Smoothing
 from lightning_muter.curvature.objective.head import RobustObjective
 from lightning_muter.curvature.objective.soft_maximum import Kinks
 from lightning_muter.curvature.response.choose import as_response
-from lightning_muter.minimise.polish import descend_contested, polish
+from lightning_muter.minimise.descent import descend_contested
+from lightning_muter.minimise.polish import polish
 from lightning_muter.solvers.dense import definite_inverse
 from tests.cases import case, make
 

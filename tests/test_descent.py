@@ -12,7 +12,8 @@ from torch import Tensor
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.curvature.inner.maximiser import Smoothing
 from lightning_muter.curvature.response.choose import as_response
-from lightning_muter.minimise.polish import descend, polish
+from lightning_muter.minimise.descent import descend
+from lightning_muter.minimise.polish import polish
 from lightning_muter.solvers.dense import definite_inverse
 from tests.cases import THREATS, case, make
 

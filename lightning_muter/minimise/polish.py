@@ -1,216 +1,20 @@
-"""L-BFGS in the metric of the total Hessian: how polish and refine go on towards a stationary head.
-
-The initial inverse Hessian of every iteration is H^-1 (factored once), so the first step is the Newton step and the
-later ones learn what H has missed. The line search asks for the weak Wolfe conditions by bisection, which also copes
-with the kinks of a maximum (Lewis and Overton, 2013), on the true robust objective with the inner problem solved anew.
-"""
+"""Polish: rounds of descents, each in the metric of the total Hessian where it begins, until a head is stationary."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from lightning_muter.curvature.hessian.direct import Curvature
+from lightning_muter.curvature.hessian.sums import Sums
 from lightning_muter.curvature.objective.base import Evaluation
 from lightning_muter.curvature.objective.head import RobustObjective
 from lightning_muter.curvature.response.choose import NoResponse, Response
+from lightning_muter.minimise.descent import Descent, Metric, descend, descend_contested, jumped, left_of
 from lightning_muter.solvers.dense import definite_inverse
-
-#: By how much the temperature falls at a time, and at most.
-COOLING, COOLEST = 4.0, 1e-2
-#: On the gap between maxima of weight: nothing is left to gain.
-EQUAL = 1e-7
-
-Metric = Callable[[Tensor], Tensor]
-#: A step and the change of the gradient along it.
-Pair = tuple[Tensor, Tensor]
-
-
-@dataclass
-class Descent:
-    """Where a descent ended: theta, its evaluation, status, accepted steps, and the stationarity after each."""
-
-    theta: Tensor
-    evaluation: Evaluation
-    status: str  # "converged", "capped", "stalled"
-    steps: int
-    history: list[float] = field(default_factory=list)
-
-
-def descend(
-    objective: RobustObjective,
-    theta: Tensor,
-    metric: Metric,
-    *,
-    max_steps: int,
-    tolerance: float,
-    memory: int = 30,
-    first: Evaluation | None = None,
-    learnt: list[Pair] | None = None,
-    on_step: Callable[[int, Evaluation], None] | None = None,
-) -> Descent:
-    """Minimise from theta until |grad F| / sum |grad phi_i| <= tolerance, ``max_steps`` accepted steps, or a stall.
-
-    ``learnt``: what an earlier descent in this metric learnt of the curvature; it is added to.
-    """
-    shape = theta.shape
-    now = first or objective.evaluate(theta)
-    objective.accept(now)
-    pairs = [] if learnt is None else learnt
-    history = [now.stationarity]
-    steps, status, settled, noise = 0, "capped", 0, 0.0
-    while steps < max_steps:
-        if now.stationarity <= tolerance:
-            status = "converged"
-            break
-        direction = -_two_loop(now.gradient.flatten(), pairs, metric)
-        slope = float(direction @ now.gradient.flatten())
-        if slope >= 0:
-            pairs.clear()
-            direction = -metric(now.gradient.flatten())
-            slope = float(direction @ now.gradient.flatten())
-            if slope >= 0:
-                status = "stalled"
-                break
-        found = _weak_wolfe(objective, theta, now, direction.reshape(shape), slope, noise)
-        if found is None:
-            if not objective.reproducible and settled < 3:
-                # the inner maxima here were still rising: compare like with like
-                settled += 1
-                again = objective.evaluate(theta)
-                objective.accept(again)
-                noise, now = abs(again.value - now.value), again
-                if noise > 1e-7 * abs(now.value):
-                    continue
-            if pairs:
-                pairs.clear()
-                continue
-            status = "stalled"
-            break
-        t, new = found
-        s = t * direction
-        y = (new.gradient - now.gradient).flatten()
-        if float(s @ y) > 1e-14 * float(s.norm() * y.norm()):
-            pairs.append((s, y))
-            del pairs[:-memory]
-        theta, now = theta + s.reshape(shape), new
-        objective.accept(now)
-        steps, settled, noise = steps + 1, 0, noise / 4
-        history.append(now.stationarity)
-        if on_step is not None:
-            on_step(steps, now)
-    else:
-        status = "converged" if now.stationarity <= tolerance else "capped"
-    return Descent(theta, now, status, steps, history)
-
-
-def descend_contested(
-    objective: RobustObjective,
-    theta: Tensor,
-    smooth: Metric,
-    *,
-    max_steps: int,
-    tolerance: float,
-    first: Evaluation,
-    on_step: Callable[[int, Evaluation], None] | None = None,
-) -> Descent:
-    """As :func:`descend`, where several local maxima are nearly equal: each step minimises a model that holds the kinks between
-    them as they are (`curvature.contest.Kinks`) beside the curvature of the rest, and weighs the maxima anew; for a linear model at
-    a lower temperature where their values do not become equal fast enough (a multiplier moves by their difference over T).
-
-    Args:
-        smooth: H^-1 of the total Hessian without the kinks' share.
-    """
-    now, linear = objective.weigh(first), objective.problem.backbone.affine
-    history, steps, status = [now.stationarity], 0, "capped"
-    while True:
-        if _left(objective, now) <= tolerance:
-            status = "converged"
-        if status == "converged" or steps == max_steps:
-            break
-        gradient, kinks = now.gradient.flatten(), now.kinks
-        if kinks is None:
-            direction = -smooth(gradient)
-        else:
-            direction = kinks.step(gradient - kinks.gradient(kinks.shares()), smooth)
-        slope = float(direction @ gradient)
-        found = None if slope >= 0 else _weak_wolfe(objective, theta, now, direction.reshape(theta.shape), slope, 0.0)
-        if found is None:
-            status = "stalled"
-            break
-        t, new = found
-        theta = theta + t * direction.reshape(theta.shape)
-        if linear and new.gap > max(0.5 * now.gap, EQUAL):
-            objective.cooling = max(objective.cooling / COOLING, COOLEST)
-        now = objective.weigh(new)
-        steps += 1
-        history.append(now.stationarity)
-        if on_step is not None:
-            on_step(steps, now)
-    return Descent(theta, now, status, steps, history)
-
-
-def _left(objective: RobustObjective, now: Evaluation) -> float:
-    """What is left to do. A network's maxima come and go on the way, so that their values are no measure."""
-    return now.unsettled if objective.problem.backbone.affine else now.stationarity
-
-
-def _newton_point(objective: RobustObjective, theta: Tensor) -> Tensor:
-    """theta after one Newton step of the direct Hessian."""
-    sums, delta = objective.sums(theta, response=NoResponse())
-    assert sums.hessian is not None
-    matrix = sums.hessian.dense()
-    matrix.diagonal().add_(objective.total * objective.decay.flatten())
-    metric, _ = definite_inverse(matrix)
-    return theta - metric(objective.evaluation(theta, sums, delta).gradient.flatten()).reshape(theta.shape)
-
-
-def _two_loop(gradient: Tensor, pairs: list[Pair], metric: Metric) -> Tensor:
-    q = gradient.clone()
-    alphas = []
-    for s, y in reversed(pairs):
-        alpha = (s @ q) / (s @ y)
-        q = q - alpha * y
-        alphas.append(alpha)
-    q = metric(q)
-    for (s, y), alpha in zip(pairs, reversed(alphas), strict=True):
-        q = q + (alpha - (y @ q) / (s @ y)) * s
-    return q
-
-
-def _weak_wolfe(
-    objective: RobustObjective, theta: Tensor, now: Evaluation, direction: Tensor, slope: float, noise: float
-) -> tuple[float, Evaluation] | None:
-    """Bisection for F(t) <= F + 1e-4 t slope and slope(t) >= 0.9 slope; near the end, where differences of F are rounding,
-    the slopes alone decide (Hager and Zhang's approximate condition)."""
-    low, high, t = 0.0, float("inf"), 1.0
-    noise = max(noise, 1e-12 * abs(now.value))
-    trials = 25 if objective.reproducible else 8
-    best: tuple[float, Evaluation] | None = None
-    for _ in range(trials):
-        new = objective.evaluate(theta + t * direction)
-        new_slope = float((new.gradient * direction).sum())
-        enough = new.value <= now.value + 1e-4 * t * slope + (0.0 if objective.reproducible else noise)
-        flat = new.value <= now.value + noise and abs(new_slope) <= 0.9 * abs(slope)
-        if not torch.isfinite(new.gradient).all() or not (enough or flat):
-            high = t
-        elif new_slope < 0.9 * slope:
-            low, best = t, (t, new)
-        else:
-            return t, new
-        t = (low + high) / 2 if high < float("inf") else 2 * low
-        if high - low <= 1e-10 * max(1.0, low):
-            break
-    return best
-
-
-def jumped(followed: float, afresh: float) -> bool:
-    """Whether F at the largest maxima lies above F at those that were followed on the way: two are equal in between."""
-    return afresh > followed + 1e-6 * abs(followed)
 
 
 @dataclass
@@ -245,42 +49,22 @@ def polish(
             (two minimisers, each of the smoothing at the other).
     """
     begin = objective.passes
+    rounds = _Rounds(objective, tolerance, anchored)
     before: float | None = None
-    damping = 0.0
-    status, shift, steps, idle = "capped", 0.0, 0, 0
-    best: tuple[Tensor, Evaluation] | None = None
-    reached: float | None = None
-    off, circling = math.inf, 0
+    status, shift, damping, steps = "capped", 0.0, 0.0, 0
     while objective.passes - begin < max_passes:
-        before_off, off = off, objective.off_anchor(theta)
-        circling += 0.5 * before_off < off < 0.1
-        anchored = anchored or circling > 2
-        if not anchored and objective.smoothing_moves(theta):
-            # at a zero head there is nothing to smooth, yet F has its worst kink there: look from where Newton points
-            zero = not bool(objective.problem.weight(theta).any())
-            objective.anchor(_newton_point(objective, theta) if zero else theta)
-            best, reached = None, None  # another objective
+        rounds.follow(theta)
         objective.restart()
         # other local maxima are looked for between descents, so that in the end they depend on theta and not on the path
         explore = not objective.reproducible
         sums, delta = objective.sums(theta, response=response, curvature=curvature, explore=explore)
         first = objective.evaluation(theta, sums, delta)
-        if reached is not None and jumped(reached, first.value) and objective.contend():
-            # the maxima that were followed are not the largest here: two are equal on the way
-            best, reached, idle = None, None, 0
+        if rounds.overlooked(first):
             continue
         objective.accept(first)
         before = first.stationarity if before is None else before
-        assert sums.hessian is not None
-        matrix = sums.hessian.dense()
-        matrix.diagonal().add_(objective.total * objective.decay.flatten())
-        kinks = first.kinks
-        if kinks is not None:
-            matrix -= kinks.stiffness()
-        if damping:
-            matrix.diagonal().add_(damping * matrix.diagonal().mean())
-        metric, shift = definite_inverse(matrix)
-        found = (descend if kinks is None else descend_contested)(
+        metric, shift = metric_of(objective, sums, first, damping)
+        found = (descend if first.kinks is None else descend_contested)(
             objective,
             theta,
             metric,
@@ -291,38 +75,116 @@ def polish(
             on_step=None if on_step is None else (lambda _, e, offset=steps: on_step(offset + _, e)),  # type: ignore[misc]
         )
         steps += found.steps
-        theta, reached = found.theta, found.evaluation.value
-        falls = found.evaluation.value < first.value - 1e-3 * abs(first.value)
-        if best is None or falls or _left(objective, found.evaluation) < 0.5 * _left(objective, best[1]):
-            idle = 0
-        else:
-            idle += 1
-        if (found.status == "stalled" or idle >= 2) and objective.contend():
-            best, reached, idle = None, None, 0
+        theta = found.theta
+        if rounds.contended(first, found):
             continue
-        if best is None or _left(objective, found.evaluation) < _left(objective, best[1]):
-            best = (theta, found.evaluation)
-        # maxima were followed: converged is what stays so after another look
-        if found.status == "converged" and found.steps and objective.reproducible:
-            best = (theta, objective.afresh(theta))
-        sure = best[1].stationarity <= tolerance if objective.reproducible else found.steps == 0
-        if found.status == "converged" and sure and (anchored or not objective.smoothing_moves(theta)):
+        if rounds.converged(found):
             status = "converged"
             break
         stuck = found.status == "stalled" and found.steps == 0
         if stuck and damping < 1.0 and found.evaluation.stationarity > 1e-2:
             damping = max(10 * damping, 0.01)  # far from the end: shorter steps, as in Levenberg-Marquardt
             continue
-        if stuck or idle >= 4:
+        if stuck or rounds.idle >= 4:
             status = "stalled"
             break
         damping = 0.0 if damping < 0.01 else damping / 10
     assert before is not None
-    theta, evaluation = best or (theta, objective.evaluate(theta))
+    theta, evaluation = rounds.best or (theta, objective.evaluate(theta))
     if status != "converged" and objective.reproducible:
         evaluation = objective.afresh(theta)
-    if _left(objective, evaluation) <= tolerance and (anchored or not objective.smoothing_moves(theta)):
+    if left_of(objective, evaluation) <= tolerance and rounds.settled(theta):
         status = "converged"
     objective.accept(evaluation)
     objective.cooling = 1.0
     return Polish(theta, evaluation, before, status, objective.passes - begin, shift)
+
+
+@dataclass
+class _Rounds:
+    """What one round of :func:`polish` tells the next: the best head of this objective, and whether anything is still gained.
+
+    Attributes:
+        reached: F where the last descent ended.        idle: rounds since the last gain.
+        off: distance to the smoothing's anchor; circling: how often it came no nearer.
+    """
+
+    objective: RobustObjective
+    tolerance: float
+    anchored: bool
+    best: tuple[Tensor, Evaluation] | None = None
+    reached: float | None = None
+    idle: int = 0
+    off: float = math.inf
+    circling: int = 0
+
+    def follow(self, theta: Tensor) -> None:
+        """Anchor the smoothing at theta where that is far from it, and the two still come nearer."""
+        objective = self.objective
+        before, self.off = self.off, objective.off_anchor(theta)
+        self.circling += 0.5 * before < self.off < 0.1
+        self.anchored = self.anchored or self.circling > 2
+        if self.settled(theta):
+            return
+        # at a zero head there is nothing to smooth, yet F has its worst kink there: look from where Newton points
+        zero = not bool(objective.problem.weight(theta).any())
+        objective.anchor(_newton_point(objective, theta) if zero else theta)
+        self.best, self.reached = None, None  # another objective
+
+    def settled(self, theta: Tensor) -> bool:
+        return self.anchored or not self.objective.smoothing_moves(theta)
+
+    def overlooked(self, first: Evaluation) -> bool:
+        """Whether maxima are weighed from now on, for those that were followed are not the largest: two are equal on the way."""
+        return self.reached is not None and jumped(self.reached, first.value) and self._contend()
+
+    def contended(self, first: Evaluation, found: Descent) -> bool:
+        """Take note of a round; whether maxima are weighed from now on, for it gained nothing."""
+        self.reached = found.evaluation.value
+        falls = found.evaluation.value < first.value - 1e-3 * abs(first.value)
+        gained = self.best is None or falls or self._left(found.evaluation) < 0.5 * self._left(self.best[1])
+        self.idle = 0 if gained else self.idle + 1
+        return (found.status == "stalled" or self.idle >= 2) and self._contend()
+
+    def converged(self, found: Descent) -> bool:
+        """Keep the better of the best and this; whether that is the end."""
+        objective = self.objective
+        if self.best is None or self._left(found.evaluation) < self._left(self.best[1]):
+            self.best = (found.theta, found.evaluation)
+        if found.status != "converged":
+            return False
+        # maxima were followed: converged is what stays so after another look
+        if found.steps and objective.reproducible:
+            self.best = (found.theta, objective.afresh(found.theta))
+        sure = self.best[1].stationarity <= self.tolerance if objective.reproducible else found.steps == 0
+        return sure and self.settled(found.theta)
+
+    def _contend(self) -> bool:
+        if not self.objective.contend():
+            return False
+        self.best, self.reached, self.idle = None, None, 0
+        return True
+
+    def _left(self, at: Evaluation) -> float:
+        return left_of(self.objective, at)
+
+
+def metric_of(objective: RobustObjective, sums: Sums, at: Evaluation, damping: float = 0.0) -> tuple[Metric, float]:
+    """v -> H^-1 v of the total Hessian in these sums, with weight decay and without the share of kinks, and the shift that made it
+    definite; ``damping``: in units of its mean diagonal."""
+    assert sums.hessian is not None
+    matrix = sums.hessian.dense()
+    matrix.diagonal().add_(objective.total * objective.decay.flatten())
+    if at.kinks is not None:
+        matrix -= at.kinks.stiffness()
+    if damping:
+        matrix.diagonal().add_(damping * matrix.diagonal().mean())
+    return definite_inverse(matrix)
+
+
+def _newton_point(objective: RobustObjective, theta: Tensor) -> Tensor:
+    """theta after one Newton step of the direct Hessian."""
+    sums, delta = objective.sums(theta, response=NoResponse())
+    at = objective.evaluation(theta, sums, delta)
+    metric, _ = metric_of(objective, sums, replace(at, kinks=None))
+    return theta - metric(at.gradient.flatten()).reshape(theta.shape)

@@ -18,7 +18,8 @@ from lightning_muter.curvature.hessian.direct import Curvature
 from lightning_muter.curvature.objective.base import Evaluation
 from lightning_muter.curvature.objective.head import RobustObjective
 from lightning_muter.curvature.response.choose import Response
-from lightning_muter.minimise.polish import Descent, Metric, Pair, descend, descend_contested, jumped
+from lightning_muter.minimise.descent import Descent, Metric, Pair, descend, descend_contested, jumped
+from lightning_muter.minimise.polish import metric_of
 from lightning_muter.solvers.dense import definite_inverse
 
 #: Share of the gradient that a Newton step may leave before its curvature counts as aged.
@@ -117,11 +118,6 @@ def _fresh(
     at its maximisers."""
     objective.accept(at.evaluation)
     sums, delta = objective.sums(at.theta, response=response, curvature=curvature, explore=not objective.reproducible)
-    assert sums.hessian is not None
     now = objective.evaluation(at.theta, sums, delta)
-    matrix = sums.hessian.dense()
-    matrix.diagonal().add_(objective.total * objective.decay.flatten())
-    if now.kinks is not None:
-        matrix -= now.kinks.stiffness()
-    metric, _ = definite_inverse(matrix)
+    metric, _ = metric_of(objective, sums, now)
     return metric, now

@@ -19,7 +19,8 @@ from lightning_muter.curvature.objective.head import RobustObjective
 from lightning_muter.curvature.response.choose import Response
 from lightning_muter.minimise.budget import FORWARD, Budget
 from lightning_muter.minimise.cuts import CYCLE, CuttingSets, OnPass, Polished
-from lightning_muter.minimise.polish import Descent, polish
+from lightning_muter.minimise.descent import Descent
+from lightning_muter.minimise.polish import polish
 
 #: Relative gap to the least objective that is aimed at.
 GAP = 1e-3

@@ -21,7 +21,7 @@ from lightning_muter.errors import ArgumentError, MismatchError, SolveError, Uns
 from lightning_muter.forgotten.digests import check_digests
 from lightning_muter.forgotten.modules import check_remembered, remember
 from lightning_muter.forgotten.rows import Forgotten, barred_after
-from lightning_muter.minimise.polish import Descent
+from lightning_muter.minimise.descent import Descent
 from lightning_muter.minimise.refine import refined
 from lightning_muter.minimise.train_on import refined_by_cuts
 from lightning_muter.model.dataset import SampleSource

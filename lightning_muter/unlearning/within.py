@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from lightning_muter.curvature.objective.base import Evaluation
 from lightning_muter.errors import ArgumentError, SolveError
-from lightning_muter.minimise.polish import Descent
+from lightning_muter.minimise.descent import Descent
 
 #: Steps between two looks; each look begins a descent anew, without what the last one had learnt of the curvature.
 ROUND = 4

@@ -24,7 +24,8 @@ from lightning_muter.curvature.objective.sharded import ShardedObjective
 from lightning_muter.curvature.problem.head import HeadProblem
 from lightning_muter.curvature.problem.network import WideProblem
 from lightning_muter.curvature.response.choose import L2Response, NoResponse, Unconstrained, as_response
-from lightning_muter.minimise.polish import descend, polish
+from lightning_muter.minimise.descent import descend
+from lightning_muter.minimise.polish import polish
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.snapshot.snapshot import Snapshot
 from lightning_muter.snapshot.take import take_snapshot

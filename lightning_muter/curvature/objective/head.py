@@ -43,7 +43,7 @@ class RobustObjective:
         delta: tracked maximisers (len(own), D), in the order of ``own``.
         rivals, prior: further local maxima (m, n, D) and the weights of all, (1 + m, n): see `curvature.contest`.
         contended: a linear model's maxima are tracked and weighed too.
-        cooling: of the temperature while multipliers settle (:func:`lightning_muter.minimise.polish.descend_contested`).
+        cooling: of the temperature while multipliers settle (:func:`lightning_muter.minimise.descent.descend_contested`).
         met: the local maxima of the last pass.
     """
 
