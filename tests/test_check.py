@@ -188,7 +188,7 @@ def test_lines_of_callbacks_work_as_the_readme_has_them(tmp_path, monkeypatch):
         "--trainer.enable_model_summary",
         "false",
     ]
-    readme = (Path(lightning_muter.__file__).parents[1] / "README.md").read_text()
+    readme = (Path(lightning_muter.__file__).parents[1] / "docs" / "recipes" / "command_line.md").read_text()
     (line,) = re.findall(r"^muter fit .*$(?:\n +--.*$)*", readme, re.MULTILINE)
     words = line.replace("\\\n", " ").split("#")[0].split()[2:]
     options = [w for w in words if w.startswith("--trainer")]
