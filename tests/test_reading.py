@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from lightning_muter.errors import UnsuitableError
-from lightning_muter.model.losses import per_sample
 from lightning_muter.model.read_step import read_batch
 from lightning_muter.model.reading import Reading
 from tests.forms import ACCEPTED, REFUSED, Form, Meter, of_step
+from tests.readings import of_reading
 
 NEAR = {torch.float32: 1e-5, torch.float64: 1e-9}
 
@@ -58,19 +58,6 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
     return type(one) is type(other) and (one == other or repr(one).split(" at 0x")[0] == repr(other).split(" at 0x")[0])
-
-
-def of_reading(reading: Reading, batch: Any) -> tuple[Tensor, Tensor]:
-    """sum c_i l_i / sum d_i of what was read, and its gradient in the head."""
-    rows = reading.rows(batch)
-    linear = reading.head.linear
-    phi = reading.features(rows.x).detach().double()
-    weight = linear.weight.detach().double().requires_grad_(True)
-    bias = linear.bias.detach().double().requires_grad_(True)
-    values = per_sample(reading.loss, phi @ weight.T + bias, rows.y).double()
-    total = (values * rows.weight)[rows.weight > 0].sum() / (1 if reading.denominator == "sum" else rows.mass.sum())
-    slopes = torch.autograd.grad(total, [weight, bias])
-    return total.detach(), torch.cat([s.flatten() for s in slopes])
 
 
 def read(form: Form, dtype: torch.dtype = torch.float32, hidden: int = 0, n: int = 12) -> tuple[Any, Reading]:
