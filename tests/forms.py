@@ -29,11 +29,13 @@ class Record:
 
 
 class Lit(pl.LightningModule):
-    """A linear or ReLU network whose step is the form's."""
+    """A linear model, or a network of one hidden layer, whose step is the form's."""
 
-    def __init__(self, k: int = K, hidden: int = 0, decay: float = 0.1, lr: float = 0.1) -> None:
+    def __init__(
+        self, k: int = K, hidden: int = 0, decay: float = 0.1, lr: float = 0.1, act: type[nn.Module] = nn.ReLU
+    ) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(D, hidden), nn.ReLU()) if hidden else nn.Identity()
+        self.body = nn.Sequential(nn.Linear(D, hidden), act()) if hidden else nn.Identity()
         self.body.requires_grad_(False)
         self.head = nn.Linear(hidden or D, k)
         self.decay, self.lr = decay, lr
@@ -529,7 +531,12 @@ ACCEPTED: dict[str, Form] = {
     ),
     "in place on the losses": Form(lambda m, b: _in_place(m, b)),
     "in place in the backbone": Form(
-        _ce, made=lambda m: setattr(m, "body", nn.Sequential(m.body, nn.ReLU(inplace=True)))
+        _ce,
+        made=lambda m: setattr(
+            m,
+            "body",
+            nn.Sequential(*m.body.children(), nn.Linear(m.head.in_features, m.head.in_features), nn.ReLU(inplace=True)),
+        ),
     ),
     "squeeze": Form(lambda m, b: F.mse_loss(m(b[0]).squeeze(), b[1][:, 0].squeeze()), with_("x", "r"), k=1),
     "indexed by the rows": Form(lambda m, b: -F.log_softmax(m(b[0]), 1)[torch.arange(len(b[1])), b[1]].mean()),
@@ -694,6 +701,11 @@ REFUSED: dict[str, Form] = {
     "ranking": Form(_ranking, k=1, refused="couples samples"),
     "manual optimisation": Form(
         _by_hand, made=lambda m: setattr(m, "automatic_optimization", False), refused="by hand"
+    ),
+    "in place on what is needed": Form(
+        _ce,
+        made=lambda m: setattr(m, "body", nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.ReLU(inplace=True))),
+        refused="in place on what another needs",
     ),
     "tokens": Form(_ce, lambda c: (torch.tensor([int(c["y"])]), c["y"]), made=_tokens, refused="integer inputs"),
     "noise on x": Form(_noise, refused="another one at every"),

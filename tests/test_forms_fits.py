@@ -2,59 +2,143 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_muter import MUterCallback, ThreatModel, take_snapshot, unlearn
+from lightning_muter.adversarial.threat_model import ThreatModel as Threat
 from tests.fits import short_trainer
-from tests.forms import ACCEPTED, Form, of_step
+from tests.forms import ACCEPTED, Form
+from tests.oracle import at_the_worst
 
 N, FORGET = 40, [3, 17]
 #: No minimum where the gradient vanishes: kinks at the optimum, or not convex.
 KINKS = {"L1", "multi-margin", "two weighted losses of one kind"}
 SMOOTH = [name for name, form in ACCEPTED.items() if form.convex and name not in KINKS]
-QUICK = SMOOTH[::4]
+#: Where more is left than is reported: maxima of a network that are equal are mixed at a temperature, which counts those a thousandth
+#: apart; and a step that clamps its inputs has kinks in the ball.
+LEFT = {
+    ("MSE, one", "Tanh, L2"): 2e-4,
+    ("MSE, one, labels (n, 1)", "Tanh, L2"): 2e-4,
+    ("squeeze", "Tanh, L2"): 2e-4,
+    ("clamped, squared inputs", "linear, L2"): 1e-5,
+    ("clamped, squared inputs", "Tanh, L2"): 1e-5,
+}
 quiet = pytest.mark.filterwarnings(
-    "ignore:Unlearning, before the fit", "ignore:The loss", "ignore:Head scope", "ignore:The step"
+    "ignore:Unlearning, before the fit",
+    "ignore:The loss",
+    "ignore:Head scope",
+    "ignore:The step",
+    "ignore:The head is not",
+    "ignore:The inner maximiser",
 )
 
 
-def slope(form: Form, module: Any, rows: list[int]) -> tuple[float, Tensor]:
-    """|grad| of the user's objective on these rows over their mean gradient's size (as stationarity is), and the gradient."""
+class Setting(NamedTuple):
+    """Model and ball; the least subgradient is at most ten times the reported one, which is told to ``floor`` at best."""
+
+    hidden: int
+    act: type[nn.Module]
+    threat: Threat
+    floor: float
+
+
+def _ball(norm: Any, eps: float) -> Threat:
+    return ThreatModel(norm, eps, None)
+
+
+SETTINGS = {
+    "linear, no ball": Setting(0, nn.ReLU, _ball("l2", 0.0), 1e-8),
+    "linear, L2": Setting(0, nn.ReLU, _ball("l2", 0.05), 1e-7),
+    "ReLU, no ball": Setting(5, nn.ReLU, _ball("l2", 0.0), 1e-8),
+    "Tanh, L2": Setting(5, nn.Tanh, _ball("l2", 0.05), 1e-7),
+}
+
+
+def _all(form: Form, module: Any, rows: list[int]) -> Any:
+    """These rows as the step receives them."""
     data = form.rows(N, 0, torch.float64)
     collate = form.collate or torch.utils.data.default_collate
-    moved = module._apply_batch_transfer_handler(module._on_before_batch_transfer(collate([data[i] for i in rows])))
-    _, total = of_step(module, moved)
-    theta = torch.cat([p.detach().flatten() for p in module.head.parameters()])
-    batches = len(rows) if form.denominator == "sum" else 1
-    return float((total + batches * module.decay * theta).norm()), total
+    return module._apply_batch_transfer_handler(module._on_before_batch_transfer(collate([data[i] for i in rows])))
+
+
+def _worst(form: Form, module: Any, rows: list[int], threat: Threat) -> tuple[float, float]:
+    """The least subgradient of the user's objective on these rows, and sum |grad phi_i|."""
+    decay = module.decay * (len(rows) if form.denominator == "sum" else 1)
+    return at_the_worst(module, _all(form, module, rows), decay=decay, norm=threat.norm, eps=threat.eps)
+
+
+def _cells() -> list[Any]:
+    every = [(name, setting) for name in SMOOTH for setting in SETTINGS]
+    quick = {(name, list(SETTINGS)[i // 3 % len(SETTINGS)]) for i, name in enumerate(SMOOTH) if i % 3 == 0}
+    return [pytest.param(*cell, marks=[] if cell in quick else [pytest.mark.slow]) for cell in every]
 
 
 @quiet
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in SMOOTH])
-def test_the_polished_head_is_stationary_in_the_users_step(name: str, tmp_path: Path) -> None:
-    form = ACCEPTED[name]
-    module = form.module(dtype=torch.float64, lr=0.02)
+@pytest.mark.parametrize(("name", "setting"), _cells())
+def test_the_polished_head_is_stationary_in_the_users_step(name: str, setting: str, tmp_path: Path) -> None:
+    form, (hidden, act, threat, floor) = ACCEPTED[name], SETTINGS[setting]
+    module = form.module(hidden, torch.float64, lr=0.02, act=act)
     data = form.rows(N, 0, torch.float64)
-    threat = ThreatModel("l2", 0.0, None)
-    if SMOOTH.index(name) % 2 == 0:
-        muter = MUterCallback(threat_model=threat, verbose=False)
+    if SMOOTH.index(name) % 4 == 0:
+        muter = MUterCallback(threat_model=threat, verbose=False, budget=None)
         loader: Any = DataLoader(data, 1 if form.denominator == "sum" else N, collate_fn=form.collate)
         short_trainer(tmp_path, muter, epochs=1).fit(module, loader)
-        snapshot = muter.snapshot
-        assert snapshot is not None
+        assert muter.snapshot is not None
+        reported = muter.snapshot.stationarity
     else:
-        snapshot = take_snapshot(
+        reported = take_snapshot(
             module, data, threat_model=threat, weight_decay=module.decay, collate=form.collate, progress=False
-        )
-    every = list(range(N))
-    first = max(1.0, float(slope(form, form.module(dtype=torch.float64), every)[1].norm()))
-    assert slope(form, module, every)[0] <= 10 * max(snapshot.stationarity, 1e-9) * first * N
-    unlearn(module, snapshot, FORGET, data, retain=data, refine=8, collate=form.collate, progress=False)
-    kept = [i for i in every if i not in FORGET]
-    assert slope(form, module, kept)[0] <= 1e-5 * first * N
+        ).stationarity
+    slope, scale = _worst(form, module, list(range(N)), threat)
+    assert slope <= 10 * max(reported, LEFT.get((name, setting), floor)) * scale, (slope / scale, reported)
+
+
+def _head(module: Any) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in module.head.parameters()]).double()
+
+
+@quiet
+@pytest.mark.parametrize("case", [pytest.param(i, marks=[] if i % 12 == 0 else [pytest.mark.slow]) for i in range(100)])
+def test_a_certificate_is_never_below_the_distance_to_the_users_minimiser(case: int) -> None:
+    """His minimiser is not known exactly: it is at most its own least subgradient / lambda away from where refinement ended."""
+    drawn = torch.Generator().manual_seed(case)
+    name = SMOOTH[int(torch.randint(len(SMOOTH), (), generator=drawn))]
+    form, eps = ACCEPTED[name], [0.0, 0.02, 0.1][case % 3]
+    forget = torch.randperm(N, generator=drawn)[: int(torch.randint(1, 7, (), generator=drawn))].tolist()
+    module, threat = form.module(0, torch.float64), _ball("l2", eps)
+    data, rest = form.rows(N, 0, torch.float64), [i for i in range(N) if i not in forget]
+    snapshot = take_snapshot(
+        module, data, threat_model=threat, weight_decay=module.decay, collate=form.collate, progress=False
+    )
+    result = unlearn(
+        module,
+        snapshot,
+        forget,
+        data,
+        retain=data,
+        certify=True,
+        accept="worse",
+        collate=form.collate,
+        progress=False,
+    )
+    after = _head(module)
+    retained = torch.utils.data.Subset(data, rest)
+    take_snapshot(
+        module, retained, threat_model=threat, weight_decay=module.decay, collate=form.collate, progress=False
+    )
+    slope, _ = _worst(form, module, rest, threat)
+    decay = module.decay * (len(rest) if form.denominator == "sum" else 1)
+    distance = float((after - _head(module)).norm())
+    assert math.isfinite(distance)
+    assert slope / decay <= max(1e-5, 0.2 * distance), "the reference is no reference"
+    if result.bound is None:
+        assert any("certificate" in w for w in result.warnings)
+    else:
+        assert result.bound >= distance - slope / decay

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
 from lightning_muter.adversarial.threat_model import ThreatModel
+from lightning_muter.curvature.inner.maximiser import Smoothing
 from lightning_muter.curvature.objective.head import RobustObjective
 from lightning_muter.snapshot.snapshot import Snapshot
 from lightning_muter.snapshot.take import take_snapshot
@@ -115,7 +116,7 @@ def test_steps_come_nearer_where_followed_maxima_are_not_the_largest(threat: Thr
     net, again = nn.Linear(4, 3, dtype=torch.float64), nn.Linear(4, 3, dtype=torch.float64)
     for parameter in (*net.parameters(), *again.parameters()):
         nn.init.zeros_(parameter)
-    snapshot = take_snapshot(net, data, **options)
+    snapshot = take_snapshot(net, data, smoothing=Smoothing(strength=1.25), **options)
     forget = list(range(0, 150, 20))
     kept = [i for i in range(150) if i not in forget]
     smoothing = snapshot.smoothing if threat.norm == "linf" else None

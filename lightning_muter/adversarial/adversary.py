@@ -277,7 +277,17 @@ class Adversary:
             check_box(x, self.threat)
             if hasattr(self.attack, "set_device"):
                 self.attack.set_device(x.device)
-            out: Tensor = self.attack(x, y)
+            try:
+                out: Tensor = self.attack(x, y)
+            except (IndexError, NotImplementedError, TypeError, ValueError) as error:
+                name, hint = type(self.attack).__name__, ""
+                if name == "AutoAttack":
+                    hint = " Its targeted parts take nine other classes."
+                raise UnsuitableError(
+                    f"{name} cannot attack this batch (inputs {tuple(x.shape)}, labels {tuple(y.shape)}): "
+                    f"{type(error).__name__}: {error}.{hint} Pass an attack that can, or threat_model=ThreatModel(norm, eps) "
+                    "alone for a climb of the step's own loss."
+                ) from error
             return out.detach().to(x.dtype)
 
     def _look(self, x: Tensor, y: Tensor) -> None:

@@ -6,6 +6,9 @@ F_R is m-strongly convex, m = min(lambda) |R|. With g the gradient at inexact ma
 
 eta is certified, not assumed: `curvature.globality` bounds what the global maxima can be above the maximisers used.
 
+Where the switches of an L-infinity ball are smoothed for the sake of the search, F_R is the objective without that all the same: the
+smoothed maximisers are points of the ball as others are, and eta counts what the losses there fall short of the largest ones.
+
 Where several maxima are equal, g is their mixture sum_j p_j grad l_j (`curvature.contest`) and eta what sum_j p_j l_j falls short
 of phi too: every l_j is convex in w for fixed delta and below phi.
 
@@ -33,7 +36,8 @@ import torch
 from torch import Tensor
 
 from lightning_muter.adversarial.threat_model import ThreatModel
-from lightning_muter.certificate.global_maxima import best_maximisers, line_curvature, why_no_bound
+from lightning_muter.certificate.global_maxima import best_maximisers, line_curvature, shortfall, why_no_bound
+from lightning_muter.curvature.inner.maximiser import Rho
 from lightning_muter.curvature.objective.base import Evaluation
 from lightning_muter.curvature.objective.head import RobustObjective
 from lightning_muter.curvature.problem.head import HeadProblem
@@ -112,7 +116,9 @@ def _certify(objective: RobustObjective, theta: Tensor, evaluation: Evaluation, 
     # a gap that hardly moves the bound need not be told from 0
     target = 1e-4 * float(evaluation.gradient.square().sum()) / (4 * m)
     found = globally_maximised(objective, theta, evaluation, target / max(objective.count, 1), seconds)
-    exact = replace(objective, delta=found.delta, rivals=evaluation.rivals, prior=evaluation.prior, tick=None)
+    plain = replace(objective.smoothing, anchor=None)
+    rivals, prior = evaluation.rivals, evaluation.prior
+    exact = replace(objective, smoothing=plain, delta=found.delta, rivals=rivals, prior=prior, tick=None, _c={})
     bent = found.curvature is not None and theta.numel() <= _DENSE
     sums, delta = exact.sums(theta, settle=False, response=NoResponse() if bent else None)
     mixed, gap = exact.evaluation(theta, sums, delta), found.gap
@@ -154,7 +160,9 @@ class Maximised:
 def globally_maximised(
     objective: RobustObjective, theta: Tensor, evaluation: Evaluation, tolerance: float = 0.0, seconds: float = 60.0
 ) -> Maximised:
-    """Maximisers at least as good as the evaluation's, and eta, an upper bound of sum_i w_i (phi_i - value at them).
+    """Maximisers at least as good as the evaluation's, and eta, an upper bound of sum_i w_i (phi_i - loss at them).
+
+    phi_i is the largest loss in the ball; the maximisers are those of the smoothed problem where switches are smoothed.
 
     ``tolerance``: of the gap of one sample.
     """
@@ -166,9 +174,12 @@ def globally_maximised(
         c = objective.coefficients(done, x, batch.y)
         rows = slice(done, done + len(x))
         here = evaluation.delta[rows].to(x)
-        here, gap = best_maximisers(
-            problem, theta, threat, x, batch.y, here, c, tolerance, seconds * len(x) / len(objective.own)
-        )
+        share = seconds * len(x) / len(objective.own) / (1 if c is None else 2)
+        here, gap = best_maximisers(problem, theta, threat, x, batch.y, here, c, tolerance, share)
+        if c is not None:
+            # rho is 0 where the loss is largest, at the vertices: what is above loss + rho is above the largest loss too
+            above = gap + Rho(threat, x, c).value(here)
+            gap = torch.minimum(above, shortfall(problem, theta, threat, x, batch.y, here, tolerance, share))
         total += float((gap if batch.weight is None else gap * batch.weight).sum())
         others = () if evaluation.rivals is None else evaluation.rivals[:, rows].to(x)
         for d in (here, *others):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from lightning_muter.errors import ArgumentError
 
@@ -89,7 +90,7 @@ def per_sample(loss: Loss, logits: Tensor, y: Tensor) -> Tensor:
     n = logits.shape[0]
     if not getattr(loss, "traced", False):  # a traced one takes z and y as they are
         logits, y = aligned(loss, logits, y)
-    out = loss(logits, y, reduction="none")
+    out = called(loss, logits, y, reduction="none")
     if out.dim() == 0 or out.shape[0] != n:
         raise ArgumentError("loss", loss, _FORMS, f"It gave shape {tuple(out.shape)} for {n} samples.")
     if out.dim() == 1:
@@ -123,6 +124,37 @@ def aligned(loss: Loss, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return logits, y.to(logits.dtype) if y.is_floating_point() or same else y
 
 
+class _OneDtype(TorchFunctionMode):
+    """Floating tensors meet in one dtype: class weights that a loss holds in float32 and logits in float64."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def same(value: Any) -> Any:
+            return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        return func(*map(same, args), **{k: same(v) for k, v in (kwargs or {}).items()})
+
+
+def called(loss: Loss, logits: Tensor, y: Tensor, **more: Any) -> Tensor:
+    """loss(logits, y), also where tensors inside it are of another precision than the logits: they are raised to theirs.
+
+    >>> weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0]))
+    >>> called(weighted, torch.zeros(1, 2, dtype=torch.float64), torch.tensor([1]))
+    tensor(0.6931, dtype=torch.float64)
+    """
+    try:
+        out: Tensor = loss(logits, y, **more)
+    except RuntimeError as error:
+        if "scalar type" not in str(error) and "dtype" not in str(error):
+            raise
+        with _OneDtype(logits.dtype):
+            out = loss(logits, y, **more)
+    return out
+
+
 def reduced(loss: Loss | None, resolved: Loss) -> Callable[[Tensor, Tensor], Tensor]:
     """L(logits, y), one number, as ``loss`` itself reduces a batch (torch's denominators); a mean where it does not.
 
@@ -136,9 +168,9 @@ def reduced(loss: Loss | None, resolved: Loss) -> Callable[[Tensor, Tensor], Ten
     def whole(logits: Tensor, y: Tensor) -> Tensor:
         logits, y = aligned(resolved, logits, y)
         try:
-            out: Tensor = own(logits, y)
+            out = called(own, logits, y)
         except TypeError:  # a function that must be told its reduction
-            out = own(logits, y, reduction="none")
+            out = called(own, logits, y, reduction="none")
         return out if out.dim() == 0 else out.mean()
 
     return whole
@@ -169,7 +201,23 @@ def loss_identity(loss: Any) -> str:
     if getattr(loss, "traced", False):
         return repr(loss)
     name = getattr(loss, "__qualname__", None)
-    return f"{loss.__module__}.{name}" if name is not None else repr(loss)
+    if name is None:
+        return repr(loss)
+    inside = _inside(loss)
+    return f"{loss.__module__}.{name}" + (f"#{inside}" if inside else "")
+
+
+def _inside(function: Any) -> str:
+    """Digest of the numbers and tensors that a function of one's own holds: constants, defaults, closure, globals; "" for none."""
+    code = getattr(function, "__code__", None)
+    if code is None or function.__module__.split(".")[0] == "torch":
+        return ""
+    held = [c for c in code.co_consts if isinstance(c, (int, float))]
+    held += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    held += [cell.cell_contents for cell in function.__closure__ or ()]
+    held += [function.__globals__[n] for n in code.co_names if n in function.__globals__]
+    shown = [_shown(v) for v in held if isinstance(v, (int, float, Tensor, nn.Module, functools.partial))]
+    return hashlib.sha256(repr(shown).encode()).hexdigest()[:12] if shown else ""
 
 
 #: What files of version 0.1 call these losses.
@@ -183,8 +231,13 @@ _EARLIER = {
 
 
 def same_loss(one: str, other: str) -> bool:
-    """Whether two identities are of the same loss."""
-    return _EARLIER.get(one, one) == _EARLIER.get(other, other)
+    """Whether two identities are of the same loss; of a function of one's own, files of version 0.1 hold the name alone.
+
+    >>> same_loss("my.loss", "my.loss#0a1b"), same_loss("my.loss#77aa", "my.loss#0a1b")
+    (True, False)
+    """
+    one, other = _EARLIER.get(one, one), _EARLIER.get(other, other)
+    return one == other or (("#" in one) != ("#" in other) and one.partition("#")[0] == other.partition("#")[0])
 
 
 #: Loss modules and the functions they are.

@@ -222,9 +222,15 @@ class Reader:
     def _input(self, call: HeadCall, seen: _Seen, n: int) -> int:
         """The leaf that reaches the head."""
         floating = [i for i, v in enumerate(seen.leaves) if isinstance(v, Tensor) and v.requires_grad and rows(v, n)]
-        slopes = torch.autograd.grad(
-            call.inputs.sum(), [seen.leaves[i] for i in floating], retain_graph=True, allow_unused=True
-        ) if floating and call.inputs.requires_grad else [None] * len(floating)  # fmt: skip
+        try:
+            slopes = torch.autograd.grad(
+                call.inputs.sum(), [seen.leaves[i] for i in floating], retain_graph=True, allow_unused=True
+            ) if floating and call.inputs.requires_grad else [None] * len(floating)  # fmt: skip
+        except RuntimeError as error:
+            raise UnsuitableError(
+                f"The head's input has no gradient in the inputs of the batch, so that nothing can attack them: {error}. If a layer "
+                "works in place on what another needs, write it without inplace=True."
+            ) from error
         reach = [i for i, slope in zip(floating, slopes, strict=True) if slope is not None]
         if self.inputs is not None:
             wanted = [i for i in reach if _named(self.names[i], self.inputs)]

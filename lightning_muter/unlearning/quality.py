@@ -13,6 +13,7 @@ from lightning_muter.errors import ArgumentError, SolveError
 from lightning_muter.minimise.best import constant_head, move_to, rounding_of
 from lightning_muter.scope.head_methods import Request, Step
 from lightning_muter.snapshot.snapshot import Snapshot
+from lightning_muter.unlearning.result import UnlearnResult
 
 #: Gradients below this share of the step's are compared as they are, without another solve.
 _SMALL = 1e-2
@@ -108,6 +109,34 @@ def start_of(
     if at_theta.value > at_now.value + rounding_of(objective, at_now.value):
         objective.accept(at_now)
         return now, at_now
+    return theta, at_theta
+
+
+def shortened(
+    objective: RobustObjective,
+    now: Tensor,
+    at_now: Evaluation,
+    theta: Tensor,
+    at_theta: Evaluation,
+    result: UnlearnResult,
+) -> tuple[Tensor, Evaluation]:
+    """The step of a linear model, or as much of it as does not raise the retained objective, said in the result's warnings.
+
+    A step that crosses switches (w_j = 0 in L-infinity) does not see them in the curvature where it began.
+    """
+    most = at_now.value + rounding_of(objective, at_now.value)
+    if at_theta.value <= most or not objective.problem.backbone.affine:
+        return theta, at_theta
+    for share in (0.5, 0.25, 0.125, 0.0625):
+        nearer = now + share * (theta - now)
+        reached = objective.evaluate(nearer)
+        if reached.value <= most:
+            objective.accept(reached)
+            result.warnings.append(
+                f"{share:.0%} of the step was taken: the whole of it raises the robust objective of the retained rows (it "
+                "crosses switches of the maximisers). Pass refine=2 or more."
+            )
+            return nearer, reached
     return theta, at_theta
 
 

@@ -45,6 +45,7 @@ from lightning_muter.unlearning.quality import (
     remember_owed,
     require_no_worse,
     require_trust,
+    shortened,
     start_of,
     warnings_of,
 )
@@ -286,8 +287,11 @@ def _with_retained(
                     further, lambda w, e: certified(objective, w, e), start, step.matrix, refine, within
                 )
             theta, evaluation = or_constant(objective, snapshot, found.theta, found.evaluation)
-            theta, result.bound = _rounded(request.problem, theta, result.bound)
             result.refine = found.history[1:]
+        elif accept != "worse":
+            theta, evaluation = shortened(objective, now, at_now, theta, evaluation, result)
+        if theta is not step.theta:
+            theta, result.bound = _rounded(request.problem, theta, result.bound)
             # from now on gradients count from here; curvature stays at theta_ref
             base_starts = objective.stored_starts()
             sums, delta = objective.sums(theta, settle=settle)

@@ -222,9 +222,10 @@ class InnerSolver:
         else:
             likely = problem.logits(one.theta, problem.backbone(x).detach())
             own = weight.mean(0).expand(len(x), -1)
-            if not one.y.is_floating_point() and one.y.dim() == 1:
-                own = weight[one.y]
-                likely = likely.scatter(1, one.y[:, None], -math.inf)
+            y = one.y
+            if not y.is_floating_point() and y.dim() == 1 and bool(((y >= 0) & (y < problem.n_logits)).all()):
+                own = weight[y]
+                likely = likely.scatter(1, y[:, None], -math.inf)
             order = likely.argsort(1, descending=True)[:, : min(self.starts, problem.n_logits - 1)]
             directions = [weight[k] - own for k in order.unbind(1)]
         covectors = torch.stack(directions, 1)
