@@ -28,7 +28,16 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     out = folder / "benchmarks.json"
     here = str(Path(__file__).parent)
-    options = ["-m", "benchmark", f"--benchmark-json={out}", "--benchmark-timer=time.process_time", "-q", "-s"]
+    options = [
+        "-m",
+        "benchmark",
+        f"--benchmark-json={out}",
+        "--benchmark-timer=time.process_time",
+        "-q",
+        "-s",
+        "-n0",
+        "--dist=no",
+    ]
     status = subprocess.call([sys.executable, "-m", "pytest", here, *options, *arguments])
     if out.exists() and out.stat().st_size:
         text = table(json.loads(out.read_text()))
