@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_muter import MUterCallback, ThreatModel, take_snapshot, unlearn
-from lightning_muter.adversarial.threat_model import ThreatModel as Threat
+from lightning_muter import MUterCallback, take_snapshot, unlearn
+from lightning_muter.adversarial.threat_model import ThreatModel
 from tests.fits import short_trainer
 from tests.forms import ACCEPTED, Form
 from tests.oracle import at_the_worst
@@ -45,11 +45,11 @@ class Setting(NamedTuple):
 
     hidden: int
     act: type[nn.Module]
-    threat: Threat
+    threat: ThreatModel
     floor: float
 
 
-def _ball(norm: Any, eps: float) -> Threat:
+def _ball(norm: Any, eps: float) -> ThreatModel:
     return ThreatModel(norm, eps, None)
 
 
@@ -68,7 +68,7 @@ def _all(form: Form, module: Any, rows: list[int]) -> Any:
     return module._apply_batch_transfer_handler(module._on_before_batch_transfer(collate([data[i] for i in rows])))
 
 
-def _worst(form: Form, module: Any, rows: list[int], threat: Threat) -> tuple[float, float]:
+def _worst(form: Form, module: Any, rows: list[int], threat: ThreatModel) -> tuple[float, float]:
     """The least subgradient of the user's objective on these rows, and sum |grad phi_i|."""
     decay = module.decay * (len(rows) if form.denominator == "sum" else 1)
     return at_the_worst(module, _all(form, module, rows), decay=decay, norm=threat.norm, eps=threat.eps)
@@ -98,6 +98,21 @@ def test_the_polished_head_is_stationary_in_the_users_step(name: str, setting: s
         ).stationarity
     slope, scale = _worst(form, module, list(range(N)), threat)
     assert slope <= 10 * max(reported, LEFT.get((name, setting), floor)) * scale, (slope / scale, reported)
+
+
+@quiet
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in SMOOTH[::4] else [pytest.mark.slow]) for n in SMOOTH]
+)
+def test_a_refined_request_ends_at_the_minimiser_of_the_users_step_on_the_retained_rows(name: str) -> None:
+    form, threat = ACCEPTED[name], _ball("l2", 0.0)
+    module, data = form.module(0, torch.float64), form.rows(N, 0, torch.float64)
+    snapshot = take_snapshot(
+        module, data, threat_model=threat, weight_decay=module.decay, collate=form.collate, progress=False
+    )
+    unlearn(module, snapshot, FORGET, data, retain=data, refine=8, collate=form.collate, progress=False)
+    slope, scale = _worst(form, module, [i for i in range(N) if i not in FORGET], threat)
+    assert slope <= 1e-6 * scale
 
 
 def _head(module: Any) -> Tensor:

@@ -20,7 +20,8 @@ from torch import Tensor
 from lightning_muter.adversarial.adversary import Adversary, divergence
 from lightning_muter.adversarial.examples import LastExamples
 from lightning_muter.errors import UnsuitableError
-from lightning_muter.model.losses import accuracy, loss_identity, mean_loss
+from lightning_muter.model.loss_identity import loss_identity
+from lightning_muter.model.losses import accuracy, mean_loss
 from lightning_muter.model.replay import replaying
 
 STEPS = ("training_step", "validation_step", "test_step")

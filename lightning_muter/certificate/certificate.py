@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from lightning_muter.adversarial.threat_model import ThreatModel
-from lightning_muter.certificate.global_maxima import best_maximisers, line_curvature, shortfall, why_no_bound
+from lightning_muter.certificate.global_maxima import best_maximisers, line_curvature, why_no_bound
 from lightning_muter.curvature.inner.maximiser import Rho
 from lightning_muter.curvature.objective.base import Evaluation
 from lightning_muter.curvature.objective.head import RobustObjective
@@ -157,6 +157,12 @@ class Maximised:
     curvature: float | None
 
 
+def _rise(problem: HeadProblem, theta: Tensor, x: Tensor, y: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The loss at x + high less that at x + low (n,), rounded up, 0 at least."""
+    here, there = (problem.losses(problem.logits(theta, problem.backbone(x + d)), y) for d in (low, high))
+    return (there - here).clamp(min=0.0) + 16 * torch.finfo(x.dtype).eps * (1 + there.abs())
+
+
 def globally_maximised(
     objective: RobustObjective, theta: Tensor, evaluation: Evaluation, tolerance: float = 0.0, seconds: float = 60.0
 ) -> Maximised:
@@ -177,9 +183,10 @@ def globally_maximised(
         share = seconds * len(x) / len(objective.own) / (1 if c is None else 2)
         here, gap = best_maximisers(problem, theta, threat, x, batch.y, here, c, tolerance, share)
         if c is not None:
-            # rho is 0 where the loss is largest, at the vertices: what is above loss + rho is above the largest loss too
+            # rho is nowhere below 0: what no loss + rho is above, no loss is above
             above = gap + Rho(threat, x, c).value(here)
-            gap = torch.minimum(above, shortfall(problem, theta, threat, x, batch.y, here, tolerance, share))
+            top, rest = best_maximisers(problem, theta, threat, x, batch.y, here, None, tolerance, share)
+            gap = torch.minimum(above, rest + _rise(problem, theta, x, batch.y, here, top))
         total += float((gap if batch.weight is None else gap * batch.weight).sum())
         others = () if evaluation.rivals is None else evaluation.rivals[:, rows].to(x)
         for d in (here, *others):

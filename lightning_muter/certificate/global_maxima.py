@@ -63,27 +63,6 @@ def best_maximisers(
     return torch.cat([d for d, _ in parts]), torch.cat([g for _, g in parts])
 
 
-def shortfall(
-    problem: HeadProblem,
-    theta: Tensor,
-    threat: ThreatModel,
-    x: Tensor,
-    y: Tensor,
-    delta: Tensor,
-    tolerance: float = 0.0,
-    seconds: float = 60.0,
-) -> Tensor:
-    """An upper bound (n,) of what the largest loss in the ball, nothing smoothed, is above the loss at delta."""
-
-    def losses(at: Tensor) -> Tensor:
-        return problem.losses(problem.logits(theta, problem.backbone(x + at)), y)
-
-    ends, gap = best_maximisers(problem, theta, threat, x, y, delta, None, tolerance, seconds)
-    top, here = losses(ends), losses(delta)
-    noise = 16 * torch.finfo(x.dtype).eps * (1 + top.abs())
-    return (top + gap - here).clamp(min=0.0) + noise
-
-
 def _best_of(
     problem: HeadProblem,
     theta: Tensor,

@@ -87,7 +87,8 @@ def train_on(
             objective, theta, response, tolerance=tolerance, max_passes=most, anchored=anchored, on_step=on_step
         )
         if sharpen and done.status == "converged":
-            done = sharpened(objective, done, response, tolerance, on_step)
+            left = PASSES if limit == "auto" else most - done.passes
+            done = sharpened(objective, done, response, tolerance, left, on_step)
         figures = {"objective": done.evaluation.value}
         return TrainedOn(
             done.theta, done.status, done.passes, done.before, done.evaluation.stationarity, figures=figures
@@ -107,13 +108,14 @@ def sharpened(
     done: Polish,
     response: Response,
     tolerance: float,
+    limit: int,
     on_step: Callable[[int, Evaluation], None] | None = None,
 ) -> Polish:
-    """The end of a path of ever sharper switches, as far as every point of it is stationary.
+    """The end of a path of ever sharper switches, as far as every point of it is stationary, in ``limit`` passes at most.
 
-    What smooths the switches of a linear model in L-infinity makes its objective another one: the minimiser was .5 to 8 removals
-    of a few rows away from the robust minimiser (tables and digits, eps .02 to .1), .05 to .5 at the end of this path. From an
-    untrained head the sharp objective is not reached; step by step it is.
+    What smooths the switches of a linear model in L-infinity makes its objective another one, with a minimiser that may be several
+    removals away from the robust one (tests/benchmarks/test_smoothing.py measures it). From an untrained head the sharp objective
+    is not reached; step by step it is.
     """
     problem, threat = objective.problem, objective.threat
     if not (problem.backbone.affine and threat.jumps and objective.smoothing.anchor is not None):
@@ -121,11 +123,14 @@ def sharpened(
     # one logit: the worst vertex is sign(w) however curved the loss is, and only the switch at w_j = 0 needs a width
     path = [(0.4, 0.03), (0.12, 0.03), (0.04, 0.03)] if problem.n_logits == 1 else [(0.4, 0.03), (0.12, 0.01)]
     for strength, bandwidth in path:
+        most = min(PASSES // 2, limit)
+        if most <= 0:
+            break
         kept = (objective.smoothing, objective.delta, objective.rivals, objective.prior, objective.contended)
-        objective.smoothing = replace(objective.smoothing, strength=strength, bandwidth=bandwidth)
+        objective.set_smoothing(replace(objective.smoothing, strength=strength, bandwidth=bandwidth))
         objective.anchor(done.theta)
-        found = polish(objective, done.theta, response, tolerance=tolerance, max_passes=PASSES // 2, on_step=on_step)
-        passes = done.passes + found.passes
+        found = polish(objective, done.theta, response, tolerance=tolerance, max_passes=most, on_step=on_step)
+        passes, limit = done.passes + found.passes, limit - found.passes
         if found.status != "converged":
             smoothing, objective.delta, objective.rivals, objective.prior, objective.contended = kept
             objective.set_smoothing(smoothing)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -55,13 +54,13 @@ def resolve_loss(loss: Loss | None, module: nn.Module | None = None) -> Loss:
         summed = loss.reduction == "sum"
         unreduced = copy.copy(loss)
         setattr(unreduced, "reduction", "none")  # noqa: B010 - nn.Module types it as a Tensor
-        return _IgnoresReduction(unreduced, summed)
+        return IgnoresReduction(unreduced, summed)
     if not _takes_reduction(loss):
         raise ArgumentError("loss", loss, _FORMS, "Add an argument reduction='mean' to your function and obey 'none'.")
     return loss
 
 
-class _IgnoresReduction:
+class IgnoresReduction:
     """A loss module whose reduction is already "none", called as a function would be."""
 
     def __init__(self, module: nn.Module, sums: bool) -> None:
@@ -181,105 +180,6 @@ def one_logit(logits: Tensor) -> bool:
     return logits.dim() == 1 or (logits.dim() == 2 and logits.shape[1] == 1)
 
 
-def loss_identity(loss: Any) -> str:
-    """A description that is the same for the same loss and another one for another: function, arguments, content of tensors.
-
-    >>> loss_identity(nn.CrossEntropyLoss()) == loss_identity(F.cross_entropy)
-    True
-    >>> loss_identity(nn.CrossEntropyLoss(label_smoothing=0.2))
-    'torch.nn.functional.cross_entropy(label_smoothing=0.2)'
-    """
-    if isinstance(loss, _IgnoresReduction):
-        summed = "sums over outputs, " if loss.sums else ""
-        return summed + loss_identity(loss.module)
-    if isinstance(loss, functools.partial):
-        keywords = ", ".join(f"{k}={_shown(v)}" for k, v in sorted(loss.keywords.items()) if k != "reduction")
-        arguments = ", ".join([*map(_shown, loss.args), *([keywords] if keywords else [])])
-        return f"{loss_identity(loss.func)}({arguments})" if arguments else loss_identity(loss.func)
-    if isinstance(loss, nn.Module):
-        return _module_identity(loss)
-    if getattr(loss, "traced", False):
-        return repr(loss)
-    name = getattr(loss, "__qualname__", None)
-    if name is None:
-        return repr(loss)
-    inside = _inside(loss)
-    return f"{loss.__module__}.{name}" + (f"#{inside}" if inside else "")
-
-
-def _inside(function: Any) -> str:
-    """Digest of the numbers and tensors that a function of one's own holds: constants, defaults, closure, globals; "" for none."""
-    code = getattr(function, "__code__", None)
-    if code is None or function.__module__.split(".")[0] == "torch":
-        return ""
-    held = [c for c in code.co_consts if isinstance(c, (int, float))]
-    held += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    held += [cell.cell_contents for cell in function.__closure__ or ()]
-    held += [function.__globals__[n] for n in code.co_names if n in function.__globals__]
-    shown = [_shown(v) for v in held if isinstance(v, (int, float, Tensor, nn.Module, functools.partial))]
-    return hashlib.sha256(repr(shown).encode()).hexdigest()[:12] if shown else ""
-
-
-#: What files of version 0.1 call these losses.
-_EARLIER = {
-    "CrossEntropyLoss()": "torch.nn.functional.cross_entropy",
-    "MSELoss()": "torch.nn.functional.mse_loss",
-    "BCEWithLogitsLoss()": "torch.nn.functional.binary_cross_entropy_with_logits",
-    "HuberLoss()": "torch.nn.functional.huber_loss",
-    "SoftMarginLoss()": "torch.nn.functional.soft_margin_loss",
-}
-
-
-def same_loss(one: str, other: str) -> bool:
-    """Whether two identities are of the same loss; of a function of one's own, files of version 0.1 hold the name alone.
-
-    >>> same_loss("my.loss", "my.loss#0a1b"), same_loss("my.loss#77aa", "my.loss#0a1b")
-    (True, False)
-    """
-    one, other = _EARLIER.get(one, one), _EARLIER.get(other, other)
-    return one == other or (("#" in one) != ("#" in other) and one.partition("#")[0] == other.partition("#")[0])
-
-
-#: Loss modules and the functions they are.
-_FUNCTIONS: dict[type, Loss] = {
-    nn.CrossEntropyLoss: F.cross_entropy,
-    nn.NLLLoss: F.nll_loss,
-    nn.MSELoss: F.mse_loss,
-    nn.L1Loss: F.l1_loss,
-    nn.HuberLoss: F.huber_loss,
-    nn.SmoothL1Loss: F.smooth_l1_loss,
-    nn.BCEWithLogitsLoss: F.binary_cross_entropy_with_logits,
-    nn.SoftMarginLoss: F.soft_margin_loss,
-    nn.MultiLabelSoftMarginLoss: F.multilabel_soft_margin_loss,
-    nn.MultiMarginLoss: F.multi_margin_loss,
-}
-
-
-def _module_identity(loss: nn.Module) -> str:
-    """By class and whatever it holds: public attributes and tensors."""
-    function = _FUNCTIONS.get(type(loss))
-    held = {k: v for k, v in vars(loss).items() if not k.startswith("_") and k not in ("training", "reduction")}
-    held |= dict(loss.named_buffers()) | dict(loss.named_parameters())
-    if function is None:
-        base, defaults = repr(loss), {}
-    else:
-        base = loss_identity(function)
-        defaults = {k: p.default for k, p in inspect.signature(function).parameters.items()}
-        held = {k: v for k, v in held.items() if k in defaults and not isinstance(v, Tensor) and v != defaults[k]} | {
-            k: v for k, v in held.items() if isinstance(v, Tensor)
-        }
-    arguments = ", ".join(f"{k}={_shown(v)}" for k, v in sorted(held.items()))
-    return f"{base}({arguments})" if arguments else base
-
-
-def _shown(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return loss_identity(value) if isinstance(value, (nn.Module, functools.partial)) else repr(value)
-    plain = value.detach().cpu().double().contiguous()
-    digest = hashlib.sha256(repr((tuple(plain.shape), plain.flatten().tolist())).encode()).hexdigest()
-    return f"tensor:{digest[:16]}"
-
-
 def is_cross_entropy(loss: Loss | None) -> bool:
     """Whether this is plain multi-class cross-entropy (no class weights, no smoothing), the one thing that torchattacks
     maximises.
@@ -287,7 +187,7 @@ def is_cross_entropy(loss: Loss | None) -> bool:
     >>> is_cross_entropy(F.cross_entropy), is_cross_entropy(functools.partial(F.cross_entropy, label_smoothing=0.1))
     (True, False)
     """
-    if isinstance(loss, _IgnoresReduction):
+    if isinstance(loss, IgnoresReduction):
         loss = loss.module
     if isinstance(loss, nn.CrossEntropyLoss):
         return type(loss) is nn.CrossEntropyLoss and loss.weight is None and loss.label_smoothing == 0.0
@@ -304,7 +204,7 @@ def is_binary(loss: Loss) -> bool:
 
 def _bare(loss: Any) -> Any:
     """The function behind partials, or the class of a loss module."""
-    if isinstance(loss, _IgnoresReduction):
+    if isinstance(loss, IgnoresReduction):
         loss = loss.module
     while isinstance(loss, functools.partial):
         loss = loss.func

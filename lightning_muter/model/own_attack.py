@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_muter.errors import UnsuitableError
 from lightning_muter.model.head import Head, HeadCall, features, unsuitable_head
 from lightning_muter.model.leaves import rows
-from lightning_muter.model.losses import loss_identity
+from lightning_muter.model.loss_identity import loss_identity
 from lightning_muter.model.plain_mean import plain_mean_of
 from lightning_muter.model.reading import Layout, Reading
 from lightning_muter.model.rowwise import Probe

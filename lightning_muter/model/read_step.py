@@ -15,7 +15,8 @@ from lightning_muter.model.batches import split_batch
 from lightning_muter.model.head import eval_mode, find_head
 from lightning_muter.model.known_losses import Known
 from lightning_muter.model.leaves import flatten, rows
-from lightning_muter.model.losses import Loss, loss_identity, reduced, resolve_loss
+from lightning_muter.model.loss_identity import loss_identity
+from lightning_muter.model.losses import Loss, reduced, resolve_loss
 from lightning_muter.model.normalization import Normalization
 from lightning_muter.model.reader import WAY_OUT, Reader, objective_at
 from lightning_muter.model.reading import Layout, Reading, algebra

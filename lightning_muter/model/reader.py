@@ -18,7 +18,8 @@ from lightning_muter.errors import UnsuitableError
 from lightning_muter.model.head import Head, HeadCall, record_calls, unsuitable_head
 from lightning_muter.model.known_losses import Known, recognise
 from lightning_muter.model.leaves import flatten, rows
-from lightning_muter.model.losses import Loss, loss_identity, per_sample
+from lightning_muter.model.loss_identity import loss_identity
+from lightning_muter.model.losses import Loss, per_sample
 from lightning_muter.model.own_attack import read_own_attack, takes_the_last
 from lightning_muter.model.plain_mean import plain_mean_of
 from lightning_muter.model.reading import Layout, Reading, algebra
@@ -227,9 +228,11 @@ class Reader:
                 call.inputs.sum(), [seen.leaves[i] for i in floating], retain_graph=True, allow_unused=True
             ) if floating and call.inputs.requires_grad else [None] * len(floating)  # fmt: skip
         except RuntimeError as error:
+            if "inplace operation" not in str(error):
+                raise
             raise UnsuitableError(
-                f"The head's input has no gradient in the inputs of the batch, so that nothing can attack them: {error}. If a layer "
-                "works in place on what another needs, write it without inplace=True."
+                f"The head's input has no gradient in the inputs of the batch, so that nothing can attack them: {error}. A layer "
+                "works in place on what another needs: write it without inplace=True."
             ) from error
         reach = [i for i, slope in zip(floating, slopes, strict=True) if slope is not None]
         if self.inputs is not None:

@@ -17,7 +17,8 @@ from lightning_muter.curvature.response.choose import Response, as_response
 from lightning_muter.errors import ArgumentError, MismatchError, UnsuitableError
 from lightning_muter.lightning_names import is_overridden
 from lightning_muter.model.head import Head
-from lightning_muter.model.losses import Loss, loss_identity, same_loss
+from lightning_muter.model.loss_identity import loss_identity, same_loss
+from lightning_muter.model.losses import Loss
 from lightning_muter.model.normalization import Normalization, normalization_in
 from lightning_muter.model.read_step import read_objective
 from lightning_muter.model.reading import Reading

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from lightning_muter.errors import MismatchError
-from lightning_muter.model.losses import same_loss
+from lightning_muter.model.loss_identity import same_loss
 from lightning_muter.model.read_step import read_objective
 from lightning_muter.model.reading import Reading, Settled
 from lightning_muter.snapshot.snapshot import Stored

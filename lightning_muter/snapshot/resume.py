@@ -23,7 +23,7 @@ from lightning_muter.curvature.objective.sharded import ShardedObjective
 from lightning_muter.curvature.response.choose import Response
 from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError
 from lightning_muter.forgotten.digests import sample_digests
-from lightning_muter.model.losses import loss_identity
+from lightning_muter.model.loss_identity import loss_identity
 from lightning_muter.snapshot.codec import encode
 from lightning_muter.storage.container import read_container, write_container
 from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint

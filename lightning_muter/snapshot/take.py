@@ -189,7 +189,7 @@ def take_snapshot(
                 first=None if examples is None else known_examples(objective, examples),
                 on_step=told.step,
                 on_pass=told.gap,
-                sharpen=smoothing is None,
+                sharpen=smoothing is None and not anchored,
             )
         best = best_head(objective, before_theta, done, constants=polish == "auto", anchored=anchored)
         theta = problem.rounded(best.theta)
