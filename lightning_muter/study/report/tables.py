@@ -32,8 +32,8 @@ SHORT = (
 def number(value: float, digits: int = 3) -> str:
     """A figure with a few significant digits; "-" where it was not measured.
 
-    >>> number(0.04567), number(12345.6), number(math.nan)
-    ('0.0457', '12346', '-')
+    >>> number(0.04567), number(12345.6), number(323.4, 2), number(math.nan)
+    ('0.0457', '12346', '320', '-')
     """
     if math.isnan(value):
         return "-"
@@ -41,7 +41,10 @@ def number(value: float, digits: int = 3) -> str:
         return "inf"
     if value != 0 and (abs(value) < 1e-3 or abs(value) >= 1e6):
         return f"{value:.1e}"
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
+    if abs(value) >= 1000:
+        return f"{value:.0f}"
+    short = f"{value:.{digits}g}"
+    return f"{float(short):.0f}" if "e" in short else short
 
 
 def spread(summary: Summary, digits: int = 3) -> str:
