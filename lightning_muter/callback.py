@@ -21,6 +21,7 @@ from lightning_muter.deletion.checkpoints import checkpoint_fingerprint, load_ch
 from lightning_muter.deletion.files import Places
 from lightning_muter.deletion.fit_door import (
     all_records,
+    forgotten_nearby,
     refuse_earlier_training,
     refuse_forgotten_data,
     retained_of,
@@ -152,6 +153,8 @@ class MUterCallback(Callback):
         records = all_records(self._record, pl_module, self._folders(trainer))
         refuse_earlier_training(trainer.ckpt_path, self._resumed, records, known_before=self._stale)
         refuse_forgotten_data(records, trainer.train_dataloader)
+        if trainer.is_global_zero and (doubt := forgotten_nearby(self._folders(trainer), trainer.train_dataloader, records)):
+            rank_zero_warn(doubt)
         self._looked_at = getattr(trainer.train_dataloader, "dataset", None)
         for record in records:
             remember(pl_module, record)

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, Subset
 
 from lightning_muter.deletion.authority import records_in
 from lightning_muter.deletion.files import Places
-from lightning_muter.errors import MismatchError, RequestError
+from lightning_muter.errors import MismatchError, MuterError, RequestError
 from lightning_muter.forgotten.digests import sample_digests
 from lightning_muter.forgotten.modules import recalled, refuse_forgotten_rows
 from lightning_muter.forgotten.rows import Forgotten
@@ -42,6 +42,42 @@ def refuse_forgotten_data(records: Iterable[Forgotten], loader: Any) -> None:
                 f"of a {type(dataset).__name__}. Train on a map-style dataset (with __getitem__ and __len__)."
             )
         refuse_forgotten_rows(record, dataset, collate_of(loader))
+
+
+def forgotten_nearby(folders: Iterable[Path], loader: Any, records: Iterable[Forgotten]) -> str | None:
+    """What to say where the training data hold rows that a model of an earlier run forgot, one whose files lie in a folder above
+    or in another version's (`version_0/checkpoints` beside `version_1/checkpoints`): its files do not bind this run.
+    """
+    own = {folder.resolve() for folder in folders}
+    above = {parent for folder in own for parent in list(folder.parents)[:2]}
+    versions = {path.parent for folder in own for path in _keys_of_versions(folder)}
+    known, lines = list(records), []
+    dataset: Any = getattr(loader, "dataset", None)
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        return None  # nothing can be looked up in it
+    for folder in sorted((above | versions) - own):
+        try:
+            found = records_in([folder])
+        except MuterError:  # that run's own commands say what is wrong there
+            continue
+        for record in found:
+            if any(other.covers(record) for other in known):
+                continue
+            try:
+                refuse_forgotten_rows(record, dataset, collate_of(loader))
+            except MuterError as error:
+                lines.append(f"{folder}: {error}")
+            known.append(record)
+    return "A model of an earlier run was made to forget rows that this fit trains on. " + " ".join(lines) if lines else None
+
+
+def _keys_of_versions(folder: Path) -> list[Path]:
+    """Keys in the folders of a logger's other versions."""
+    version = next((path for path in (folder, folder.parent) if path.name.startswith("version_")), None)
+    if version is None:
+        return []
+    inside = folder.relative_to(version)
+    return [key for other in version.parent.glob("version_*") for key in (other / inside).glob("*.muter.key")]
 
 
 def refuse_earlier_training(

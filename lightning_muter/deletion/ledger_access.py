@@ -7,6 +7,7 @@ import functools
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from lightning_muter.deletion.files import Places, pending_request
@@ -116,6 +117,21 @@ def weights_before_removals(ledger: Ledger) -> dict[str, str]:
             else:
                 before.setdefault(fingerprint, removal)
     return {fingerprint: by for fingerprint, by in before.items() if fingerprint not in since}
+
+
+@contextlib.contextmanager
+def ledgers_near(checkpoint: Path) -> Iterator[list[Ledger]]:
+    """The ledgers of all models in a checkpoint's folder, in the one above, and where a link leads, to look at: a copy under
+    another name has none of its own.
+
+    Raises:
+        MuterError: one of them cannot be read, so that it cannot be told what it knows of the checkpoint.
+    """
+    homes = [path.parent.resolve() for path in (checkpoint, checkpoint.resolve())]
+    folders = dict.fromkeys(folder for home in homes for folder in (home, home.parent))
+    paths = [path for folder in folders for path in sorted(folder.glob("*.muter.ledger")) if not Ledger.unborn(path)]
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(Ledger.open(path, readonly=True)) for path in paths]
 
 
 def check_agreement(places: Places, ledger: Ledger | None) -> None:

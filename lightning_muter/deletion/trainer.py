@@ -21,7 +21,7 @@ from lightning_muter.deletion.checkpoints import checkpoint_fingerprint, load_ch
 from lightning_muter.deletion.files import Places
 from lightning_muter.deletion.gate import Gate, Watch, test_batches
 from lightning_muter.deletion.ledger import Ledger
-from lightning_muter.deletion.ledger_access import check_agreement, fork, open_ledger, reading
+from lightning_muter.deletion.ledger_access import check_agreement, fork, ledgers_near, open_ledger, reading
 from lightning_muter.deletion.lost_key import new_key, under_new_key
 from lightning_muter.deletion.request_flow import (
     commit,
@@ -126,13 +126,14 @@ class MuterTrainer(L.Trainer):
             exclusive(places, wait=wait, say=_say),
             open_ledger(places) as ledger,
             _looking(source, places) as there,
+            ledgers_near(path) as near,
         ):
             if repeated(places, ledger, request_id, asked):
                 return
             checkpoint = load_checkpoint(path)
             before = checkpoint_fingerprint(checkpoint)
             record, old = _lineage(source, places, there, ledger)
-            record = current(path, checkpoint, record, (ledger, there))
+            record = current(path, checkpoint, record, (ledger, there, *near))
             data = training_data(self, model, datamodule)
             load_into(model, checkpoint, path)
             with snapshot_key(places, ledger, lambda: key_of(record, places, source) if record else None) as key:
