@@ -153,7 +153,9 @@ class MUterCallback(Callback):
         records = all_records(self._record, pl_module, self._folders(trainer))
         refuse_earlier_training(trainer.ckpt_path, self._resumed, records, known_before=self._stale)
         refuse_forgotten_data(records, trainer.train_dataloader)
-        if trainer.is_global_zero and (doubt := forgotten_nearby(self._folders(trainer), trainer.train_dataloader, records)):
+        if trainer.is_global_zero and (
+            doubt := forgotten_nearby(self._folders(trainer), trainer.train_dataloader, records)
+        ):
             rank_zero_warn(doubt)
         self._looked_at = getattr(trainer.train_dataloader, "dataset", None)
         for record in records:

@@ -68,7 +68,11 @@ def forgotten_nearby(folders: Iterable[Path], loader: Any, records: Iterable[For
             except MuterError as error:
                 lines.append(f"{folder}: {error}")
             known.append(record)
-    return "A model of an earlier run was made to forget rows that this fit trains on. " + " ".join(lines) if lines else None
+    return (
+        "A model of an earlier run was made to forget rows that this fit trains on. " + " ".join(lines)
+        if lines
+        else None
+    )
 
 
 def _keys_of_versions(folder: Path) -> list[Path]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 
 import lightning as L
@@ -30,17 +28,9 @@ _SAME = {torch.float64: 1e-8}
 _ELSE = 1e-5
 
 
-@contextlib.contextmanager
-def new_key(places: Places) -> Iterator[DigestKey]:
-    """A new key file; the one there is where it is left of an earlier attempt. It goes again when the block fails."""
-    made = not places.key.exists()
-    key = DigestKey.load_or_create(places.key)
-    try:
-        yield key
-    except BaseException:
-        if made:
-            places.key.unlink(missing_ok=True)
-        raise
+def new_key(places: Places) -> DigestKey:
+    """A new key in memory, whose file the request's transaction writes; where another key's file lies there, that key."""
+    return DigestKey.load(places.key) if places.key.exists() else DigestKey.generate()
 
 
 def under_new_key(

@@ -24,7 +24,7 @@ from lightning_muter.deletion.transactions import commit_request, exclusive
 from lightning_muter.errors import ArgumentError, RequestError
 from lightning_muter.publication.gaussian import composed_epsilon, gaussian_sigma
 from lightning_muter.publication.publish import with_noise
-from lightning_muter.storage.atomic import STAGE, beside, fsync_folder, write_new
+from lightning_muter.storage.atomic import STAGE, beside, fsync_folder, half_written, write_new
 from lightning_muter.storage.fingerprint import versions, weight_fingerprint
 
 
@@ -130,6 +130,8 @@ def _write(
     last, half = ledger.last(), beside(target, STAGE)
     assert last is not None  # a certified request
     target.parent.mkdir(parents=True, exist_ok=True)
+    for left in half_written(target.parent, [target.name]):  # of an attempt that died
+        left.unlink(missing_ok=True)
     try:
         metrics["sha256"] = write_new(half, functools.partial(torch.save, dict(content))).sha256
         receipt = {

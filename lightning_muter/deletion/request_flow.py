@@ -198,6 +198,8 @@ def commit(
         places.checkpoint: checkpoint_writer(new),
         places.snapshot: snapshot.writer(),
     }
+    if not places.key.exists():  # a lost one's successor comes into force together with what it seals
+        writers[places.key] = key.write
     return commit_request(places, ledger, content, writers, asked=asked, key=key, check=check)
 
 

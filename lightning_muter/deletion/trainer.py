@@ -306,23 +306,23 @@ class MuterTrainer(L.Trainer):
                 return
             insist_on_snapshot(places)
             check_agreement(places, ledger)
-            with new_key(places) if recover_key else contextlib.nullcontext(known_key(places, ledger)) as key:
-                checkpoint = load_checkpoint(places.checkpoint)
-                data = training_data(self, model, datamodule)
-                load_into(model, checkpoint, places.checkpoint)
-                model.to(self.strategy.root_device)
-                before = checkpoint_fingerprint(checkpoint)
-                if recover_key:
-                    old = under_new_key(places, model, data, key, loss, batch_size)
-                    remember_instead(model, Forgotten.of(old))
-                else:
-                    old = load_snapshot(places.snapshot, key, unsealed=vouched(ledger))
-                    remember(model, record_of(places, ledger)[0])
-                snapshot = refresh(model, old, data.dataset, loss=loss, collate=data.collate, batch_size=batch_size)
-                snapshot.warnings += [warning for warning in old.warnings if warning not in snapshot.warnings]
-                content = receipt_content("refresh", request_id, snapshot, before, model)
-                receipt = commit(places, ledger, content, checkpoint, model, snapshot, asked, key)
-                report(places, receipt, places)
+            key = new_key(places) if recover_key else known_key(places, ledger)
+            checkpoint = load_checkpoint(places.checkpoint)
+            data = training_data(self, model, datamodule)
+            load_into(model, checkpoint, places.checkpoint)
+            model.to(self.strategy.root_device)
+            before = checkpoint_fingerprint(checkpoint)
+            if recover_key:
+                old = under_new_key(places, model, data, key, loss, batch_size)
+                remember_instead(model, Forgotten.of(old))
+            else:
+                old = load_snapshot(places.snapshot, key, unsealed=vouched(ledger))
+                remember(model, record_of(places, ledger)[0])
+            snapshot = refresh(model, old, data.dataset, loss=loss, collate=data.collate, batch_size=batch_size)
+            snapshot.warnings += [warning for warning in old.warnings if warning not in snapshot.warnings]
+            content = receipt_content("refresh", request_id, snapshot, before, model)
+            receipt = commit(places, ledger, content, checkpoint, model, snapshot, asked, key)
+            report(places, receipt, places)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -120,7 +119,7 @@ def commit_request(
 
     Args:
         content: the receipt's content; the `sha256` of its `checkpoint` and `snapshot` are filled in here.
-        writers: how the new checkpoint and snapshot are written, by their final paths.
+        writers: how the new checkpoint, snapshot and key are written, by their final paths.
         asked: digest of what was asked for.
         key: seals the receipt.
         check: gets the new files by final path and raises unless they are sound.
@@ -130,8 +129,8 @@ def commit_request(
         Exception: whatever failed; if it was before the ledger took the request in, everything is as it was.
         RequestError: the ledger took it in but the files could not be switched; the next command will.
     """
-    if set(writers) - {places.checkpoint, places.snapshot}:
-        raise ArgumentError("writers", [str(path) for path in writers], "the checkpoint and the snapshot")
+    if set(writers) - {*_switched_files(places)}:
+        raise ArgumentError("writers", [str(path) for path in writers], "checkpoint, snapshot and key")
     stages = {path: files.beside(path, files.STAGE) for path in writers}
     try:
         if ledger.find(content["id"]) is not None:
@@ -170,7 +169,7 @@ def _prepared(
     stage("writing")
     switches = []
     for path, writer in writers.items():
-        written = write_new(stages[path], writer, like=path)
+        written = write_new(stages[path], writer, like=path, mode=0o600 if path == places.key else 0o666)
         switches.append(Switch(path.name, stages[path].name, written.sha256))
     fsync_folder(places.folder)
     stage("checking")
@@ -232,7 +231,7 @@ def _switch(
     moves = []
     for switch in switches:  # all are looked at before any is moved
         target, source = places.folder / switch.target, places.folder / switch.stage
-        if target not in (places.checkpoint, places.snapshot) or not _stage_name(target.name).fullmatch(source.name):
+        if target not in _switched_files(places) or not files.is_stage(source.name, target.name):
             raise CorruptFileError(
                 f"{places.ledger}: request {receipt['id']!r} names files that are not its own. {advice}"
             )
@@ -252,6 +251,10 @@ def _switch(
     ledger.finish(receipt["number"])
 
 
+def _switched_files(places: Places) -> tuple[Path, ...]:
+    return places.checkpoint, places.snapshot, places.key
+
+
 def _undo(places: Places, stages: Iterable[Path]) -> None:
     """Remove what was written for a request that the ledger does not hold; what resists is left to recovery."""
     for path in (*stages, places.pending):
@@ -266,17 +269,10 @@ def _remove_pending(places: Places) -> None:
     fsync_folder(places.folder)
 
 
-def _stage_name(target: str, *endings: str) -> re.Pattern[str]:
-    ending = "|".join(map(re.escape, endings or (files.STAGE,)))
-    return re.compile(rf"\.{re.escape(target[-150:])}\.[0-9a-f]{{16}}({ending})")
-
-
 def _stages(places: Places) -> list[Path]:
     """What a dead process left beside this model's files; a killed write of a key leaves its secret."""
     own = (places.checkpoint, places.snapshot, places.ledger, places.key, places.receipts, places.verified)
-    patterns = [_stage_name(path.name, files.STAGE, files.TEMP) for path in own]
-    with os.scandir(places.folder) as entries:
-        return [Path(entry.path) for entry in entries if any(pattern.fullmatch(entry.name) for pattern in patterns)]
+    return files.half_written(places.folder, [path.name for path in own], files.STAGE, files.TEMP)
 
 
 def _sha256(path: Path) -> str:

@@ -16,7 +16,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
@@ -104,6 +104,19 @@ def real_target(path: str | os.PathLike[str]) -> Path:
 def beside(target: Path, suffix: str) -> Path:
     """A fresh hidden name in the target's folder."""
     return target.parent / f".{target.name[-150:]}.{secrets.token_hex(8)}{suffix}"
+
+
+def is_stage(name: str, target: str, *endings: str) -> bool:
+    """Whether this is a name that :func:`beside` gives to a file that becomes ``target`` (by default, a stage's)."""
+    ending = "|".join(map(re.escape, endings or (STAGE,)))
+    return re.fullmatch(rf"\.{re.escape(target[-150:])}\.[0-9a-f]{{16}}({ending})", name) is not None
+
+
+def half_written(folder: Path, targets: Iterable[str], *endings: str) -> list[Path]:
+    """What dead processes left of files in a folder that were to become these."""
+    targets = list(targets)
+    with os.scandir(folder) as entries:
+        return [Path(entry.path) for entry in entries if any(is_stage(entry.name, t, *endings) for t in targets)]
 
 
 def write_new(path: Path, writer: Writer, *, like: Path | None = None, mode: int = 0o666) -> Written:

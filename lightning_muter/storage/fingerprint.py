@@ -13,6 +13,7 @@ import stat
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -114,6 +115,10 @@ class DigestKey:
         if not path.exists():
             _write_secret(path, secrets.token_bytes(KEY_BYTES))
         return cls.load(path)
+
+    def write(self, file: BinaryIO) -> None:
+        """Write this key to an open file; whoever opened it saw to it that nobody else may read it."""
+        file.write(self._secret)
 
     def keep(self, path: str | os.PathLike[str]) -> None:
         """Write this key to a file (mode 0600) unless the same one is there already; never over another one.

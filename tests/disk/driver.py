@@ -32,6 +32,7 @@ from lightning_muter import MUterCallback
 from lightning_muter.deletion.audit import audit
 from lightning_muter.deletion.files import Places
 from lightning_muter.deletion.ledger import Ledger
+from lightning_muter.deletion.publish import publish_command
 from lightning_muter.deletion.purge import purge_command
 from lightning_muter.deletion.transactions import exclusive
 from lightning_muter.snapshot.snapshot import Snapshot
@@ -51,8 +52,11 @@ class Scenario:
         False,
     )  # the model's name; whether it is prepared in this process, whose memory the action needs
 
-    def __init__(self, name: str, prepare: Action, act: Action, before: list[int], after: list[int]) -> None:
+    def __init__(
+        self, name: str, prepare: Action, act: Action, before: list[int], after: list[int], *, entered: bool = True
+    ) -> None:
         self.name, self.prepare, self.act, self.before, self.after = name, prepare, act, before, after
+        self.entered = entered  # as request "again"
 
 
 class Saving(Scenario):
@@ -61,7 +65,7 @@ class Saving(Scenario):
     stem, here = "model", True
 
     def __init__(self, name: str, before: list[int]) -> None:
-        super().__init__(name, self._fit, self._save, before, [*before, 5])
+        super().__init__(name, self._fit, self._save, before, [*before, 5], entered=False)
 
     def _fit(self, folder: Path) -> None:
         self.callback = MUterCallback(dirpath=folder, verbose=False)
@@ -104,12 +108,26 @@ def _trained_further(folder: Path) -> None:
     torch.save({"state_dict": current["state_dict"], "epoch": 2, "pytorch-lightning_version": "2"}, _ckpt(folder))
 
 
+def _without_key(folder: Path) -> None:
+    unlearned(folder, [3]).key.unlink()
+
+
+def _certified(folder: Path) -> None:
+    places = unlearned(folder, [])
+    command("unlearn", places.checkpoint, forget=[3], within=0.1)
+
+
 def _run(name: str, **options: object) -> Action:
     return lambda folder: command(name, _ckpt(folder), request_id="again", **options)
 
 
 def _purge(folder: Path) -> None:
     purge_command(str(_ckpt(folder)), yes=True)
+
+
+def _publish(folder: Path) -> None:
+    if not (folder / "released.ckpt").exists():
+        publish_command(str(_ckpt(folder)), str(folder / "released.ckpt"))
 
 
 SCENARIOS = [
@@ -121,7 +139,9 @@ SCENARIOS = [
     Scenario("later refresh", lambda f: unlearned(f, [3]), _run("refresh"), [3], [3]),
     Saving("first save", []),
     Saving("later save", [3]),
-    Scenario("purge", lambda f: unlearned(f, [3]), _purge, [3], [3]),
+    Scenario("purge", lambda f: unlearned(f, [3]), _purge, [3], [3], entered=False),
+    Scenario("new key", _without_key, _run("refresh", recover_key=True), [3], [3]),
+    Scenario("publish", _certified, _publish, [3], [3], entered=False),
 ]
 
 
@@ -201,7 +221,7 @@ def _state(places: Places, allowed: tuple[list[int], ...], outcome: str, scenari
             entered = ledger.find("again") is not None
     else:
         entered = False
-    if scenario.name == "purge" or scenario.here or len(allowed) == 1:
+    if not scenario.entered or len(allowed) == 1:
         return None
     if outcome == "ok" and not entered:
         return "success was reported, but nothing is entered"

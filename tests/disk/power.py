@@ -44,6 +44,9 @@ class Disk:
     safe_content: dict[int, bytes] = field(default_factory=dict)
     folders: set[str] = field(default_factory=set)
     safe_folders: set[str] = field(default_factory=set)
+    pending: list[tuple[str, str, int | None]] = field(
+        default_factory=list
+    )  # changes of names since their folder's sync
     _numbers: dict[int, int] = field(default_factory=dict)  # inodes are used again, our numbers are not
 
     @classmethod
@@ -68,7 +71,7 @@ class Disk:
     def apply(self, call: Call) -> None:
         kind, path = call.kind, call.path
         if kind == "create":
-            self.names[path] = self._number(call.inode, fresh=True)
+            self._rename("", path, self._number(call.inode, fresh=True))
         elif kind == "write":
             number = self._number(call.inode)
             old = self.content[number].ljust(call.offset, b"\0")
@@ -85,17 +88,23 @@ class Disk:
                     del safe[name]
                 safe.update({n: number for n, number in names.items() if _parent(n) == path})
             self.safe_folders |= {f for f in self.folders if _parent(f) == path}
+            self.pending = [change for change in self.pending if _parent(change[1] or change[0]) != path]
         elif kind == "rename":
             if path in self.names:
-                self.names[call.other] = self.names.pop(path)
+                self._rename(path, call.other, self.names[path])
         elif kind == "link":
             source = path if path in self.names else next((n for n in self.names if n.endswith(path)), None)
             if source is not None:
-                self.names[call.other] = self.names[source]
+                self._rename("", call.other, self.names[source])
         elif kind == "unlink":
-            self.names.pop(path, None)
+            self._rename(path, "", None)
         elif kind == "mkdir":
             self.folders.add(path)
+
+    def _rename(self, old: str, new: str, number: int | None) -> None:
+        change = (old, new, number)
+        self.pending.append(change)
+        _apply(self.names, change)
 
     def after_a_cut(self, draw: random.Random) -> Iterator[tuple[str, dict[str, bytes]]]:
         """The states that the disk may be found in, by relative chance of what survives."""
@@ -108,14 +117,21 @@ class Disk:
         yield "content ahead", state(self.safe_names, self.content, self.safe_folders)
         yield "nothing lost", state(self.names, self.content, self.folders)
         for _ in range(2):
-            paths = sorted({*self.names, *self.safe_names})
-            mixed = {}
-            for path in paths:
-                source = draw.choice((self.names, self.safe_names))
-                if path in source:
-                    mixed[path] = source[path]
+            mixed = dict(self.safe_names)  # a change of a name is whole or not at all, a rename too
+            for change in self.pending:
+                if draw.random() < 0.5:
+                    _apply(mixed, change)
             contents = {i: draw.choice((self.content, self.safe_content)).get(i, b"") for i in self.content}
             yield "some lost", state(mixed, contents, self.folders)
+
+
+def _apply(names: dict[str, int], change: tuple[str, str, int | None]) -> None:
+    """Give a file the new name, if it has the old one."""
+    old, new, number = change
+    if old and names.pop(old, None) is None:
+        return
+    if new and number is not None:
+        names[new] = number
 
 
 def _parent(path: str) -> str:
