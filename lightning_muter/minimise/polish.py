@@ -68,8 +68,8 @@ def polish(
             objective,
             theta,
             metric,
-            # far from the end the curvature ages fast: short rounds
-            max_steps=4 if first.stationarity > 1e-3 else 10,
+            # far from the end the curvature ages fast: short rounds; a step may take several passes
+            max_steps=min(4 if first.stationarity > 1e-3 else 10, 1 + (max_passes - objective.passes + begin) // 2),
             tolerance=tolerance,
             first=first,
             on_step=None if on_step is None else (lambda _, e, offset=steps: on_step(offset + _, e)),  # type: ignore[misc]

@@ -28,6 +28,8 @@ GAP = 1e-3
 SKETCH = 8
 #: Passes of the older method, and of cutting sets, that "auto" allows.
 PASSES, CUT_PASSES = 150, 400
+#: Passes that a sharper stage may take, and those after which a sharper one still is not tried.
+STAGE, EASY = 40, 12
 
 
 @dataclass
@@ -123,7 +125,7 @@ def sharpened(
     # one logit: the worst vertex is sign(w) however curved the loss is, and only the switch at w_j = 0 needs a width
     path = [(0.4, 0.03), (0.12, 0.03), (0.04, 0.03)] if problem.n_logits == 1 else [(0.4, 0.03), (0.12, 0.01)]
     for strength, bandwidth in path:
-        most = min(PASSES // 2, limit)
+        most = min(STAGE, limit)
         if most <= 0:
             break
         kept = (objective.smoothing, objective.delta, objective.rivals, objective.prior, objective.contended)
@@ -136,6 +138,8 @@ def sharpened(
             objective.set_smoothing(smoothing)
             return replace(done, passes=passes)
         done = replace(found, before=done.before, passes=passes)
+        if problem.n_logits > 1 and found.passes > EASY:
+            break  # the next, sharper still, would not be reached
     return done
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.curvature.inner.anderson import Anderson
 from lightning_muter.curvature.inner.local_maxima import Several, ranked
+from lightning_muter.curvature.inner.newton import Newton
 from lightning_muter.curvature.problem.head import HeadProblem
 from lightning_muter.solvers.eigen import symmetric_eigenvalues
 
@@ -308,6 +309,8 @@ class _Inner:
         falls = torch.zeros_like(live)
         kinked, limit = falls_allowed > 0, falls_allowed or max_iter
         memory = Anderson(delta) if threat.ball.euclidean and not kinked else None
+        c = self.rho.c if tol else None  # a few steps need no more than to be compared
+        newton = Newton(problem, theta, x, y, c) if c is not None and Newton.serves(problem, c) else None
         iterations = 0
         for done in range(max_iter):
             iterations = done + 1
@@ -331,6 +334,9 @@ class _Inner:
             if memory is not None:
                 trial, mixed = memory.mix(live, d, candidate)
                 candidate = torch.where(mixed[:, None], self._onto(candidate, trial, xl), candidate)
+            elif newton is not None:
+                trial, mixed = newton.mix(live, d, candidate, part.inside(candidate))
+                candidate = torch.where(mixed[:, None], threat.project(trial, xl), candidate)
             new_loss, new_gradient = problem.loss_and_input_gradient(theta, xl + candidate, y[live])
             new_value = new_loss.to(value) + part.value(candidate)
             change, noise = new_value - value[live], 16 * torch.finfo(x.dtype).eps * (1 + value[live].abs())
@@ -338,14 +344,16 @@ class _Inner:
             # maximum): values alone settle positions to the square root of the precision only
             again = part.maximise(threat, new_gradient, candidate, pull, xl)
             shrinks = (again - candidate).norm(dim=1) <= (candidate - d).norm(dim=1)
-            rose = torch.where(change.abs() <= noise, shrinks, change >= 0)
+            # (of a linear model every step rises but for rounding, away from a saddle longer and longer)
+            rose = torch.where(change.abs() <= noise, shrinks | problem.backbone.affine, change >= 0)
             if bool(rose.all()):
                 delta[live], gradient[live], value[live] = candidate, new_gradient, new_value
                 damping[live] = damping[live] / 3
                 continue
             up, down = live[rose], live[~rose & ~mixed]
-            if memory is not None:
-                memory.forget(live[~rose])
+            for helper in (memory, newton):
+                if helper is not None:
+                    helper.forget(live[~rose])
             delta[up], gradient[up], value[up] = candidate[rose], new_gradient[rose], new_value[rose]
             damping[up] = damping[up] / 3
             damping[down] = torch.maximum(damping[down] * 6, unit[~rose & ~mixed, None].reciprocal())
@@ -375,6 +383,10 @@ class Rho:
         if self.c is not None:
             part.c, part.mid, part.half = self.c[index], self.mid[index], self.half[index]
         return part
+
+    def inside(self, delta: Tensor) -> Tensor:
+        """Which coordinates do not lie on a face of the box (n, D)."""
+        return (delta - self.mid).abs() < self.half
 
     def value(self, delta: Tensor) -> Tensor:
         if self.c is None:
