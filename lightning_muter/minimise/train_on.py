@@ -28,7 +28,7 @@ GAP = 1e-3
 SKETCH = 8
 #: Passes of the older method, and of cutting sets, that "auto" allows.
 PASSES, CUT_PASSES = 150, 400
-#: Passes that a sharper stage may take, and those after which a sharper one still is not tried.
+#: Passes that a sharper stage of several classes may take, and those after which a sharper one still is not tried.
 STAGE, EASY = 40, 12
 
 
@@ -125,7 +125,7 @@ def sharpened(
     # one logit: the worst vertex is sign(w) however curved the loss is, and only the switch at w_j = 0 needs a width
     path = [(0.4, 0.03), (0.12, 0.03), (0.04, 0.03)] if problem.n_logits == 1 else [(0.4, 0.03), (0.12, 0.01)]
     for strength, bandwidth in path:
-        most = min(STAGE, limit)
+        most = min(STAGE if problem.n_logits > 1 else PASSES // 2, limit)
         if most <= 0:
             break
         kept = (objective.smoothing, objective.delta, objective.rivals, objective.prior, objective.contended)
