@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -85,12 +85,13 @@ def train_on(
     """
     if not by_cuts(objective, budget):
         most = PASSES if limit == "auto" else int(limit)
+        metric = in_metrics(response)
         done = polish(
-            objective, theta, response, tolerance=tolerance, max_passes=most, anchored=anchored, on_step=on_step
+            objective, theta, metric, tolerance=tolerance, max_passes=most, anchored=anchored, on_step=on_step
         )
         if sharpen and done.status == "converged":
             left = PASSES if limit == "auto" else most - done.passes
-            done = sharpened(objective, done, response, tolerance, left, on_step)
+            done = sharpened(objective, done, metric, tolerance, left, on_step)
         figures = {"objective": done.evaluation.value}
         return TrainedOn(
             done.theta, done.status, done.passes, done.before, done.evaluation.stationarity, figures=figures
@@ -165,6 +166,15 @@ def refined_by_cuts(objective: RobustObjective, theta: Tensor, steps: int, on_pa
     status = "converged" if found.status == "noise floor" else found.status
     evaluation = objective.evaluation(found.theta, *objective.sums(found.theta, settle=False))
     return Descent(found.theta, evaluation, status, steps, [found.before, found.after])
+
+
+def in_metrics(response: Response) -> Response:
+    """The response in the metrics of a descent, which need not be exact: input Hessians by Gauss-Newton."""
+    if not getattr(response, "max_exact", 0):
+        return response
+    cheaper: Any = copy(response)
+    cheaper.max_exact = 0
+    return cast(Response, cheaper)
 
 
 def affordable(response: Response, objective: RobustObjective, budget: Budget) -> Response:
