@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -188,3 +190,12 @@ def _newton_point(objective: RobustObjective, theta: Tensor) -> Tensor:
     at = objective.evaluation(theta, sums, delta)
     metric, _ = metric_of(objective, sums, replace(at, kinks=None))
     return theta - metric(at.gradient.flatten()).reshape(theta.shape)
+
+
+def in_metrics(response: Response) -> Response:
+    """The response in the metrics of a descent, which need not be exact: input Hessians by Gauss-Newton."""
+    if not getattr(response, "max_exact", 0):
+        return response
+    cheaper: Any = copy(response)
+    cheaper.max_exact = 0
+    return cast(Response, cheaper)

@@ -19,7 +19,7 @@ from lightning_muter.curvature.objective.base import Evaluation
 from lightning_muter.curvature.objective.head import RobustObjective
 from lightning_muter.curvature.response.choose import Response
 from lightning_muter.minimise.descent import Descent, Metric, Pair, descend, descend_contested, jumped
-from lightning_muter.minimise.polish import metric_of
+from lightning_muter.minimise.polish import in_metrics, metric_of
 from lightning_muter.solvers.dense import definite_inverse
 
 #: Share of the gradient that a Newton step may leave before its curvature counts as aged.
@@ -117,7 +117,9 @@ def _fresh(
     """The total Hessian over the retained samples where the descent stands, the share of kinks left out, as a metric; and F_R
     at its maximisers."""
     objective.accept(at.evaluation)
-    sums, delta = objective.sums(at.theta, response=response, curvature=curvature, explore=not objective.reproducible)
+    sums, delta = objective.sums(
+        at.theta, response=in_metrics(response), curvature=curvature, explore=not objective.reproducible
+    )
     now = objective.evaluation(at.theta, sums, delta)
     metric, _ = metric_of(objective, sums, now)
     return metric, now

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from lightning_muter.curvature.response.choose import Response
 from lightning_muter.minimise.budget import FORWARD, Budget
 from lightning_muter.minimise.cuts import CYCLE, CuttingSets, OnPass, Polished
 from lightning_muter.minimise.descent import Descent
-from lightning_muter.minimise.polish import Polish, polish
+from lightning_muter.minimise.polish import Polish, in_metrics, polish
 
 #: Relative gap to the least objective that is aimed at.
 GAP = 1e-3
@@ -166,15 +166,6 @@ def refined_by_cuts(objective: RobustObjective, theta: Tensor, steps: int, on_pa
     status = "converged" if found.status == "noise floor" else found.status
     evaluation = objective.evaluation(found.theta, *objective.sums(found.theta, settle=False))
     return Descent(found.theta, evaluation, status, steps, [found.before, found.after])
-
-
-def in_metrics(response: Response) -> Response:
-    """The response in the metrics of a descent, which need not be exact: input Hessians by Gauss-Newton."""
-    if not getattr(response, "max_exact", 0):
-        return response
-    cheaper: Any = copy(response)
-    cheaper.max_exact = 0
-    return cast(Response, cheaper)
 
 
 def affordable(response: Response, objective: RobustObjective, budget: Budget) -> Response:
