@@ -9,10 +9,9 @@ from pathlib import Path
 from lightning_muter.study.audit.tables import ATTACKS_FILE, LAWS_FILE, AuditRow, LawRow, read_audit
 from lightning_muter.study.report.closest import NOTHING
 from lightning_muter.study.report.figures import Figure, figures_markdown, link, points
-from lightning_muter.study.report.rows import FILE, REFERENCE, Row, group, summarise
+from lightning_muter.study.report.rows import FILE, FLOORS, REFERENCE, Row, group, summarise
 from lightning_muter.study.report.tables import markdown_table, number
 
-FLOOR = "retraining, random start"
 STRONGEST = "U-LiRA"
 NEAR = 0.03  # AUC from retraining's that the interval of a good removal stays inside
 
@@ -45,7 +44,7 @@ def decision_markdown(rows: Sequence[Row], folder: Path, curves_picture: str | N
 
 def _methods(rows: Sequence[Row]) -> dict[str, list[Row]]:
     found = group(
-        [r for r in rows if r.method not in (REFERENCE, NOTHING, FLOOR) and not math.isnan(r.distance)],
+        [r for r in rows if r.method not in (REFERENCE, NOTHING, *FLOORS) and not math.isnan(r.distance)],
         lambda r: r.method,
     )
     return dict(sorted(found.items(), key=lambda item: summarise(item[1], "distance").median))
@@ -90,7 +89,7 @@ def _distances(rows: Sequence[Row], folder: Path) -> list[Figure]:
                 "proved: the weights are no further than this from the exact minimiser without the removed samples"
             )
             found.append(Figure(f"certificate, {name}", number(bound.median), meaning, source))
-    floor = summarise([r for r in rows if r.method == FLOOR], "distance")
+    floor = summarise([r for r in rows if r.method in FLOORS], "distance")
     if floor.n:
         meaning = "noise floor: how far apart two retrainings are that differ in their start alone"
         found.append(Figure("distance of retraining to itself", number(floor.median), meaning, source))

@@ -24,6 +24,8 @@ NAN = math.nan
 FILE = "results.csv"
 PARTS = ("forget", "retain", "test")
 REFERENCE = "retraining"  # the method's name in the rows of the reference itself
+#: Methods that are retraining too, from another start: their distance is the noise floor.
+FLOORS = ("retraining, random start", "retraining, warm start")
 
 
 @dataclass

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from lightning_muter.study.report.rows import Row, Summary, attack_name, group, summarise
+from lightning_muter.study.report.rows import FLOORS, Row, Summary, attack_name, group, summarise
 
 HEADERS = (
     "removed",
@@ -101,6 +101,18 @@ def title(rows: Sequence[Row]) -> str:
     return f"{first.dataset}, {first.model}, {attack_name(first)} ({n} repetition{'s' * (n != 1)})"
 
 
+def noise_floor(rows: Sequence[Row]) -> str:
+    """What to say of how far two retrainings end apart, setting by setting; "" where a second one was not run."""
+    found = {
+        setting: summarise([r for r in same if r.method in FLOORS], "distance")
+        for setting, same in group(rows, lambda r: r.setting).items()
+    }
+    parts = [f"{number(summary.max, 2)} ({setting})" for setting, summary in found.items() if summary.n]
+    if not parts:
+        return ""
+    return f"Noise floor: two retrainings from different starts end {', '.join(parts)} apart; distances below that say nothing."
+
+
 def problems(rows: Iterable[Row]) -> list[list[Row]]:
     """Rows by dataset, model and attack."""
     return list(group(rows, lambda r: r.problem).values())
@@ -116,7 +128,8 @@ def terminal_table(rows: Sequence[Row]) -> Table:
     """A rich table of one problem, readable from 80 columns on: words wrap, figures do not; medians and means only,
     the largest distance in a column of its own where there are repetitions."""
     repeated = len({(r.seed, r.forget_seed) for r in rows}) > 1
-    table = Table(title=title(rows), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    caption = noise_floor(rows) or None
+    table = Table(title=title(rows), title_justify="left", caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column, header in enumerate(SHORT):
         words = {0: 5, 1: 16, 7: 3}
         table.add_column(
@@ -159,4 +172,6 @@ def markdown_table(headers: Sequence[str], body: Iterable[Sequence[str]]) -> str
 
 def problem_markdown(rows: Sequence[Row]) -> str:
     """The table of one problem under its title, as Markdown."""
-    return f"### {title(rows)}\n\n{markdown_table(HEADERS, (cells(same) for same in lines(rows)))}\n"
+    floor = noise_floor(rows)
+    table = markdown_table(HEADERS, (cells(same) for same in lines(rows)))
+    return f"### {title(rows)}\n\n{table}\n" + (f"\n{floor}\n" if floor else "")
