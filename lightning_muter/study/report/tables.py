@@ -110,7 +110,7 @@ def noise_floor(rows: Sequence[Row]) -> str:
     parts = [f"{number(summary.max, 2)} ({setting})" for setting, summary in found.items() if summary.n]
     if not parts:
         return ""
-    return f"Noise floor: two retrainings from different starts end {', '.join(parts)} apart; distances below that say nothing."
+    return f"Noise floor: two retrainings end {', '.join(parts)} apart; smaller distances say nothing."
 
 
 def problems(rows: Iterable[Row]) -> list[list[Row]]:
