@@ -48,6 +48,13 @@ def polish_text(figures: Mapping[str, Any]) -> str | None:
     return ", ".join(parts)
 
 
+def stationarity_text(snapshot: Any) -> str:
+    """How stationary the weights are, also with nothing smoothed where switches are."""
+    sharp = snapshot.figures.get("stationarity_unsmoothed")
+    beside = "" if sharp is None else f"; {sharp:.1e} with nothing smoothed (the switches of the L-infinity adversary)"
+    return f"{snapshot.stationarity:.1e}{beside}"
+
+
 def objective_text(snapshot: Any) -> str:
     """Loss, threat model and weight decay in one line."""
     threat = snapshot.threat_model
@@ -70,7 +77,7 @@ def text(snapshot: Stored) -> str:
         "samples": samples_text(snapshot),
         "objective": objective_text(snapshot),
         "response": snapshot.response.name,
-        "stationarity": f"{snapshot.stationarity:.1e}",
+        "stationarity": stationarity_text(snapshot),
         "polish": polish_text(snapshot.figures),
         "size": f"{snapshot.nbytes / 2**20:.1f} MiB, weights {snapshot.fingerprint[:12]}…, key {snapshot.key_id[:12]}…",
     }

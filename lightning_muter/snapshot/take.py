@@ -27,6 +27,7 @@ from lightning_muter.errors import ArgumentError, MismatchError, UnsuitableError
 from lightning_muter.forgotten.digests import check_digests, sample_digests
 from lightning_muter.minimise.best import Best, best_head
 from lightning_muter.minimise.budget import FORWARD, Budget, Fit
+from lightning_muter.minimise.corners import least_subgradient
 from lightning_muter.minimise.train_on import TrainedOn, affordable, cost_of_sums, train_on
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.losses import Loss
@@ -214,6 +215,7 @@ def take_snapshot(
             notes.append(_constant_note(best, threat))
     figures |= {
         "stationarity": reached.stationarity,
+        "stationarity_unsmoothed": least_subgradient(objective, theta, final),
         "objective": reached.value,
         "passes": objective.passes,
         "seconds": time.perf_counter() - began,

@@ -110,7 +110,8 @@ def noise_floor(rows: Sequence[Row]) -> str:
     parts = [f"{number(summary.max, 2)} ({setting})" for setting, summary in found.items() if summary.n]
     if not parts:
         return ""
-    return f"Noise floor: two retrainings end {', '.join(parts)} apart; smaller distances say nothing."
+    apart = ", ".join(parts)
+    return f"Noise floor: two retrainings end {apart} apart; smaller distances say nothing."
 
 
 def problems(rows: Iterable[Row]) -> list[list[Row]]:
@@ -129,7 +130,14 @@ def terminal_table(rows: Sequence[Row]) -> Table:
     the largest distance in a column of its own where there are repetitions."""
     repeated = len({(r.seed, r.forget_seed) for r in rows}) > 1
     caption = noise_floor(rows) or None
-    table = Table(title=title(rows), title_justify="left", caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(
+        title=title(rows),
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     for column, header in enumerate(SHORT):
         words = {0: 5, 1: 16, 7: 3}
         table.add_column(
