@@ -171,6 +171,12 @@ def test_damaged_ledgers_are_errors_or_problems_but_never_tracebacks(path, tmp_p
     assert path.read_bytes() == before
 
 
+def test_a_column_of_another_type_is_an_error(path):
+    """A damaged page can hold text where the schema says bytes."""
+    with pytest.raises(CorruptFileError, match="not bytes"):
+        receipts.parse_receipt("{}", "receipt 1")
+
+
 def test_receipt_files(path, tmp_path):
     with Ledger.open(path) as ledger:
         receipt = ledger.receipts()[1]

@@ -177,10 +177,14 @@ class Reloaded(L.LightningDataModule):
 
 
 def test_loaders_of_other_rows_are_refused_and_copies_of_the_same_are_not():
-    muter, net, _ = fit(Reloaded(True), reload_dataloaders_every_n_epochs=1)
+    with pytest.warns(UserWarning, match="made anew every 1 epochs"):
+        muter, net, _ = fit(Reloaded(True), reload_dataloaders_every_n_epochs=1)
     assert muter.unlearn(net, [1]).n_retained == 29
     net = Net()
-    with pytest.warns(UserWarning, match=r"30 of the 60 different rows that were trained on are not in the last"):
+    with (
+        pytest.warns(UserWarning, match="made anew every 1 epochs"),
+        pytest.warns(UserWarning, match=r"30 of the 60 different rows that were trained on are not in the last"),
+    ):
         muter, *_ = fit(Reloaded(False), net=net, reload_dataloaders_every_n_epochs=1)
     with pytest.raises(UnsuitableError, match=r"take_snapshot\(model, dataset"):
         muter.unlearn(net, [1])

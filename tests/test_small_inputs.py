@@ -161,7 +161,10 @@ def test_06_reloaded_loaders_of_other_rows_are_refused() -> None:
             return DataLoader(Subset(ROWS, range(20 * self.epoch, 20 * self.epoch + 20)), 10)
 
     net, callback = Net(linear(), plain), muter()
-    with pytest.warns(UserWarning, match="No snapshot was taken.*not in the last training loader"):
+    with (
+        pytest.warns(UserWarning, match="made anew every 1 epochs"),  # before the first epoch
+        pytest.warns(UserWarning, match="No snapshot was taken.*not in the last training loader"),
+    ):
         fit(net, Reloaded(), callback, reload_dataloaders_every_n_epochs=1)
     with pytest.raises(UnsuitableError, match="take_snapshot"):
         callback.unlearn(net, [0])

@@ -147,6 +147,17 @@ def inspect_trainer(trainer: pl.Trainer, callback: pl.Callback | None = None) ->
         limit = trainer.limit_train_batches
         cli = "--trainer.limit_train_batches 1.0"
         out.append(Finding("warning", f"limit_train_batches={limit} trains on a part of each epoch only.", advice, cli))
+    anew = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
+    if anew:
+        out.append(
+            Finding(
+                "warning",
+                f"The training loader is made anew every {anew} epochs: where its rows change there will be no snapshot, for what "
+                "was trained on earlier could not be unlearned.",
+                "Give all rows in one dataset, or the same rows every time.",
+                "--trainer.reload_dataloaders_every_n_epochs 0",
+            )
+        )
     callbacks: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]
     averaging = [c for c in callbacks if is_averaging(c)]
     if averaging:
@@ -206,6 +217,7 @@ def inspect_adversary(
                 "error",
                 f"Training uses {adversary.threat}, unlearning was given {threat_model}.",
                 "Give the same one to both, or leave it out here.",
+                "--trainer.callbacks.threat_model null",
             )
         )
     if adversary.trades_beta is not None and scope == "head":
@@ -270,6 +282,7 @@ def inspect_climb(adversary: Adversary, reading: Reading) -> list[Finding]:
             f"Training raises {loss_identity(adversary.loss)} and minimises {reading.identity}: its result is no minimum of a "
             "maximum, however long it trains.",
             "Leave loss= and maximise= of the adversarial training out, so that the step's own loss is raised.",
+            "--trainer.callbacks.maximise step",
         )
     ]
 

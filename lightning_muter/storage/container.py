@@ -263,7 +263,7 @@ def _span(name: str, entry: object) -> tuple[int, int]:
     return offsets[0], offsets[1]
 
 
-def parse_json(text: bytes) -> dict[str, Any]:
+def parse_json(text: Any) -> dict[str, Any]:
     """A JSON object from untrusted bytes: bounded size and depth, UTF-8, no key twice.
 
     >>> parse_json(b'{"a": 1, "a": 2}')
@@ -271,6 +271,8 @@ def parse_json(text: bytes) -> dict[str, Any]:
         ...
     lightning_muter.errors.CorruptFileError: JSON names 'a' twice
     """
+    if not isinstance(text, bytes):  # a column of a database may hold anything
+        raise CorruptFileError(f"JSON as {type(text).__name__}, not bytes")
     if len(text) > _MAX_JSON:
         raise CorruptFileError(f"JSON of {len(text)} bytes, more than {_MAX_JSON}")
     if _depth(text) > _MAX_DEPTH:
