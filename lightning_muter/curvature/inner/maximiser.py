@@ -330,13 +330,7 @@ class _Inner:
                     break
                 d, g, xl, part = d[going], g[going], xl[going], part.take(going)
                 candidate, unit, pull = candidate[going], unit[going], pull[going]
-            mixed = torch.zeros_like(pull[:, 0], dtype=torch.bool)
-            if memory is not None:
-                trial, mixed = memory.mix(live, d, candidate)
-                candidate = torch.where(mixed[:, None], self._onto(candidate, trial, xl), candidate)
-            elif newton is not None:
-                trial, mixed = newton.mix(live, d, candidate, part.inside(candidate))
-                candidate = torch.where(mixed[:, None], threat.project(trial, xl), candidate)
+            candidate, mixed = self._accelerated(live, d, candidate, part, memory, newton)
             new_loss, new_gradient = problem.loss_and_input_gradient(theta, xl + candidate, y[live])
             new_value = new_loss.to(value) + part.value(candidate)
             change, noise = new_value - value[live], 16 * torch.finfo(x.dtype).eps * (1 + value[live].abs())
@@ -359,6 +353,19 @@ class _Inner:
             damping[down] = torch.maximum(damping[down] * 6, unit[~rose & ~mixed, None].reciprocal())
             falls[down] += 1
         return Maximisers(delta, value, residual, iterations, tol)
+
+    def _accelerated(
+        self, live: Tensor, d: Tensor, plain: Tensor, part: Rho, memory: Anderson | None, newton: Newton | None
+    ) -> tuple[Tensor, Tensor]:
+        """Better points than the plain steps' of these samples, where there are some, and where that is."""
+        x = self.x[live]
+        if memory is not None:
+            trial, mixed = memory.mix(live, d, plain)
+            return torch.where(mixed[:, None], self._onto(plain, trial, x), plain), mixed
+        if newton is not None:
+            trial, mixed = newton.mix(live, d, plain, part.inside(plain))
+            return torch.where(mixed[:, None], self.threat.project(trial, x), plain), mixed
+        return plain, torch.zeros_like(live, dtype=torch.bool)
 
     def _onto(self, plain: Tensor, mixed: Tensor, x: Tensor) -> Tensor:
         """Mixed points back in the Euclidean ball; on the sphere if the plain ones are."""
