@@ -68,10 +68,11 @@ def forgotten_nearby(folders: Iterable[Path], loader: Any, records: Iterable[For
             except MuterError as error:
                 lines.append(f"{folder}: {error}")
             known.append(record)
+    if not lines:
+        return None
     return (
-        "A model of an earlier run was made to forget rows that this fit trains on. " + " ".join(lines)
-        if lines
-        else None
+        "A model of an earlier run was made to forget rows that this fit trains on, or it cannot be told. "
+        + " ".join(lines)
     )
 
 

@@ -129,7 +129,7 @@ def commit_request(
         Exception: whatever failed; if it was before the ledger took the request in, everything is as it was.
         RequestError: the ledger took it in but the files could not be switched; the next command will.
     """
-    if set(writers) - {*_switched_files(places)}:
+    if set(writers) - set(_switched_files(places)):
         raise ArgumentError("writers", [str(path) for path in writers], "checkpoint, snapshot and key")
     stages = {path: files.beside(path, files.STAGE) for path in writers}
     try:

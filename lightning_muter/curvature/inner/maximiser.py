@@ -345,9 +345,9 @@ class _Inner:
                 damping[live] = damping[live] / 3
                 continue
             up, down = live[rose], live[~rose & ~mixed]
-            for helper in (memory, newton):
-                if helper is not None:
-                    helper.forget(live[~rose])
+            for accelerator in (memory, newton):
+                if accelerator is not None:
+                    accelerator.forget(live[~rose])
             delta[up], gradient[up], value[up] = candidate[rose], new_gradient[rose], new_value[rose]
             damping[up] = damping[up] / 3
             damping[down] = torch.maximum(damping[down] * 6, unit[~rose & ~mixed, None].reciprocal())
