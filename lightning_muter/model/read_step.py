@@ -119,6 +119,7 @@ def _read_batch(
         given.notes.append(f"loss= is taken at its word: training_step itself could not be read ({str(error)[:300]})")
         return given
     _must_agree(given, own, batch)
+    given.penalty = own.penalty
     return own if given.identity == own.identity else given
 
 

@@ -21,6 +21,7 @@ from lightning_muter.model.leaves import flatten, rows
 from lightning_muter.model.loss_identity import loss_identity
 from lightning_muter.model.losses import Loss, per_sample
 from lightning_muter.model.own_attack import read_own_attack, takes_the_last
+from lightning_muter.model.penalty import read_penalty, without
 from lightning_muter.model.plain_mean import plain_mean_of
 from lightning_muter.model.reading import Layout, Reading, algebra
 from lightning_muter.model.replay import undone
@@ -69,6 +70,8 @@ class Reader:
         if first is None:
             raise UnsuitableError(f"The batch holds no tensors (leaves {self.names}): nothing in it can be perturbed.")
         self.algebra = algebra(first.device)
+        self.penalty: dict[str, float] = {}
+        self._varies = False
 
     def read(self, rows_per_step: int | None) -> Reading:
         with undone(self.module):
@@ -144,6 +147,10 @@ class Reader:
         n = len(call.output)
         at = self._input(call, seen, n)
         head = Head(call.name, call.linear)
+        k = call.linear.out_features
+        if few := read_penalty(self.module, self._step(head), self._probes(n)[:1], k):
+            self.penalty = read_penalty(self.module, self._step(head), self._of_a_step(n, rows_per_step), k)
+            self._varies = any(abs(self.penalty.get(name, c) - c) > 1e-3 * c for name, c in few.items())
         first: UnsuitableError | None = None
         for reading in self._readings(head, call, at, n, rows_per_step):
             try:
@@ -152,6 +159,7 @@ class Reader:
             except UnsuitableError as error:
                 first = first or error
             else:
+                reading.penalty = self.penalty
                 self._note(reading)
                 return reading
         assert first is not None
@@ -265,7 +273,9 @@ class Reader:
             return points(len(rows), k, self.dtype, device, count), whole.rows(rows).leaves
 
         try:  # more than one copy: a selection of a single row is another operation than one of several
-            graph = trace(step, (copies(2), copies(3)), self.algebra, storages(self.module))
+            named = storages(self.module)
+            with without(self.module, self.penalty):  # the graph keeps what it meets
+                graph = trace(step, (copies(2), copies(3)), self.algebra, named)
         except UnsuitableError:
             raise
         except Exception:
@@ -279,7 +289,7 @@ class Reader:
         """The step as a function of the head's output and the leaves of a batch."""
 
         def step(z: Tensor, *leaves: Any) -> Tensor:
-            with _answering(head.linear, z):
+            with _answering(head.linear, z), without(self.module, self.penalty):
                 return self.run(self.rebuild(_copied(leaves)))
 
         return step
@@ -301,6 +311,13 @@ class Reader:
             )
         mean, near = float(values.mean()), round(float(values.mean()), 5)
         return near if abs(mean - near) < 1e-6 else mean
+
+    def _of_a_step(self, n: int, rows_per_step: int | None) -> list[Probe]:
+        """Two batches as large as those of training, where that is known: a penalty may be divided by their rows."""
+        if rows_per_step is None:
+            return self._probes(n)
+        whole, at = Probe(self.leaves, n), torch.arange(rows_per_step)
+        return [whole.rows(at % n), whole.rows((at + n // 2) % n)]
 
     def _probes(self, n: int) -> list[Probe]:
         whole = Probe(self.leaves, n)
@@ -379,7 +396,7 @@ class Reader:
                 z = linear(phi).detach()
                 noise = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
                 z = (z + moved * noise).requires_grad_(True)
-                with _answering(linear, z):
+                with _answering(linear, z), without(self.module, self.penalty):
                     there = self._ran(probe.leaves)
                 (slope,) = torch.autograd.grad(there, z)
                 there = there.detach()
@@ -406,6 +423,11 @@ class Reader:
             reading.notes.append(
                 "The loss divides by the weights (or the kept rows) of each batch: the objective is taken for the whole data set, "
                 "sum w_i l_i / sum w_i, which batches approach as they grow. Exact: reduction='none' and a mean over the rows."
+            )
+        if self._varies:
+            reading.notes.append(
+                f"{self.what} adds an L2 penalty by itself and divides it by the rows of the batch: the objective is taken for batches "
+                f"of {reading.rows_per_step} rows. Add it undivided, or use the optimiser's weight_decay."
             )
         if not reading.convex:
             reading.notes.append(
