@@ -112,8 +112,21 @@ def _value_and_gradient(
     with torch.set_grad_enabled(gradient):
         at = delta.detach().clone().requires_grad_(gradient)
         value = objective(model((flat + at).to(x.dtype).reshape(x.shape)))
-        slope = torch.autograd.grad(value.sum(), at)[0] if gradient else None
+        try:
+            slope = torch.autograd.grad(value.sum(), at)[0] if gradient else None
+        except RuntimeError as error:
+            raise _no_gradient(error) from error
     return value.detach().to(flat.dtype), slope
+
+
+def _no_gradient(error: RuntimeError) -> Exception:
+    """What torch says where the loss has no gradient in the inputs, and what to do; another error as it is."""
+    if not any(part in str(error) for part in ("not have been used in the graph", "does not require grad")):
+        return error
+    return UnsuitableError(
+        "The loss has no gradient in the inputs, so that nothing can attack them: forward computes features under torch.no_grad() "
+        "or .detach(). Freeze the backbone with requires_grad_(False) instead: gradients then pass it and it stays as it is."
+    )
 
 
 def check_box(x: Tensor, threat: ThreatModel) -> None:
@@ -279,6 +292,8 @@ class Adversary:
                 self.attack.set_device(x.device)
             try:
                 out: Tensor = self.attack(x, y)
+            except RuntimeError as error:
+                raise _no_gradient(error) from error
             except IndexError as error:  # of the library: classes or dimensions that the data have not
                 name, hint = type(self.attack).__name__, ""
                 if name == "AutoAttack":

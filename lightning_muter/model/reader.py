@@ -255,8 +255,9 @@ class Reader:
         if not reach:
             raise UnsuitableError(
                 f"No floating tensor of the batch (leaves {self.names}) reaches the head {call.name!r} with a gradient: integer "
-                "inputs (tokens, bytes) and inputs that are detached or drawn in the step cannot be perturbed. Convert them to "
-                "floats in the data set."
+                "inputs (tokens, bytes) and inputs that are detached or drawn in the step cannot be perturbed. Convert integers to "
+                "floats in the data set; where the step or forward runs the backbone under torch.no_grad(), freeze it with "
+                "requires_grad_(False) instead."
             )
         raise UnsuitableError(
             f"Several tensors of the batch reach the head, {[self.names[i] for i in reach]}: which one is perturbed? Put them into "
@@ -314,6 +315,8 @@ class Reader:
 
     def _of_a_step(self, n: int, rows_per_step: int | None) -> list[Probe]:
         """Two batches as large as those of training, where that is known: a penalty may be divided by their rows."""
+        if rows_per_step is None and self.fixed:  # what is climbed is the loss alone
+            rows_per_step = n
         if rows_per_step is None:
             return self._probes(n)
         whole, at = Probe(self.leaves, n), torch.arange(rows_per_step)
