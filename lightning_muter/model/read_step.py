@@ -18,7 +18,9 @@ from lightning_muter.model.leaves import flatten, rows
 from lightning_muter.model.loss_identity import loss_identity
 from lightning_muter.model.losses import Loss, reduced, resolve_loss
 from lightning_muter.model.normalization import Normalization
-from lightning_muter.model.reader import WAY_OUT, Reader, objective_at
+from lightning_muter.model.own_step import WAY_OUT
+from lightning_muter.model.proof import objective_at
+from lightning_muter.model.reader import Reader
 from lightning_muter.model.reading import Layout, Reading, algebra
 from lightning_muter.model.replay import has_step, prepared, run_step
 from lightning_muter.model.rowwise import Probe, denominator, points, shares

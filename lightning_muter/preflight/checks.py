@@ -9,7 +9,8 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import nn
 
-from lightning_muter.adversarial.adversary import Adversary, check_box
+from lightning_muter.adversarial.adversary import Adversary
+from lightning_muter.adversarial.climb import check_box
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.adversarial.training import adversary_of
 from lightning_muter.curvature.problem.network import parameters_in

@@ -18,8 +18,8 @@ from lightning_muter.curvature.response.choose import Response, as_response
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards, refuse_sharded_parameters
 from lightning_muter.model.reading import Reading
-from lightning_muter.snapshot.snapshot import WIDE_BATCH, WideSnapshot
 from lightning_muter.model.weight_decay import WholeDecay
+from lightning_muter.snapshot.snapshot import WIDE_BATCH, WideSnapshot
 from lightning_muter.snapshot.trained import Decay, decay_by_name
 
 #: Inner maxima of ReLU networks sit on kinks: followed by a few steps per evaluation, they settle as the search goes on.
