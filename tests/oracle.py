@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lightning_muter.model.leaves import flatten
 
-STARTS, STEPS, TIED = 5, 300, 1e-4
-KEPT = (58, 59, 298, 299)  # of a zigzag about a kink, both sides
+STARTS, STEPS, TIED = 5, 240, 1e-4
+KEPT = (58, 59, 238, 239)  # of a zigzag about a kink, both sides
 
 
 class OwnStep:
@@ -66,20 +66,24 @@ def _projected(delta: Tensor, norm: str, eps: float) -> Tensor:
     return (flat * (eps / flat.norm(dim=1, keepdim=True).clamp(min=1e-30)).clamp(max=1.0)).reshape(delta.shape)
 
 
-def _ascents(own: OwnStep, at: int, x: Tensor, norm: str, eps: float) -> list[Tensor]:
-    """Local maxima of every row's loss over its ball, from the middle and from random points."""
+def _ascents(own: OwnStep, at: int, x: Tensor, norm: str, eps: float, also: Tensor | None) -> list[Tensor]:
+    """Local maxima of every row's loss over its ball, from the middle, from random points and from given ones."""
     generator = torch.Generator().manual_seed(5)
-    found = []
-    for start in range(STARTS if eps > 0 else 1):
-        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
-        delta = _ball(noise, norm, eps) if start else torch.zeros_like(x)
+    starts, found = [torch.zeros_like(x)], []
+    if eps > 0:
+        starts += [
+            _ball(torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x), norm, eps)
+            for _ in range(1, STARTS)
+        ]
+        starts += [] if also is None else list(eps * also.to(x))
+    for delta in starts:
         for step in range(STEPS if eps > 0 else 0):
             there = (x + delta).requires_grad_(True)
             (slope,) = torch.autograd.grad(own(at, there)[0], there)
             if step < 60:  # where the loss is convex in x this climbs at every step
                 delta = _ball(slope, norm, eps)
             else:  # at kinks it circles, and ever shorter steps come to rest
-                delta = _projected(delta + _ball(slope, "l2", eps * 0.95 ** (step - 60)), norm, eps)
+                delta = _projected(delta + _ball(slope, "l2", eps * 0.94 ** (step - 60)), norm, eps)
             if step in KEPT:
                 found.append(delta)
         if eps == 0:
@@ -104,7 +108,7 @@ def _gains(own: OwnStep, at: int, x: Tensor, found: list[Tensor]) -> Tensor:
     with torch.no_grad():
         base = float(own(at, x + found[0])[0])
         for s, i in itertools.product(range(1, len(found)), range(len(x))):
-            if all(float((found[s][i] - seen[i]).abs().max()) > 1e-9 for seen in found[:s]):
+            if all(float((found[s][i] - seen[i]).abs().max()) > 1e-5 for seen in found[:s]):
                 other = x + found[0]
                 other[i] = x[i] + found[s][i]
                 values[s, i] = float(own(at, other)[0]) - base
@@ -124,6 +128,7 @@ def at_the_worst(
     eps: float = 0.0,
     head: Any = None,
     width: tuple[int, ...] = (4,),
+    also: Tensor | None = None,
 ) -> tuple[float, float]:
     """|grad F| and sum_i |grad phi_i| in the head at the worst perturbations of every row.
 
@@ -132,11 +137,12 @@ def at_the_worst(
     Args:
         batch: all rows, as the step receives them.
         decay: lambda of the penalty lambda / 2 |w|^2 beside the step's loss.
+        also: points (m, n, ...) to climb from besides his own, in units of eps.
     """
     own = OwnStep(module, batch, head)
     at = own.inputs(width)
     x = flatten(batch)[1][at].detach()
-    found = _ascents(own, at, x, norm, eps)
+    found = _ascents(own, at, x, norm, eps, also)
     base = float(own(at, x + found[0])[0].detach())
     values = _gains(own, at, x, found)
     if norm == "linf" and eps > 0:  # coordinates whose slope is nearly 0 are at either end, or in between

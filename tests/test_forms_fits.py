@@ -60,6 +60,9 @@ SETTINGS = {
     "ReLU, no ball": Setting(5, nn.ReLU, _ball("l2", 0.0), 1e-8),
     "Tanh, L2": Setting(5, nn.Tanh, _ball("l2", 0.05), 1e-7),
     "linear, Linf": Setting(0, nn.ReLU, _ball("linf", 0.05), 1e-6),
+    "ReLU, L2": Setting(5, nn.ReLU, _ball("l2", 0.05), 1e-7),
+    "ReLU, Linf": Setting(5, nn.ReLU, _ball("linf", 0.05), 1e-6),
+    "Tanh, Linf": Setting(5, nn.Tanh, _ball("linf", 0.05), 1e-6),
 }
 
 
@@ -70,15 +73,21 @@ def _all(form: Form, module: Any, rows: list[int]) -> Any:
     return module._apply_batch_transfer_handler(module._on_before_batch_transfer(collate([data[i] for i in rows])))
 
 
-def _worst(form: Form, module: Any, rows: list[int], threat: ThreatModel) -> tuple[float, float]:
+def _worst(
+    form: Form, module: Any, rows: list[int], threat: ThreatModel, starts: Tensor | None = None
+) -> tuple[float, float]:
     """The least subgradient of the user's objective on these rows, and sum |grad phi_i|."""
     decay = module.decay * (len(rows) if form.denominator == "sum" else 1)
-    return at_the_worst(module, _all(form, module, rows), decay=decay, norm=threat.norm, eps=threat.eps)
+    # a few ascents do not find what many found: the judge climbs from there too
+    also = None if starts is None else starts[:, :, :-1].transpose(0, 1)
+    return at_the_worst(module, _all(form, module, rows), decay=decay, norm=threat.norm, eps=threat.eps, also=also)
 
 
 def _cells() -> list[Any]:
     every = [(name, setting) for name in SMOOTH for setting in SETTINGS]
-    quick = {(name, list(SETTINGS)[i // 3 % len(SETTINGS)]) for i, name in enumerate(SMOOTH) if i % 3 == 0}
+    few = list(SETTINGS)[:5]  # balls around ReLU, and boxes around networks, take many ascents to judge
+    quick = {(name, few[i // 3 % len(few)]) for i, name in enumerate(SMOOTH) if i % 3 == 0}
+    quick |= {("cross-entropy", setting) for setting in SETTINGS}
     return [pytest.param(*cell, marks=[] if cell in quick else [pytest.mark.slow]) for cell in every]
 
 
@@ -98,10 +107,11 @@ def test_the_polished_head_is_stationary_in_the_users_step(name: str, setting: s
         snapshot = take_snapshot(
             module, data, threat_model=threat, weight_decay=module.decay, collate=form.collate, progress=False
         )
-    # of a linear model in L-infinity the largest loss itself is reported beside the smoothed one
-    reported = max(snapshot.stationarity, snapshot.figures["stationarity_unsmoothed"] or 0.0)
-    slope, scale = _worst(form, module, list(range(N)), threat)
-    assert slope <= 10 * max(reported, LEFT.get((name, setting), floor)) * scale, (slope / scale, reported)
+    slope, scale = _worst(form, module, list(range(N)), threat, snapshot.starts)
+    assert slope <= 10 * max(snapshot.stationarity, LEFT.get((name, setting), floor)) * scale, (
+        slope / scale,
+        snapshot.stationarity,
+    )
 
 
 @quiet

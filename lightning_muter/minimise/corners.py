@@ -1,11 +1,12 @@
-"""How stationary the head of a linear model is in L-infinity with nothing smoothed: maximisers sit at corners of the box.
+"""How stationary a head is in L-infinity with nothing smoothed: maximisers sit at corners of the box.
 
 Where corners are tied (a loss within a ten-thousandth of the mean loss), every mixture of them gives a subgradient; the one nearest
 to 0 counts:
 
     min over beta in [0, 1] of | G + sum_ij beta_ij (grad l_i(corner with j flipped) - grad l_i(corner)) | / sum_i |grad l_i|
 
-Coordinates flip independently of one another, which is right to first order in the flips.
+Coordinates flip independently of one another, which is right to first order in the flips. Of a network the corners are those that its
+smoothed maximisers lead to; maxima elsewhere are not looked at again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from lightning_muter.curvature.objective.head import RobustObjective
 #: Of the mean loss: losses that close are tied. Numbers of the flips that are looked at, the closest first; steps of the search for
 #: their weights.
 TIED, NUMBERS, STEPS = 1e-4, 4_000_000, 200
+#: Per row of a network, each a forward pass.
+FLIPS = 4
 
 
 @dataclass
@@ -35,13 +38,13 @@ class _Part:
 
 
 def least_subgradient(objective: RobustObjective, theta: Tensor, delta: Tensor) -> float | None:
-    """|grad F| / sum |grad phi_i| of the unsmoothed objective at theta; None but for linear models whose maximisers jump.
+    """|grad F| / sum |grad phi_i| of the unsmoothed objective at theta; None where maximisers do not jump.
 
     Args:
         delta: the smoothed maximisers at theta (n, D), which are followed to their corners.
     """
     problem, threat = objective.problem, objective.threat
-    if not (problem.backbone.affine and threat.jumps):
+    if not threat.jumps:
         return None
     parts, done, total, count = [], 0, 0.0, 0.0
     for batch in objective.source.batches(objective.own):
@@ -64,7 +67,7 @@ def _part(objective: RobustObjective, theta: Tensor, x: Tensor, y: Tensor, delta
     problem, threat = objective.problem, objective.threat
 
     def at(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        phi = problem.backbone(x)
+        phi = problem.backbone(x).detach()
         terms = problem.terms(problem.logits(theta, phi), y, weight, curvature=False)
         return terms.loss, terms.r, problem.augment(phi)
 
@@ -73,7 +76,8 @@ def _part(objective: RobustObjective, theta: Tensor, x: Tensor, y: Tensor, delta
     low, high = threat.bounds(x)
     # what a flip would cost to first order: those of little slope alone are looked at
     cost = slope.abs() * (high - low) * weight[:, None]
-    order = cost.flatten().argsort()[: max(1, NUMBERS // x.shape[1])]
+    most = NUMBERS // x.shape[1] if problem.backbone.affine else min(NUMBERS // x.shape[1], FLIPS * len(x))
+    order = cost.flatten().argsort()[: max(1, most)]
     i, j = order // x.shape[1], order % x.shape[1]
     other = delta[i].clone()
     k = torch.arange(len(i), device=i.device)

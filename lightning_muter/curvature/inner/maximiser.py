@@ -212,7 +212,8 @@ class InnerSolver:
         return one.short(delta, 0 if alone else 3 if one.problem.backbone.affine else 4)
 
     def _starts(self, one: _Inner) -> list[Tensor]:
-        """0, and the ball's furthest points towards the most likely other classes (a single logit: both ways)."""
+        """0, and the ball's furthest points towards the most likely other classes (a single logit: both ways), then, for want of
+        classes, in directions that are the same for every sample."""
         problem, x = one.problem, one.x
         zero = torch.zeros_like(x)
         if not self.starts or problem.n_logits == 2:
@@ -230,8 +231,16 @@ class InnerSolver:
             order = likely.argsort(1, descending=True)[:, : min(self.starts, problem.n_logits - 1)]
             directions = [weight[k] - own for k in order.unbind(1)]
         covectors = torch.stack(directions, 1)
-        towards = problem.backbone.pullback(x, covectors).to(x)
-        return [zero, *(one.threat.linear_maximiser(g, x) for g in towards.unbind(1))]
+        towards = list(problem.backbone.pullback(x, covectors).to(x).unbind(1))
+        if problem.backbone.piecewise_linear and not problem.backbone.affine and one.threat.jumps:  # many corners, many kinks
+            towards += [g.expand_as(x) for g in _directions(self.starts - len(towards), x)]
+        return [zero, *(one.threat.linear_maximiser(g, x) for g in towards)]
+
+
+def _directions(count: int, x: Tensor) -> Tensor:
+    """Random directions (count, D), the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(max(count, 0), x.shape[1], generator=generator, dtype=torch.float64).to(x)
 
 
 @dataclass
