@@ -16,8 +16,9 @@ from torch.utils.data import Dataset, TensorDataset
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.curvature.response.choose import Unconstrained
 from lightning_muter.errors import ArgumentError, MismatchError, MuterError, RequestError, SolveError, UnsuitableError
+from lightning_muter.snapshot.refreshing import refresh
 from lightning_muter.snapshot.snapshot import Snapshot
-from lightning_muter.snapshot.take import refresh, take_snapshot
+from lightning_muter.snapshot.take import take_snapshot
 from lightning_muter.solvers.cg import CG
 from lightning_muter.solvers.dense import Schur
 from lightning_muter.solvers.neumann import Neumann

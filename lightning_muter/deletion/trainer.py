@@ -47,9 +47,10 @@ from lightning_muter.preflight.check import check
 from lightning_muter.scope.head_methods import Method
 from lightning_muter.scope.wide_taking import take_wide_snapshot
 from lightning_muter.snapshot.part import snapshot_of_rows
+from lightning_muter.snapshot.refreshing import refresh
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot
 from lightning_muter.snapshot.summary import decay_text
-from lightning_muter.snapshot.take import refresh, take_snapshot
+from lightning_muter.snapshot.take import take_snapshot
 from lightning_muter.solvers.base import Solver
 from lightning_muter.unlearning.unlearn import unlearn
 

@@ -52,7 +52,9 @@ def stationarity_text(snapshot: Any) -> str:
     """How stationary the weights are, also with the switches of an L-infinity adversary smoothed."""
     told = snapshot.figures.get("stationarity_unsmoothed") is not None
     smooth = snapshot.figures.get("stationarity_smoothed")
-    beside = f"; {smooth:.1e} with the switches of the L-infinity adversary smoothed" if told and smooth is not None else ""
+    beside = (
+        f"; {smooth:.1e} with the switches of the L-infinity adversary smoothed" if told and smooth is not None else ""
+    )
     return f"{snapshot.stationarity:.1e}{beside}"
 
 

@@ -30,10 +30,11 @@ from lightning_muter.model.losses import Loss
 from lightning_muter.model.modes import full_precision
 from lightning_muter.scope.head_methods import Method, MUter, Request, Step
 from lightning_muter.scope.network import unlearn_stored
+from lightning_muter.snapshot.progress import bar
 from lightning_muter.snapshot.ranks import ranks_agree
+from lightning_muter.snapshot.remarks import outside_head
 from lightning_muter.snapshot.reread import read_stored
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot
-from lightning_muter.snapshot.take import bar, outside_head
 from lightning_muter.solvers.base import Solver
 from lightning_muter.solvers.choose import as_solver
 from lightning_muter.unlearning.commit import adopter, commit

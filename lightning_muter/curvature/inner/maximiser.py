@@ -232,7 +232,9 @@ class InnerSolver:
             directions = [weight[k] - own for k in order.unbind(1)]
         covectors = torch.stack(directions, 1)
         towards = list(problem.backbone.pullback(x, covectors).to(x).unbind(1))
-        if problem.backbone.piecewise_linear and not problem.backbone.affine and one.threat.jumps:  # many corners, many kinks
+        if (
+            problem.backbone.piecewise_linear and not problem.backbone.affine and one.threat.jumps
+        ):  # many corners, many kinks
             towards += [g.expand_as(x) for g in _directions(self.starts - len(towards), x)]
         return [zero, *(one.threat.linear_maximiser(g, x) for g in towards)]
 

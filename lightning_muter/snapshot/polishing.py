@@ -1,0 +1,104 @@
+"""Minimising the robust objective of a head before its statistics are taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_muter.curvature.objective.sharded import ShardedObjective
+from lightning_muter.curvature.response.choose import Response, as_response
+from lightning_muter.minimise.best import Best, best_head
+from lightning_muter.minimise.budget import FORWARD, Budget
+from lightning_muter.minimise.train_on import TrainedOn, affordable, cost_of_sums, train_on
+from lightning_muter.snapshot.polished import polish_figures
+from lightning_muter.snapshot.progress import bar
+
+#: What knows adversarial examples of the training (`adversarial.examples`).
+Examples = Callable[[Tensor], tuple[Tensor, Tensor]]
+#: Share of the samples whose adversarial examples may be unknown (they start from 0), for these to be used at all.
+_UNKNOWN = 0.1
+#: Stationarity that polish aims at, by the dtype of the backbone.
+AIM = {torch.float64: 1e-6, torch.float32: 1e-4}
+
+
+@dataclass(frozen=True)
+class Polish:
+    """How a head is polished.
+
+    Attributes:
+        limit: "auto", or the passes; 0: the head stays.       aim: stationarity.       budget: in gradients per sample.
+        given: the response was; else one may be chosen that the budget can pay.       anchored: the smoothing stays.
+    """
+
+    limit: str | int
+    aim: float
+    budget: Budget
+    examples: Examples | None = None
+    given: bool = False
+    anchored: bool = False
+    sharpen: bool = True
+    progress: bool = True
+
+    def run(self, objective: ShardedObjective, theta: Tensor, response: Response) -> Polished:
+        """The best head that was found from ``theta`` on; the model itself is not changed."""
+        if self.limit == 0:
+            return Polished(theta, response, self.aim)
+        source, problem = objective.source, objective.problem
+        affine = problem.backbone
+        metric = (
+            response if response.norm is not None else as_response("auto", objective.threat).resolved(affine, source.n)
+        )
+        if not self.given:
+            response = affordable(response, objective, self.budget)
+        self.budget.spend(cost_of_sums(objective, response) + 2 * FORWARD)  # what comes after, with the accuracies
+        with bar(objective, "polish", self.progress, self.budget) as told:
+            done = train_on(
+                objective,
+                theta,
+                metric,
+                tolerance=self.aim,
+                limit=self.limit,
+                anchored=self.anchored,
+                budget=self.budget,
+                first=None if self.examples is None else known_examples(objective, self.examples),
+                on_step=told.step,
+                on_pass=told.gap,
+                sharpen=self.sharpen,
+            )
+        best = best_head(objective, theta, done, constants=self.limit == "auto", anchored=self.anchored)
+        # cutting sets aim at the objective, not at the gradient
+        aim = max(self.aim, AIM[torch.float32]) if done.as_found else self.aim
+        return Polished(problem.rounded(best.theta), response, aim, done, best)
+
+
+@dataclass(frozen=True)
+class Polished:
+    """A head, the response its statistics are for, the stationarity that can be asked of it, and how it came about."""
+
+    theta: Tensor
+    response: Response
+    aim: float
+    done: TrainedOn | None = None
+    best: Best | None = None
+
+    def figures(self, objective: ShardedObjective, loss: Any, before: Tensor) -> dict[str, Any]:
+        if self.done is None or self.best is None:
+            return {}
+        return polish_figures(objective, objective.problem, loss, before, self.theta, self.done, self.best)
+
+
+def known_examples(objective: ShardedObjective, examples: Examples) -> Tensor | None:
+    """Adversarial examples (n, D) of this process's samples, if nearly all are known in every process."""
+    found, known = [], 0
+    for batch in objective.source.batches(objective.own):
+        delta, there = examples(batch.x)
+        found.append(delta)
+        known += int(there.sum())
+    missing = torch.tensor([1.0 - known / max(len(objective.own), 1)])
+    if not found or float(objective.largest(missing.to(objective.problem.device))) > _UNKNOWN:
+        return None
+    return torch.cat(found)
