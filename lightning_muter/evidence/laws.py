@@ -66,7 +66,7 @@ def _epsilon(one: Floats, other: Floats, delta: float) -> float:
         for miss, false in ((fnr[inner], fpr[inner]), (fpr[inner], fnr[inner])):
             power = np.maximum(1 - delta - false, 1e-300) / miss
             best = max(best, float(np.log(power).max(initial=0.0)))
-    return best
+    return best if best > 1e-12 else 0.0  # of equal rates: rounding
 
 
 def empirical_epsilon(
