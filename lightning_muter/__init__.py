@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_muter.adversarial.adversary import LossAttack
+    from lightning_muter.adversarial.climb import LossAttack
     from lightning_muter.adversarial.threat_model import ThreatModel
     from lightning_muter.adversarial.training import AdversarialTraining, AdversarialTrainingMixin
     from lightning_muter.callback import MUterCallback
@@ -55,7 +55,7 @@ __all__ = [  # noqa: RUF022 - in the order of the flow
 # Public name -> module that defines it; the same names as above, in the same order.
 _HOME = {
     "ThreatModel": "adversarial.threat_model",
-    "LossAttack": "adversarial.adversary",
+    "LossAttack": "adversarial.climb",
     "AdversarialTrainingMixin": "adversarial.training",
     "AdversarialTraining": "adversarial.training",
     "MUterCallback": "callback",

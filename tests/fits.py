@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_muter import AdversarialTraining, ThreatModel
-from lightning_muter.adversarial.adversary import LossAttack
+from lightning_muter.adversarial.climb import LossAttack
 
 
 @functools.cache

@@ -415,6 +415,16 @@ ACCEPTED: dict[str, Form] = {
     ),
     "temperature": Form(lambda m, b: F.cross_entropy(m(b[0]) / 0.5, b[1])),
     "ReLU on the logits": Form(lambda m, b: F.cross_entropy(F.relu(m(b[0])), b[1]), convex=False),
+    "L2 of the head's weight": Form(lambda m, b: _ce(m, b) + 0.05 * m.head.weight.pow(2).sum()),
+    "half the square of every parameter's norm": Form(
+        lambda m, b: _ce(m, b) + 0.5 * 0.02 * sum(p.norm() ** 2 for p in m.parameters())
+    ),
+    "L2 of weight and bias by two numbers, MSE": Form(
+        lambda m, b: (
+            F.mse_loss(m(b[0]), b[1]) + 0.01 * (m.head.weight * m.head.weight).sum() + 0.03 * (m.head.bias**2).sum()
+        ),
+        with_("x", "r"),
+    ),
     "penalty on the logits": Form(lambda m, b: _penalty(m, b)),
     "focal": Form(_focal, convex=False),
     "MSE, several": Form(lambda m, b: F.mse_loss(m(b[0]), b[1]), with_("x", "r")),
@@ -714,6 +724,13 @@ REFUSED: dict[str, Form] = {
         _distilled, made=lambda m: setattr(m, "teacher", nn.Linear(D, K)), refused="more than the head's output"
     ),
     "L1 of the head": Form(_l1, refused="own parameters"),
+    "the norm of the head, not squared": Form(
+        lambda m, b: _ce(m, b) + 0.01 * m.head.weight.norm(), refused="own parameters"
+    ),
+    "L1 and L2 of the head": Form(lambda m, b: _l1(m, b) + 0.01 * m.head.weight.pow(2).sum(), refused="own parameters"),
+    "L2 divided by the rows": Form(
+        lambda m, b: _ce(m, b) + m.head.weight.pow(2).sum() / len(b[0]), refused="own parameters"
+    ),
     "an auxiliary head": Form(
         _two_heads, made=lambda m: setattr(m, "auxiliary", nn.Linear(D, K)), refused="called|more than"
     ),

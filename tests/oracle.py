@@ -148,7 +148,15 @@ def at_the_worst(
     tied = values >= values.max(0).values - TIED * abs(base) / len(x)
     columns = [(i, slopes[s, i]) for s, i in tied.nonzero().tolist()]
     theta = torch.cat([p.detach().flatten() for p in own.head.parameters()]).double()
-    return _smallest(torch.stack([g for _, g in columns]), torch.tensor([i for i, _ in columns]), decay * theta), scale
+    rest = decay * theta + _beside_the_rows(own, at, x + found[0])
+    return _smallest(torch.stack([g for _, g in columns]), torch.tensor([i for i, _ in columns]), rest), scale
+
+
+def _beside_the_rows(own: OwnStep, at: int, x: Tensor) -> Tensor:
+    """The gradient in the head that reaches it on another way than by its output: of a penalty in the step."""
+    own.head.requires_grad_(True)
+    slopes = torch.autograd.grad(own(at, x)[0], list(own.head.parameters()))
+    return torch.cat([s.flatten() for s in slopes]).double() - _by_row(own, at, x).sum(0)
 
 
 def _smallest(slopes: Tensor, rows: Tensor, rest: Tensor) -> float:

@@ -10,7 +10,8 @@ import torchattacks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_muter.adversarial.adversary import Adversary, LossAttack, divergence
+from lightning_muter.adversarial.adversary import Adversary, divergence
+from lightning_muter.adversarial.climb import LossAttack
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.errors import ArgumentError, UnsuitableError
 from lightning_muter.model.losses import per_sample

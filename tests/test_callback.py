@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from lightning_muter import AdversarialTraining, AdversarialTrainingMixin, MUterCallback, Snapshot, ThreatModel
-from lightning_muter.adversarial.adversary import LossAttack
+from lightning_muter.adversarial.climb import LossAttack
 from lightning_muter.errors import MismatchError, RequestError, UnsuitableError
 from tests.faults import listing
 from tests.fits import Plain, cancer, l2_attack, loader_of, short_trainer, table

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lightning_muter import AdversarialTraining, MUterCallback, Snapshot, ThreatModel, unlearn
-from lightning_muter.adversarial.adversary import LossAttack
+from lightning_muter.adversarial.climb import LossAttack
 from lightning_muter.cli import main
 from lightning_muter.curvature.response.choose import L2Response, NoResponse, Response
 from lightning_muter.errors import ArgumentError, CorruptFileError, UnsuitableError

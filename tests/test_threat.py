@@ -10,7 +10,7 @@ import torch
 import torchattacks
 from torch import Tensor, nn
 
-from lightning_muter.adversarial.adversary import LossAttack
+from lightning_muter.adversarial.climb import LossAttack
 from lightning_muter.adversarial.from_torchattacks import attack_note, read_climb
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.errors import ArgumentError

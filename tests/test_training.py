@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_muter.adversarial.adversary import Adversary, LossAttack, divergence
+from lightning_muter.adversarial.adversary import Adversary, divergence
+from lightning_muter.adversarial.climb import LossAttack
 from lightning_muter.adversarial.steps import STATE, STEPS
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.adversarial.training import AdversarialTraining, AdversarialTrainingMixin, adversary_of

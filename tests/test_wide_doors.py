@@ -24,7 +24,7 @@ from lightning_muter import (
     unlearn,
     unlearn_wide,
 )
-from lightning_muter.adversarial.adversary import LossAttack
+from lightning_muter.adversarial.climb import LossAttack
 from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError, RequestError, UnsuitableError
 from lightning_muter.snapshot.snapshot import KIND
 from lightning_muter.solvers.cg import CG

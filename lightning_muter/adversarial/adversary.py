@@ -7,133 +7,23 @@ tabular data in L2 it gives no attack or a wrong one: there ``LossAttack`` climb
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_muter.adversarial.climb import LossAttack, attack_scope, check_box, no_gradient
 from lightning_muter.adversarial.from_torchattacks import attack_note, build_attack, is_tpgd, read_climb
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.errors import ArgumentError, UnsuitableError
 from lightning_muter.model.batches import split_batch
-from lightning_muter.model.head import eval_mode
 from lightning_muter.model.losses import Loss, is_cross_entropy, one_logit, per_sample, resolve_loss
 from lightning_muter.model.normalization import Normalization
 from lightning_muter.model.read_step import read_batch
 from lightning_muter.model.reading import Reading
 from lightning_muter.model.replay import SkippedBatchError, has_step
-
-
-class LossAttack:
-    """Projected gradient ascent on the true loss, for any input rank, dtype and device.
-
-        delta_{t+1} = Proj_B(x) ( delta_t + alpha d_t ),   d_t = sign(g_t) (linf), g_t / ||g_t|| (l2), Ball.direction(g_t)
-
-    with g_t the gradient of the loss at x + delta_t. The best iterate of each sample is returned, x itself being one of
-    them: the loss never falls.
-
-    Args:
-        threat: the set B(x).
-        loss: ``callable(logits, y, reduction="none")`` or a ``torch.nn`` loss; default cross-entropy.
-        alpha: step size; default 2.5 eps / steps.
-        steps: number of steps.
-        random_start: start at a random point of the ball (global random generator) where the loss is higher there,
-            else at x.
-
-    >>> from torch import nn
-    >>> w = torch.tensor([[1.0, -2.0]])
-    >>> attack = LossAttack(ThreatModel("linf", 0.1, None), nn.MSELoss(), random_start=False)
-    >>> attack(lambda x: x @ w.T, torch.zeros(1, 2), torch.tensor([-1.0]))
-    tensor([[ 0.1000, -0.1000]])
-    """
-
-    def __init__(
-        self,
-        threat: ThreatModel,
-        loss: Loss | None = None,
-        alpha: float | None = None,
-        steps: int = 10,
-        random_start: bool = True,
-    ) -> None:
-        if not (isinstance(steps, int) and steps >= 1):
-            raise ArgumentError("steps", steps, "a whole number, 1 or more")
-        if alpha is not None and not alpha > 0:
-            raise ArgumentError("alpha", alpha, "a number above 0, or None for 2.5 eps / steps")
-        self.threat, self.steps, self.random_start = threat, steps, random_start
-        self.loss = None if loss is None else resolve_loss(loss)
-        self.alpha = 2.5 * threat.eps / steps if alpha is None else float(alpha)
-
-    def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-        """The adversarial inputs for ``x`` with labels ``y``; the modes of ``model`` are the caller's."""
-        loss = resolve_loss(self.loss)
-        return self.maximise(model, x, lambda logits: per_sample(loss, logits, y))
-
-    def maximise(self, model: Callable[[Tensor], Tensor], x: Tensor, objective: Callable[[Tensor], Tensor]) -> Tensor:
-        """Climb ``objective(model(x + delta)) -> (n,)``, summed over independent samples."""
-        check_box(x, self.threat)
-        if x.numel() == 0 or self.threat.eps == 0:
-            return x.detach().clone()
-        # half precision would lose small steps: keep the perturbation in float32 at least
-        flat = x.detach().flatten(1).to(torch.promote_types(x.dtype, torch.float32))
-        best = delta = torch.zeros_like(flat)
-        best_value = torch.full((len(x),), -torch.inf, dtype=flat.dtype, device=x.device)
-        if self.random_start:
-            # from a start below the clean loss, a small step size might never climb back
-            start = self.threat.project(self.threat.ball.sample(flat, self.threat.eps), flat)
-            best_value, _ = _value_and_gradient(model, x, flat, delta, objective, gradient=False)
-            value, _ = _value_and_gradient(model, x, flat, start, objective, gradient=False)
-            delta = torch.where((value > best_value)[:, None], start, delta)
-        for step in range(self.steps + 1):
-            value, gradient = _value_and_gradient(model, x, flat, delta, objective, gradient=step < self.steps)
-            better = value > best_value
-            best = torch.where(better[:, None], delta, best)
-            best_value = torch.where(better, value, best_value)
-            if gradient is not None:
-                delta = self.threat.project(delta + self.alpha * self.threat.ball.direction(gradient), flat)
-        found = flat + best
-        if self.threat.box is not None:  # x + (hi - x) may round to just above hi
-            found = found.clamp(*self.threat.box)
-        return found.to(x.dtype).reshape(x.shape)
-
-
-def _value_and_gradient(
-    model: Callable[[Tensor], Tensor],
-    x: Tensor,
-    flat: Tensor,
-    delta: Tensor,
-    objective: Callable[[Tensor], Tensor],
-    *,
-    gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Objective per sample and, where asked, its gradient in delta; parameters' ``.grad`` is never touched."""
-    with torch.set_grad_enabled(gradient):
-        at = delta.detach().clone().requires_grad_(gradient)
-        value = objective(model((flat + at).to(x.dtype).reshape(x.shape)))
-        slope = torch.autograd.grad(value.sum(), at)[0] if gradient else None
-    return value.detach().to(flat.dtype), slope
-
-
-def check_box(x: Tensor, threat: ThreatModel) -> None:
-    """Inputs must lie in the box, or an attack would move them there in silence.
-
-    Raises:
-        ArgumentError: some input lies outside.
-    """
-    if threat.box is None or x.numel() == 0:
-        return
-    lo, hi = (float(v) for v in x.detach().aminmax())
-    slack = 1e-6 + 4 * torch.finfo(x.dtype).eps * max(abs(threat.box[0]), abs(threat.box[1]))
-    if lo < threat.box[0] - slack or hi > threat.box[1] + slack:
-        raise ArgumentError(
-            "inputs",
-            (lo, hi),
-            f"values in the box {threat.box}",
-            "Inputs that were normalised: pass normalization=(mean, std), or put it inside the model. Data without bounds (tables): "
-            f"threat_model=ThreatModel({threat.norm!r}, {threat.eps:g}, box=None).",
-        )
 
 
 class Adversary:
@@ -181,7 +71,7 @@ class Adversary:
         own_climb = isinstance(attack, (LossAttack, ThreatModel)) or attack is None
         if loss is None and isinstance(attack, LossAttack):
             loss = attack.loss
-        self.loss = resolve_loss(loss, module)
+        self.loss = loss_at_hand(loss, module)
         self.trades_beta, self.inputs, self.label = trades_beta, inputs, label
         self.normalization = Normalization.of(normalization)
         self.reading: Reading | None = None
@@ -241,8 +131,18 @@ class Adversary:
                     f"read; define it. {error}"
                 ) from error
             self.unread = str(error)
+            self._fall_back(batch)
         else:
             self.adopt(reading)
+
+    def _fall_back(self, batch: Any) -> None:
+        """To cross-entropy, where the module's ``criterion`` gives no loss of a row."""
+        try:
+            x, y, _ = self.split(batch)
+            with torch.no_grad(), attack_scope(self.model):
+                per_sample(self.loss, self.logits(x), y)
+        except Exception:  # of somebody's criterion
+            self.loss = self._own.loss = F.cross_entropy
 
     def adopt(self, reading: Reading) -> None:
         """Raise the loss that was read from now on."""
@@ -279,6 +179,8 @@ class Adversary:
                 self.attack.set_device(x.device)
             try:
                 out: Tensor = self.attack(x, y)
+            except RuntimeError as error:
+                raise no_gradient(error) from error
             except IndexError as error:  # of the library: classes or dimensions that the data have not
                 name, hint = type(self.attack).__name__, ""
                 if name == "AutoAttack":
@@ -325,6 +227,16 @@ class Adversary:
         return out
 
 
+def loss_at_hand(loss: Loss | None, module: nn.Module) -> Loss:
+    """What is given, or the module's ``criterion``; one that gives no loss of a row matters not where a step is to be read."""
+    try:
+        return resolve_loss(loss, module)
+    except ArgumentError:
+        if loss is not None or not has_step(module):
+            raise
+        return F.cross_entropy
+
+
 def _has_forward(module: nn.Module) -> bool:
     """Whether forward is the user's own."""
     return type(module).forward.__module__.split(".")[0] not in ("torch", "lightning", "pytorch_lightning")
@@ -337,27 +249,6 @@ def divergence(clean: Tensor, adversarial: Tensor) -> Tensor:
         clean, adversarial = torch.stack([-p / 2, p / 2], 1), torch.stack([-q / 2, q / 2], 1)
     p, q = clean.log_softmax(1), adversarial.log_softmax(1)
     return F.kl_div(q, p, log_target=True, reduction="none").sum(1)
-
-
-@contextmanager
-def attack_scope(module: nn.Module) -> Iterator[None]:
-    """Where an attack may run: gradients on, eval mode, no trace left behind.
-
-    Lightning validates under ``inference_mode`` or ``no_grad``; torchattacks flips the mode of the whole model; some
-    attacks call ``backward``; autocast of older torch reuses weights cast under ``inference_mode``.
-    """
-    grads = [(p, p.grad) for p in module.parameters()]
-    cached = torch.is_autocast_cache_enabled()
-    try:
-        for p, _ in grads:
-            p.grad = None
-        torch.set_autocast_cache_enabled(False)
-        with torch.inference_mode(False), torch.enable_grad(), eval_mode(module):
-            yield
-    finally:
-        torch.set_autocast_cache_enabled(cached)
-        for p, grad in grads:
-            p.grad = grad
 
 
 def _agree(attack: Any, threat: ThreatModel | None) -> ThreatModel:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_muter.adversarial.adversary import Adversary, divergence
 from lightning_muter.adversarial.examples import LastExamples
-from lightning_muter.errors import UnsuitableError
+from lightning_muter.errors import ArgumentError, UnsuitableError
 from lightning_muter.model.loss_identity import loss_identity
 from lightning_muter.model.losses import accuracy, mean_loss
 from lightning_muter.model.replay import replaying
@@ -72,8 +72,16 @@ class AdversarialSteps:
     ) -> Any:
         batch, put = _batch(step, args, kwargs)
         adversary.read(module, batch)
-        x, y, rebuild = adversary.split(batch)
-        found = adversary(x, y)
+        try:
+            x, y, rebuild = adversary.split(batch)
+            found = adversary(x, y)
+        except (ArgumentError, UnsuitableError) as error:
+            if adversary.unread is None:
+                raise
+            raise UnsuitableError(
+                f"The attack does not know what to raise. The step's own loss cannot be read: {adversary.unread} In its place, "
+                f"{loss_identity(adversary.loss)} of forward's output cannot be raised either: {error}"
+            ) from error
         if self.examples is not None:
             self.examples.add(x, found)
         if not self.told:
@@ -106,6 +114,8 @@ def _measure(adversary: Adversary, module: pl.LightningModule, stage: str, batch
     """Log clean and robust accuracy (for a regression: losses), exact over the epoch, on one or more processes."""
     trainer = module._trainer
     if trainer is None or trainer.barebones:
+        return
+    if trainer.sanity_checking and adversary.asks:  # the step's loss is read with the first batch of training
         return
     x, y, _ = adversary.split(batch)
     found = adversary(x, y)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning.pytorch as pl
 from torch import nn
 
-from lightning_muter.adversarial.adversary import Adversary, LossAttack
+from lightning_muter.adversarial.adversary import Adversary
+from lightning_muter.adversarial.climb import LossAttack
 from lightning_muter.adversarial.examples import LastExamples
 from lightning_muter.adversarial.steps import (
     MARK,

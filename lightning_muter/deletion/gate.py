@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_muter.adversarial.adversary import LossAttack, attack_scope
+from lightning_muter.adversarial.adversary import loss_at_hand
+from lightning_muter.adversarial.climb import LossAttack, attack_scope
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.errors import ArgumentError, MuterError, RequestError
 from lightning_muter.evidence.roc import clopper_pearson
 from lightning_muter.model.batches import split_batch
-from lightning_muter.model.losses import Loss, accuracy, one_logit, resolve_loss
+from lightning_muter.model.losses import Loss, accuracy, one_logit
 from lightning_muter.snapshot.snapshot import Snapshot, Stored
 from lightning_muter.unlearning.result import UnlearnResult
 from lightning_muter.unlearning.unlearn import unlearn
@@ -97,7 +98,7 @@ class Gate:
         """
         figures: dict[str, Any] = {}
         reasons: list[str] = []
-        loss = resolve_loss(loss, after)
+        loss = loss_at_hand(loss, after)
         old_right, new_right = (_right(m, test, snapshot.threat_model, loss, self.steps) for m in (before, after))
         limits = {"clean": (self.clean_drop, self.clean_least), "robust": (self.robust_drop, self.robust_least)}
         for kind, (allowed, least) in limits.items():

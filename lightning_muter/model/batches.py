@@ -107,6 +107,12 @@ def _only(batch: Mapping[Any, Any], keys: tuple[str, ...], argument: str) -> Any
 
 
 def _hint(*values: Any) -> str:
+    nested = [v for v in values if isinstance(v, (Mapping, tuple, list))]
+    if any(isinstance(leaf, Tensor) and leaf.is_floating_point() for v in nested for leaf in flatten(v)[1]):
+        return (
+            "The floating tensors lie inside another list or dict: one tensor is perturbed; put the columns into one, or name it "
+            "with inputs= and label= (callable(batch) -> tensor)."
+        )
     if any(isinstance(v, Tensor) and not v.is_floating_point() for v in values):
         return "Integer inputs cannot be perturbed: convert them to floats (x / 255) in the dataset."
     return ""

@@ -18,7 +18,9 @@ from lightning_muter.model.leaves import flatten, rows
 from lightning_muter.model.loss_identity import loss_identity
 from lightning_muter.model.losses import Loss, reduced, resolve_loss
 from lightning_muter.model.normalization import Normalization
-from lightning_muter.model.reader import WAY_OUT, Reader, objective_at
+from lightning_muter.model.own_step import WAY_OUT
+from lightning_muter.model.proof import objective_at
+from lightning_muter.model.reader import Reader
 from lightning_muter.model.reading import Layout, Reading, algebra
 from lightning_muter.model.replay import has_step, prepared, run_step
 from lightning_muter.model.rowwise import Probe, denominator, points, shares
@@ -119,6 +121,7 @@ def _read_batch(
         given.notes.append(f"loss= is taken at its word: training_step itself could not be read ({str(error)[:300]})")
         return given
     _must_agree(given, own, batch)
+    given.penalty = own.penalty
     return own if given.identity == own.identity else given
 
 

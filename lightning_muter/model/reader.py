@@ -6,46 +6,28 @@ The function is a module's training step (`read_step`) or a given loss on the mo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_muter.errors import UnsuitableError
-from lightning_muter.model.head import Head, HeadCall, record_calls, unsuitable_head
+from lightning_muter.model.head import Head, HeadCall, unsuitable_head
 from lightning_muter.model.known_losses import Known, recognise
-from lightning_muter.model.leaves import flatten, rows
+from lightning_muter.model.leaves import rows
 from lightning_muter.model.loss_identity import loss_identity
-from lightning_muter.model.losses import Loss, per_sample
+from lightning_muter.model.losses import Loss
 from lightning_muter.model.own_attack import read_own_attack, takes_the_last
+from lightning_muter.model.own_step import WAY_OUT, OwnStep, Run, Seen
+from lightning_muter.model.penalty import read_penalty, without
 from lightning_muter.model.plain_mean import plain_mean_of
+from lightning_muter.model.proof import look_at_features, verify
 from lightning_muter.model.reading import Layout, Reading, algebra
 from lightning_muter.model.replay import undone
 from lightning_muter.model.row_loss import RowLoss
 from lightning_muter.model.rowwise import BatchLoss, Probe, convex, denominator, points, shares
 from lightning_muter.model.traced import refuse, storages, trace
-
-#: Relative difference between what was read and the function itself, by the precision of the module.
-_EQUAL = {torch.float64: 1e-9, torch.float32: 1e-5}
-_FEW = (6, 4)
-WAY_OUT = (
-    "Nothing was changed. Pass loss=callable(logits, y, reduction='none') to say what the head is to be trained on and "
-    "unlearned in."
-)
-
-Run = Callable[[Any], Tensor]
-
-
-@dataclass
-class _Seen:
-    """One run of a step: its loss, its calls of linear layers in order, the leaves it was run with."""
-
-    loss: Tensor
-    calls: list[HeadCall]
-    leaves: list[Any]
 
 
 class Reader:
@@ -63,16 +45,16 @@ class Reader:
         fixed: bool = False,
     ) -> None:
         self.module, self.run, self.inputs, self.what, self.fixed = module, run, inputs, what, fixed
-        self.names, self.leaves, self.rebuild = flatten(batch)
-        self.dtype = next(module.parameters()).dtype
+        self.own = OwnStep(module, batch, run, what)
+        self.names, self.leaves, self.rebuild = self.own.names, self.own.leaves, self.own.rebuild
         first = next((v for v in self.leaves if isinstance(v, Tensor)), None)
         if first is None:
             raise UnsuitableError(f"The batch holds no tensors (leaves {self.names}): nothing in it can be perturbed.")
-        self.algebra = algebra(first.device)
+        self.dtype, self.algebra = self.own.dtype, algebra(first.device)
 
     def read(self, rows_per_step: int | None) -> Reading:
         with undone(self.module):
-            seen = self._see()
+            seen = self.own.see()
             try:
                 call = self._head_call(seen)
             except RuntimeError as error:  # an in-place operation that autograd cannot undo, ...
@@ -81,31 +63,7 @@ class Reader:
                 ) from error
             return self._read_head(call, seen, rows_per_step)
 
-    # -- what runs ---------------------------------------------------------------------------------------------------
-
-    def _see(self) -> _Seen:
-        """Run the step once, with gradients to every floating leaf."""
-        leaves = [
-            v.detach().clone().requires_grad_(True) if isinstance(v, Tensor) and v.is_floating_point() else v
-            for v in self.leaves
-        ]
-        with record_calls(self.module) as calls, _copied_outputs(self.module):
-            loss = self._ran(leaves)
-        if not bool(torch.isfinite(loss.detach())):
-            raise UnsuitableError("The loss is NaN or infinite on the first samples. Check data and weights.")
-        return _Seen(loss, calls, leaves)
-
-    def _ran(self, leaves: list[Any]) -> Tensor:
-        try:
-            return self.run(self.rebuild(_copied(leaves)))
-        except (UnsuitableError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            raise UnsuitableError(
-                f"{self.what} could not be replayed outside of training ({type(error).__name__}: {str(error)[:200]}). {WAY_OUT}"
-            ) from error
-
-    def _head_call(self, seen: _Seen) -> HeadCall:
+    def _head_call(self, seen: Seen) -> HeadCall:
         """The last linear layer called whose output the loss depends on."""
         if not seen.calls:
             raise UnsuitableError(
@@ -121,11 +79,11 @@ class Reader:
 
     # -- one head ----------------------------------------------------------------------------------------------------
 
-    def _read_head(self, call: HeadCall, seen: _Seen, rows_per_step: int | None) -> Reading:
+    def _read_head(self, call: HeadCall, seen: Seen, rows_per_step: int | None) -> Reading:
         times = sum(c.linear is call.linear for c in seen.calls)
         if times > 1 and takes_the_last(seen.loss, seen.calls, call.linear):
             reading = read_own_attack(
-                self.module, self._ran, call, times, self.names, self.leaves, self._probes(len(call.output))
+                self.module, self.own.ran, call, times, self.names, self.leaves, self.own.probes(len(call.output))
             )
             reading.run, reading.example = self.run, self.rebuild(self.leaves)
             reading.rows_per_step = rows_per_step
@@ -144,18 +102,37 @@ class Reader:
         n = len(call.output)
         at = self._input(call, seen, n)
         head = Head(call.name, call.linear)
+        note = self._read_penalty(call.linear, n, rows_per_step)
         first: UnsuitableError | None = None
         for reading in self._readings(head, call, at, n, rows_per_step):
             try:
-                self._look_at_features(reading, call, Probe(self.leaves, n), at)
-                self._verify(reading, call, seen, Probe(self.leaves, n))
+                look_at_features(self.own, reading, call, at)
+                verify(self.own, reading, call, seen.loss.dtype)
             except UnsuitableError as error:
                 first = first or error
             else:
-                self._note(reading)
+                reading.penalty = self.own.penalty
+                reading.notes += [*note, *_notes(reading)]
                 return reading
         assert first is not None
         raise first
+
+    def _read_penalty(self, linear: nn.Linear, n: int, rows_per_step: int | None) -> list[str]:
+        """Find what the step penalises by itself; what is to be said of it."""
+        step, k = self.own.with_output(linear), linear.out_features
+        few = read_penalty(self.module, step, self.own.probes(n)[:1], k)
+        if not few:
+            return []
+        rows_per_step = (
+            n if rows_per_step is None and self.fixed else rows_per_step
+        )  # what is climbed is the loss alone
+        found = self.own.penalty = read_penalty(self.module, step, self.own.of_a_step(n, rows_per_step), k)
+        if not any(abs(found.get(name, c) - c) > 1e-3 * c for name, c in few.items()) or not found:
+            return []
+        return [
+            f"{self.what} adds an L2 penalty by itself and divides it by the rows of the batch: the objective is taken for batches "
+            f"of {rows_per_step} rows. Add it undivided, or use the optimiser's weight_decay."
+        ]
 
     def _readings(self, head: Head, call: HeadCall, at: int, n: int, rows_per_step: int | None) -> Iterator[Reading]:
         """What the step may be, the quickest to be told first; none is proved yet.
@@ -179,7 +156,7 @@ class Reader:
 
     def _quick(self, head: Head, call: HeadCall, at: int, n: int, rows_per_step: int | None) -> Reading | None:
         """Where the step is the plain mean of a known loss, it is traced when its rows are first asked one by one."""
-        step, probes = self._step(head), self._probes(n)
+        step, probes = self.own.with_output(head.linear), self.own.probes(n)
         labels = [i for i, v in enumerate(self.leaves) if i != at and rows(v, n)]
         try:
             told = plain_mean_of(step, probes, labels, call.linear.out_features, self.dtype)
@@ -203,7 +180,7 @@ class Reader:
     ) -> Reading:
         batch_loss, uses = of
         n = len(call.output)
-        probes = self._probes(n)
+        probes = self.own.probes(n)
         k, device = call.linear.out_features, call.output.device
         found = [shares(batch_loss, p, k, self.algebra, device) for p in probes]
         kind = denominator(found, probes)
@@ -220,7 +197,7 @@ class Reader:
             convex=known is not None or convex(batch_loss, probes[0].rows(counts[0].nonzero()[:, 0]), k, self.algebra, device),
         )  # fmt: skip
 
-    def _input(self, call: HeadCall, seen: _Seen, n: int) -> int:
+    def _input(self, call: HeadCall, seen: Seen, n: int) -> int:
         """The leaf that reaches the head."""
         floating = [i for i, v in enumerate(seen.leaves) if isinstance(v, Tensor) and v.requires_grad and rows(v, n)]
         try:
@@ -247,8 +224,9 @@ class Reader:
         if not reach:
             raise UnsuitableError(
                 f"No floating tensor of the batch (leaves {self.names}) reaches the head {call.name!r} with a gradient: integer "
-                "inputs (tokens, bytes) and inputs that are detached or drawn in the step cannot be perturbed. Convert them to "
-                "floats in the data set."
+                "inputs (tokens, bytes) and inputs that are detached or drawn in the step cannot be perturbed. Convert integers to "
+                "floats in the data set; where the step or forward runs the backbone under torch.no_grad(), freeze it with "
+                "requires_grad_(False) instead."
             )
         raise UnsuitableError(
             f"Several tensors of the batch reach the head, {[self.names[i] for i in reach]}: which one is perturbed? Put them into "
@@ -258,14 +236,16 @@ class Reader:
     def _losses(self, head: Head, call: HeadCall, at: int, n: int) -> Iterator[tuple[BatchLoss, list[int]]]:
         """L(z, leaves) and the leaves it uses: traced; then (where the step looks at values) the step itself, replayed."""
         k, device, whole = call.linear.out_features, call.output.device, Probe(self.leaves, n)
-        step = self._step(head)
+        step = self.own.with_output(head.linear)
 
         def copies(count: int) -> tuple[Tensor, list[Any]]:
             rows = torch.tensor([0, n // 2, n - 1]).repeat(count)
             return points(len(rows), k, self.dtype, device, count), whole.rows(rows).leaves
 
         try:  # more than one copy: a selection of a single row is another operation than one of several
-            graph = trace(step, (copies(2), copies(3)), self.algebra, storages(self.module))
+            named = storages(self.module)
+            with without(self.module, self.own.penalty):  # the graph keeps what it meets
+                graph = trace(step, (copies(2), copies(3)), self.algebra, named)
         except UnsuitableError:
             raise
         except Exception:
@@ -274,15 +254,6 @@ class Reader:
             refuse(graph, call.name, at)
             yield graph, graph.uses
         yield _Replayed(step, self.dtype), [i for i, v in enumerate(self.leaves) if i != at and rows(v, n)]
-
-    def _step(self, head: Head) -> Callable[..., Tensor]:
-        """The step as a function of the head's output and the leaves of a batch."""
-
-        def step(z: Tensor, *leaves: Any) -> Tensor:
-            with _answering(head.linear, z):
-                return self.run(self.rebuild(_copied(leaves)))
-
-        return step
 
     def _same_for_all(
         self, known: Known | None, batch_loss: BatchLoss, probes: list[Probe], kind: str, counts: list[Tensor]
@@ -302,116 +273,26 @@ class Reader:
         mean, near = float(values.mean()), round(float(values.mean()), 5)
         return near if abs(mean - near) < 1e-6 else mean
 
-    def _probes(self, n: int) -> list[Probe]:
-        whole = Probe(self.leaves, n)
-        few = max(2, min(_FEW[0], n))
-        first = torch.arange(few) % n
-        second = torch.arange(max(2, min(_FEW[1], few - 1)) if few > 2 else 3).flip(0) % n
-        second = (n - 1 - second) % n
-        return [whole.rows(first), whole.rows(second)]
 
-    # -- the way to the head ---------------------------------------------------------------------------------------------
-
-    def _look_at_features(self, reading: Reading, call: HeadCall, whole: Probe, at: int) -> None:
-        """Whether phi is a function of the input alone, and whether ``module(x)`` is it."""
-        x = self.leaves[at]
-        phi = call.inputs.detach()
-        near = 1e-6 if self.dtype == torch.float64 else 1e-2 if self.dtype in (torch.float16, torch.bfloat16) else 1e-4
-        scale = float(phi.abs().max()) + 1e-30
-
-        def differs(other: Tensor) -> bool:
-            return other.shape != phi.shape or bool(((other - phi).abs() > near * scale).any())
-
-        with torch.no_grad():
-            reading.direct = False
-            torch.manual_seed(1)
-            if differs(reading.features(x)):
-                raise UnsuitableError(
-                    "The head's input is another one at every run (noise, augmentation or dropout written into it): a "
-                    "sample that was trained on cannot be found again. Augment once, in the data set."
-                )
-            if whole.n > 1:
-                turned = torch.roll(torch.arange(whole.n), 1)
-                moved = whole.rows(turned)
-                moved.leaves[at] = x
-                reading.example = self.rebuild(moved.leaves)
-                other = reading.features(x)
-                reading.example = self.rebuild(self.leaves)
-                if differs(other):
-                    raise UnsuitableError(
-                        "The head's input depends on other entries of the batch than the input that is perturbed. Put them into one "
-                        "tensor with it."
-                    )
-            try:
-                reading.direct = True
-                reading.direct = not differs(reading.features(x))
-            except Exception:
-                reading.direct = False
-            if reading.direct and reading.known is not None:
-                reading.plain = self._is_plain(reading, x, whole)
-
-    def _is_plain(self, reading: Reading, x: Tensor, whole: Probe) -> bool:
-        """Whether cross-entropy of what forward returns is the loss that was read."""
-        if loss_identity(reading.loss) != loss_identity(torch.nn.functional.cross_entropy):
-            return False
-        out = self.module(x)
-        y = reading.labels(whole)
-        if not isinstance(out, Tensor) or out.dim() != 2 or y.is_floating_point():
-            return False
-        z = reading.logits(x)
-        if out.shape != z.shape:
-            return False
-        apart = torch.nn.functional.cross_entropy(out, y, reduction="none") - torch.nn.functional.cross_entropy(
-            z, y, reduction="none"
+def _notes(reading: Reading) -> list[str]:
+    """What is to be said of an objective that is not quite the step's, or not convex."""
+    notes = []
+    if reading.denominator == "sum":
+        notes.append(
+            "The loss sums over the batch, so that weight decay counts once per batch: the objective is taken for batches of "
+            f"{reading.rows_per_step or 'one'} rows. Use a mean over the batch."
         )
-        return bool((apart.abs() < 1e-3 * (1 + z.abs().max())).all())
-
-    # -- the proof ---------------------------------------------------------------------------------------------------
-
-    def _verify(self, reading: Reading, call: HeadCall, seen: _Seen, whole: Probe) -> None:
-        """Value and gradient in the head, of the step and of what was read, on two batches, at the weights and at moved ones."""
-        near = max(_EQUAL.get(d, 2e-2) for d in (self.dtype, seen.loss.dtype))
-        linear = call.linear
-        for probe in (whole, *self._probes(whole.n)):
-            for moved in (0.0, 0.3) if probe is not whole else (0.0, 0.3, 4.0):
-                generator = torch.Generator().manual_seed(7)
-                phi = reading.features(probe.leaves[reading.layout.input]).detach()
-                z = linear(phi).detach()
-                noise = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
-                z = (z + moved * noise).requires_grad_(True)
-                with _answering(linear, z):
-                    there = self._ran(probe.leaves)
-                (slope,) = torch.autograd.grad(there, z)
-                there = there.detach()
-                here, like = objective_at(reading, probe, z.detach().to(self.algebra))
-                # a loss that is nearly 0 is the difference of large numbers: told to their rounding, no better
-                rounding = 8 * torch.finfo(z.dtype).eps * (1 + float(z.detach().abs().max()))
-                value = abs(float(there) - float(here)) - rounding
-                gradient = float((slope.to(like) - like).abs().max()) - rounding / probe.n
-                size = float(slope.abs().max())
-                if not (value <= near * max(abs(float(there)), 1e-3) and gradient <= 10 * near * size + 1e-12):
-                    gradient = max(gradient, 0.0) / (size + 1e-30)
-                    raise UnsuitableError(
-                        f"The loss that was read off {self.what} ({reading.identity}) differs from the step itself: value "
-                        f"{float(here):.6g} instead of {float(there):.6g}, gradient off by {gradient:.1e} of its size. {WAY_OUT}"
-                    )
-
-    def _note(self, reading: Reading) -> None:
-        if reading.denominator == "sum":
-            reading.notes.append(
-                "The loss sums over the batch, so that weight decay counts once per batch: the objective is taken for batches of "
-                f"{reading.rows_per_step or 'one'} rows. Use a mean over the batch."
-            )
-        if reading.denominator == "weights":
-            reading.notes.append(
-                "The loss divides by the weights (or the kept rows) of each batch: the objective is taken for the whole data set, "
-                "sum w_i l_i / sum w_i, which batches approach as they grow. Exact: reduction='none' and a mean over the rows."
-            )
-        if not reading.convex:
-            reading.notes.append(
-                f"The loss ({reading.identity}) is not convex in the head's output: no certificate, and the minimiser that is "
-                "polished to may be one of several."
-            )
+    if reading.denominator == "weights":
+        notes.append(
+            "The loss divides by the weights (or the kept rows) of each batch: the objective is taken for the whole data set, "
+            "sum w_i l_i / sum w_i, which batches approach as they grow. Exact: reduction='none' and a mean over the rows."
+        )
+    if not reading.convex:
+        notes.append(
+            f"The loss ({reading.identity}) is not convex in the head's output: no certificate, and the minimiser that is "
+            "polished to may be one of several."
+        )
+    return notes
 
 
 class _Later:
@@ -454,49 +335,6 @@ class _Replayed:
                 f"training_step looks at values and fails on a batch of {len(z)} of the same rows ({type(error).__name__}: "
                 f"{str(error)[:200]}): its loss cannot be read row by row. {WAY_OUT}"
             ) from error
-
-
-@contextmanager
-def _answering(linear: nn.Module, z: Tensor) -> Iterator[None]:
-    """Inside, the head answers z."""
-    handle = linear.register_forward_hook(lambda *_: z.clone())  # the step may work in place on it
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _copied(leaves: Iterable[Any]) -> list[Any]:
-    """The step may work in place."""
-    return [v.clone() if isinstance(v, Tensor) else v for v in leaves]
-
-
-@contextmanager
-def _copied_outputs(module: nn.Module) -> Iterator[None]:
-    """Inside, what follows a linear layer works on a copy of its output: the step may work in place."""
-    handles = [
-        m.register_forward_hook(lambda *call: call[-1].clone()) for m in module.modules() if isinstance(m, nn.Linear)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def objective_at(reading: Reading, probe: Probe, z: Tensor) -> tuple[Tensor, Tensor]:
-    """sum c_i l_i / sum d_i at z, and its gradient."""
-    if reading.uniform is None:
-        y, weight, mass = reading.weighed(probe)
-    else:
-        y, mass = reading.labels(probe), torch.ones_like(z[:, 0])
-        weight = reading.uniform * mass
-    point = z.clone().requires_grad_(True)
-    values = per_sample(reading.loss, point, y).to(z.dtype)
-    values = torch.where(weight > 0, values, torch.zeros_like(values))
-    total = (values * weight.to(z)).sum() / (1.0 if reading.denominator == "sum" else mass.to(z).sum())
-    (slope,) = torch.autograd.grad(total, point)
-    return total.detach(), slope
 
 
 def _named(name: str, wanted: Any) -> bool:

@@ -81,6 +81,7 @@ class Reading:
         convex: in the head's output.
         normalization: of the batch's inputs; x everywhere here is in the scale of the data.
         uniform: c_i of the first rows, where it is the same for all of them and each counts once.
+        penalty: lambda by parameter name, of an L2 penalty that the step adds by itself.
     """
 
     module: nn.Module
@@ -102,6 +103,7 @@ class Reading:
     normalization: Normalization | None = None
     rows_per_step: int | None = None
     notes: list[str] = field(default_factory=list)
+    penalty: dict[str, float] = field(default_factory=dict)
 
     def of_rows(self, positions: Sequence[int]) -> Reading:
         """The same of some rows alone, counted from 0 then."""

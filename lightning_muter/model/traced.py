@@ -284,6 +284,7 @@ def refuse(graph: LossGraph, head: str, inputs: int) -> None:
     own = [n for n in graph.parameters if n.rpartition(".")[0] == head]
     if own:
         raise UnsuitableError(
-            f"The loss reads the head's own parameters ({', '.join(own)}): a penalty written into training_step. Give it to the "
-            "optimiser as weight_decay (lambda / 2 |w|^2 there), which is part of the objective here."
+            f"The loss reads the head's own parameters ({', '.join(own)}): a penalty written into training_step that is no multiple "
+            "of |w|^2, or another one for every size of batch. Write c * w.pow(2).sum() there, or give the optimiser weight_decay "
+            "(lambda / 2 |w|^2): these are part of the objective here."
         )

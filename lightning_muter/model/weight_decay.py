@@ -27,6 +27,10 @@ _COUPLED = (
 )
 
 
+class WholeDecay(dict[str, float]):
+    """lambda per parameter name with everything in it, a penalty that the training step adds by itself too: of a snapshot."""
+
+
 def read_weight_decay(
     optimizers: Iterable[Optimizer], named_parameters: Iterable[tuple[str, nn.Parameter]]
 ) -> dict[str, float]:

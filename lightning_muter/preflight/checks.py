@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
 from torch import nn
 
-from lightning_muter.adversarial.adversary import Adversary, check_box
+from lightning_muter.adversarial.adversary import Adversary
+from lightning_muter.adversarial.climb import check_box
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.adversarial.training import adversary_of
 from lightning_muter.curvature.problem.network import parameters_in
@@ -79,7 +80,8 @@ def inspect_fit(
     else:
         out += inspect_adversary(adversary, threat_model, scope)
     readable = not any(f.level == "error" for f in about_data)
-    names = [n for n, p in module.named_parameters() if p.requires_grad]
+    reading: Reading | None = None
+    names = list(_trained(module, trainer))
     if scope != "head":
         try:
             names = parameters_in(module, scope)
@@ -105,8 +107,15 @@ def inspect_fit(
             names = [prefix + n for n, _ in head.linear.named_parameters()]
             out += inspect_size(head, len(loaders[0].dataset), x[0].numel(), threat, cap)
             out += inspect_outside(module, names, trainer.optimizers)
-    out += inspect_optimizers(trainer.optimizers, module, names, weight_decay, damped=scope != "head")
+    penalty = {} if reading is None else reading.penalty
+    out += inspect_optimizers(trainer.optimizers, module, names, weight_decay, damped=scope != "head", penalty=penalty)
     return out
+
+
+def _trained(module: nn.Module, trainer: pl.Trainer) -> Iterator[str]:
+    """What an optimiser trains: all that is known of a head that could not be found."""
+    held = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+    return (n for n, p in module.named_parameters() if p.requires_grad and id(p) in held)
 
 
 def inspect_trainer(trainer: pl.Trainer, callback: pl.Callback | None = None) -> list[Finding]:

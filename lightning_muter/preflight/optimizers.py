@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -19,11 +19,13 @@ def inspect_optimizers(
     weight_decay: object = "auto",
     *,
     damped: bool = False,
+    penalty: Mapping[str, float] | None = None,
 ) -> list[Finding]:
     """Findings about the optimisers, for unlearning the parameters ``names``; a given ``weight_decay`` settles it.
 
     Args:
         damped: the solve is damped (beyond the head), so that decay may be 0.
+        penalty: lambda by parameter name that the step adds by itself.
     """
     plain = [unwrapped(o) for o in optimizers]
     named = dict(module.named_parameters())
@@ -46,13 +48,14 @@ def inspect_optimizers(
         out.append(
             Finding("error", f"No optimiser trains {', '.join(missing)}.", "Hand these parameters to the optimiser.")
         )
+    penalty = penalty or {}
     if weight_decay != "auto":
         return out
     try:
         decays = read_weight_decay(plain, named.items())
     except UnsuitableError as e:
         return [*out, Finding("skip", str(e), cli="--trainer.callbacks.weight_decay 0.001")]
-    undecayed = [n for n in names if decays[n] == 0.0]
+    undecayed = [n for n in names if decays[n] + penalty.get(n, 0.0) == 0.0]
     weights = [n for n in undecayed if named[n].dim() > 1 or len(names) == 1]
     if weights and damped:
         shown = ", ".join(weights[:3]) + (", ..." if len(weights) > 3 else "")

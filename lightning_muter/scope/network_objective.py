@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from lightning_muter.curvature.response.choose import Response, as_response
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards, refuse_sharded_parameters
 from lightning_muter.model.reading import Reading
+from lightning_muter.model.weight_decay import WholeDecay
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, WideSnapshot
 from lightning_muter.snapshot.trained import Decay, decay_by_name
 
@@ -69,7 +70,7 @@ class Training:
             threat=snapshot.threat_model,
             response=snapshot.response,
             curvature=snapshot.curvature,
-            decay=snapshot.decay,
+            decay=WholeDecay(snapshot.decay),
             trades_beta=snapshot.trades_beta,
             smoothing=snapshot.smoothing,
             inner=snapshot.inner,
@@ -99,7 +100,7 @@ class Training:
             problem,
             self.threat,
             source,
-            self.decay_of(model, problem),
+            self.decay_of(model, problem, rows.reading.penalty),
             as_response(self.response, self.threat),
             shards.share(rows.positions),
             source.total(rows.positions),
@@ -111,13 +112,13 @@ class Training:
             leads=shards.rank == 0,
         )
 
-    def decay_by_name(self, model: nn.Module, names: Sequence[str]) -> dict[str, float]:
+    def decay_by_name(self, model: nn.Module, names: Sequence[str], penalty: Mapping[str, float]) -> dict[str, float]:
         """lambda by parameter name."""
-        return decay_by_name(names, model, self.decay, self.optimizers)
+        return decay_by_name(names, model, self.decay, self.optimizers, penalty)
 
-    def decay_of(self, model: nn.Module, problem: WideProblem) -> Tensor:
+    def decay_of(self, model: nn.Module, problem: WideProblem, penalty: Mapping[str, float]) -> Tensor:
         """lambda per entry of w, (p,)."""
-        values = self.decay_by_name(model, problem.names)
+        values = self.decay_by_name(model, problem.names, penalty)
         found = torch.tensor([values[n] for n in problem.names], dtype=problem.dtype, device=problem.device)
         return torch.repeat_interleave(found, torch.tensor(problem.sizes, device=problem.device))
 

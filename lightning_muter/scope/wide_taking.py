@@ -116,7 +116,7 @@ def take_wide_snapshot(
     return WideSnapshot(
         patterns=[scope] if isinstance(scope, str) else list(scope),
         parameters=list(problem.names),
-        decay=training.decay_by_name(model, problem.names),
+        decay=training.decay_by_name(model, problem.names, reading.penalty),
         n_total=objective.source.n,
         forgotten=[],
         threat_model=objective.threat,

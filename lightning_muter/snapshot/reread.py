@@ -23,7 +23,11 @@ def read_stored(
     Raises:
         MismatchError: its loss is not the one that the snapshot was taken with.
     """
-    reading = read_objective(model, data, positions=positions, normalization=snapshot.normalization, **options)
+    # weights and decay are stored, whatever batches they were of: any size of batch will do to read the loss
+    reading = read_objective(
+        model, data, positions=positions, normalization=snapshot.normalization, rows_per_step=16, **options
+    )
+    reading.rows_per_step = None
     if not same_loss(reading.identity, snapshot.loss_name):
         raise MismatchError(
             f"loss: got {reading.identity}, the snapshot was taken with {snapshot.loss_name}. Pass that loss, or take a new "

@@ -34,6 +34,7 @@ from lightning_muter.model.losses import Loss
 from lightning_muter.model.modes import full_precision
 from lightning_muter.model.read_step import read_objective
 from lightning_muter.model.reading import Reading
+from lightning_muter.model.weight_decay import WholeDecay
 from lightning_muter.snapshot.polished import polish_figures
 from lightning_muter.snapshot.ranks import ranks_agree
 from lightning_muter.snapshot.reread import read_stored
@@ -104,7 +105,7 @@ def take_snapshot(
             data (``ThreatModel("linf", 8 / 255)``).
         reading: what :func:`lightning_muter.model.read_step.read_objective` gave, if it was read before.
         weight_decay: lambda (one number, or by parameter name); "auto" reads it off ``optimizers`` or
-            ``configure_optimizers()``.
+            ``configure_optimizers()``. An L2 penalty that the training step adds by itself is added to it.
         polish: "auto" minimises until stationary (1e-6 in float64; networks in float32: until the objective is within a
             thousandth of the least), a number limits the passes over the data, 0 leaves the weights as they are.
         budget: of polish and snapshot together, in gradients per sample: "auto" is the larger of a tenth of the fit and three
@@ -153,7 +154,7 @@ def take_snapshot(
         reading=reading,
     ).settle()
     problem = HeadProblem(model, loss, source.examples(), reading)
-    decay = head_decay(problem, model, weight_decay, optimizers)
+    decay = head_decay(problem, model, weight_decay, optimizers, reading.penalty)
     chosen = as_response(response, threat).resolved(problem.backbone, source.n)
     inner = inner or (like.inner if like is not None else InnerSolver())
     objective = ShardedObjective(problem, threat, source, decay, inner, smoothing or Smoothing.of(problem))
@@ -318,12 +319,12 @@ def refresh(
     return spread(part, snapshot.n_total, snapshot.forgotten, snapshot.absent)
 
 
-def _by_name(snapshot: Snapshot, model: nn.Module) -> dict[str, float]:
+def _by_name(snapshot: Snapshot, model: nn.Module) -> WholeDecay:
     """The decay of a snapshot by parameter name (one number per parameter, as optimisers have it)."""
     head = dict(model.named_modules())[snapshot.head_name]
     assert isinstance(head, nn.Linear)
     prefix = f"{snapshot.head_name}." if snapshot.head_name else ""
-    found = {f"{prefix}weight": float(snapshot.decay[0, 0])}
+    found = WholeDecay({f"{prefix}weight": float(snapshot.decay[0, 0])})
     if head.bias is not None:
         found[f"{prefix}bias"] = float(snapshot.decay[0, -1])
     return found

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.curvature.problem.head import HeadProblem
 from lightning_muter.errors import ArgumentError, UnsuitableError
-from lightning_muter.model.weight_decay import no_decay_text, read_weight_decay, used_optimizers
+from lightning_muter.model.weight_decay import WholeDecay, no_decay_text, read_weight_decay, used_optimizers
 
 Decay = float | Mapping[str, float] | str
 
@@ -41,9 +41,14 @@ def trained_threat(model: nn.Module, threat_model: ThreatModel | None, attack: A
 
 
 def decay_by_name(
-    names: Sequence[str], model: nn.Module, weight_decay: Decay, optimizers: Iterable[Any] | None
+    names: Sequence[str],
+    model: nn.Module,
+    weight_decay: Decay,
+    optimizers: Iterable[Any] | None,
+    penalty: Mapping[str, float],
 ) -> dict[str, float]:
-    """lambda of these parameters: given as one number or by name, or read off the optimisers ("auto").
+    """lambda of these parameters: given as one number or by name, or ("auto") read off the optimisers; and the ``penalty`` that the
+    training step adds by itself.
 
     Raises:
         ArgumentError: of another kind, negative or not finite; UnsuitableError: decoupled, or of an unknown optimiser.
@@ -59,10 +64,18 @@ def decay_by_name(
     found = {name: values.get(name, 0.0) for name in names}
     if not all(math.isfinite(value) and value >= 0 for value in found.values()):
         raise ArgumentError("weight_decay", weight_decay, "finite numbers, 0 or larger")
-    return found
+    if isinstance(weight_decay, WholeDecay):
+        return found
+    return {name: value + penalty.get(name, 0.0) for name, value in found.items()}
 
 
-def head_decay(problem: HeadProblem, model: nn.Module, weight_decay: Decay, optimizers: Iterable[Any] | None) -> Tensor:
+def head_decay(
+    problem: HeadProblem,
+    model: nn.Module,
+    weight_decay: Decay,
+    optimizers: Iterable[Any] | None,
+    penalty: Mapping[str, float],
+) -> Tensor:
     """lambda per entry of theta, (K, q).
 
     Raises:
@@ -70,7 +83,7 @@ def head_decay(problem: HeadProblem, model: nn.Module, weight_decay: Decay, opti
     """
     prefix = f"{problem.head.name}." if problem.head.name else ""
     names = [f"{prefix}weight"] + ([f"{prefix}bias"] if problem.has_bias else [])
-    values = decay_by_name(names, model, weight_decay, optimizers)
+    values = decay_by_name(names, model, weight_decay, optimizers, penalty)
     decay = torch.zeros(problem.shape, dtype=problem.dtype, device=problem.device)
     decay[:, : problem.backbone.width] = values[names[0]]
     if problem.has_bias:

@@ -9,7 +9,7 @@ import torch
 import torchattacks
 from torch import Tensor, nn
 
-from lightning_muter.adversarial.adversary import LossAttack, attack_scope
+from lightning_muter.adversarial.climb import LossAttack, attack_scope
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.errors import ArgumentError
 from lightning_muter.model.head import eval_mode

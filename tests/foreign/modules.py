@@ -238,3 +238,79 @@ class MeanVariance(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return {"optimizer": self.optimizer(self.parameters())}
+
+
+class Regularised(other.LightningModule):
+    """Logistic regression with strengths of regularisation as arguments; the step returns a dict."""
+
+    def __init__(self, l1_strength: float = 0.0, l2_strength: float = 1e-3) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.linear = nn.Linear(36, 3)
+        self.criterion = nn.CrossEntropyLoss()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.view(x.size(0), -1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        x, y = batch
+        loss = self.criterion(self(x), y)
+        if self.hparams.l1_strength > 0:
+            loss += self.hparams.l1_strength * sum(p.abs().sum() for p in self.parameters())
+        if self.hparams.l2_strength > 0:
+            loss += self.hparams.l2_strength * sum(p.pow(2).sum() for p in self.parameters())
+        self.log_dict({"loss": loss})
+        return {"loss": loss}
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+class LinearProbe(other.LightningModule):
+    """A linear layer on a backbone that runs without gradients and that no optimizer is given."""
+
+    def __init__(self, model: nn.Module, feature_dim: int = 4) -> None:
+        super().__init__()
+        self.model = model
+        self.classification_head = nn.Linear(feature_dim, 3)
+        self.criterion = nn.CrossEntropyLoss()
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            features = self.model(images).flatten(start_dim=1)
+        return self.classification_head(features)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.criterion(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.classification_head.parameters(), lr=0.1, momentum=0.9, weight_decay=0.0)
+
+
+class Normalised(L.LightningModule):
+    """A focal loss whose weights are divided by their sum over the batch, under the usual name ``criterion``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
+        self.criterion = self.focal
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+    @staticmethod
+    def focal(z: Tensor, y: Tensor) -> Tensor:
+        losses = F.cross_entropy(z, y, reduction="none")
+        weights = (1 - (-losses).exp()) ** 2
+        return (weights * losses).sum() / weights.sum().clamp(min=1e-6)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.criterion(self(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.criterion(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)

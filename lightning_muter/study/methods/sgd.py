@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_muter.adversarial.adversary import LossAttack
+from lightning_muter.adversarial.climb import LossAttack
 from lightning_muter.model.losses import per_sample
 from lightning_muter.study.methods.base import Competitor, Outcome, State, head_outcome
 from lightning_muter.study.models.base import Classifier
