@@ -22,6 +22,7 @@ from lightning_muter.evidence.laws import empirical_epsilon
 from lightning_muter.publication.gaussian import composed_epsilon, delta_of, gaussian_sigma
 from lightning_muter.publication.leak import leak, rebuild
 from lightning_muter.publication.publish import with_noise
+from tests.cases import equal_maxima
 from tests.world import command, plain_checkpoint
 
 PAIRS = [(1.0, 1e-5), (0.1, 1e-3), (3.0, 0.05), (8.0, 1e-9)]
@@ -118,6 +119,17 @@ def test_requests_are_refined_until_they_are_within(recwarn: pytest.WarningsReco
     again = publish(net, result)
     assert not torch.equal(again.module.state_dict()["1.weight"], shown.module.state_dict()["1.weight"])
     assert all(torch.equal(net.state_dict()[name], before[name]) for name in before)
+
+
+def test_a_distance_is_reached_where_maxima_are_equal_too() -> None:
+    """Steps in the stored metric, which holds the kinks as they were at the trained weights, end at 0.03."""
+    net, data, options = equal_maxima()
+    snapshot = take_snapshot(net, data, progress=False, **options)
+    forget = [7, 8, 9, 11, 12]
+    result = unlearn(net, snapshot, forget, data, retain=data, within=1e-2, progress=False)
+    assert result.bound is not None
+    assert result.bound <= 1e-2
+    assert len(result.refine) > 4  # more than the first look
 
 
 def test_what_cannot_be_reached_is_refused_and_leaves_no_trace() -> None:
