@@ -184,14 +184,14 @@ def test_releases_are_accounted_for_and_small_steps_between_them_are_told(
     assert "--within" in capsys.readouterr().err
     command("unlearn", path, forget=[1, 5], within=1e-3)
     assert main(["publish", "--ckpt_path", str(path), "--out", str(one)]) == 0
-    assert "rows were forgotten since" not in capsys.readouterr().out
+    assert "forgotten since" not in capsys.readouterr().out
     command("unlearn", path, forget=[2], within=1e-3)
     assert main(["publish", "--ckpt_path", str(path), "--out", str(one)]) == 1  # a release is never replaced
     assert main(["publish", "--ckpt_path", str(path), "--out", str(two), "--limit", "1.2"]) == 1
     assert "2 releases together" in capsys.readouterr().err
     assert not two.exists()
     assert main(["publish", "--ckpt_path", str(path), "--out", str(two)]) == 0
-    assert "only 1 rows were forgotten since" in capsys.readouterr().out
+    assert "only 1 row was forgotten since" in capsys.readouterr().out
     private = torch.load(tmp_path / "last.muter.ckpt", weights_only=True)["state_dict"]
     shown = torch.load(two, weights_only=True)
     assert set(shown) == {"state_dict", "pytorch-lightning_version"}
