@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import csv
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +181,34 @@ def test_points_lie_in_the_ball() -> None:
     assert float(around.max()) <= 1
     assert torch.equal(around, ball_points(x, ThreatModel("l2", 0.2), 50, 0))
     assert torch.equal(ball_points(x, None, 2, 0)[:, 1], x)
+
+
+@pytest.mark.slow
+def test_a_command_that_was_killed_goes_on_to_the_same_file(tmp_path: Path) -> None:
+    def started(cache: str, out: str) -> subprocess.Popen[bytes]:
+        options = [
+            "experiment=quick",
+            "request=mislabelled",
+            "method=[constraint_aware]",
+            "audit=quick",
+            "audit.worlds=6",
+        ]
+        folders = [f"cache_dir={tmp_path / cache}", f"hydra.run.dir={tmp_path / out}", "progress=false"]
+        command = [sys.executable, "-m", "lightning_muter.study.experiment", *options, *folders, "audit.workers=2"]
+        return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+
+    def made() -> list[Path]:
+        return list((tmp_path / "cache" / "audit").glob("*.muter"))
+
+    killed = started("cache", "killed")
+    while len(made()) < 3:
+        assert killed.poll() is None
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert 3 <= len(made()) < 18  # of six worlds, three models each
+    assert not (tmp_path / "killed" / "audit.csv").exists()
+    for cache, out in (("cache", "resumed"), ("other", "whole")):
+        assert started(cache, out).wait() == 0
+    for name in ("audit.csv", "audit_laws.csv", "audit_roc.csv"):
+        assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

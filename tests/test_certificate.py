@@ -28,6 +28,7 @@ from lightning_muter.curvature.response.choose import as_response
 from lightning_muter.minimise.polish import polish
 from lightning_muter.snapshot.take import take_snapshot
 from lightning_muter.unlearning.unlearn import unlearn
+from tests.bound_cases import MEASURABLE, bounded
 from tests.cases import Case, case, make
 from tests.fits import cancer
 from tests.heads import forget_from, snapshot_of
@@ -70,6 +71,18 @@ def test_bound_is_never_below_the_distance(kind, loss, norm, eps, away, iteratio
     now = objective.evaluation(theta, sums, delta)
     distance = float((theta - best).norm())
     assert distance <= certify(objective, theta, now) + slack + 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_bounds_of_a_hundred_random_requests_hold_and_are_not_useless():
+    """`python -m tests.bound_cases` asks for five hundred."""
+    found = [one for seed in range(100) if (one := bounded(seed)) is not None]
+    assert len(found) > 80
+    assert [one for one in found if not one.holds] == []
+    known = [b.ratio for b in found if b.told and b.distance > MEASURABLE and b.slack < 0.1 * b.distance]
+    assert len(known) > 15
+    assert sorted(known)[len(known) // 2] < 4
 
 
 def test_the_naive_bound_would_lie_and_this_one_does_not():

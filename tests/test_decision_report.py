@@ -10,6 +10,7 @@ import pytest
 from lightning_muter.cli import main as muter
 from lightning_muter.deletion.gate import Gate
 from lightning_muter.study.audit.tables import AuditRow, LawRow, Results
+from lightning_muter.study.report.page import to_html
 from lightning_muter.study.report.report import main
 from lightning_muter.study.report.rows import Row, write_rows
 from tests.world import DataWithTest, command, plain_checkpoint
@@ -86,6 +87,13 @@ def test_a_study_begins_with_what_a_decision_needs(tmp_path: Path, capsys: pytes
     assert page.count("data:image/png;base64") == 3
     assert 'name="viewport"' in page
     assert "@media print" in page
+
+
+def test_numbers_stay_whole_and_links_are_left_alone(tmp_path: Path) -> None:
+    page = to_html("# A study\n\n1.2e-07 of [3e-4](3e-4.csv)\n", tmp_path)
+    assert "<span>1.2e-07</span>" in page
+    assert 'href="3e-4.csv"' in page
+    assert "nowrap" in page
 
 
 def test_a_checkpoint_is_explained_from_its_ledger(

@@ -93,6 +93,14 @@ def test_a_look_at_the_whole_network(tmp_path):
     _run(EXAMPLES / "whole_network", sys.executable, "run.py", "--seeds", "0", "--epochs", "3", "--out", str(tmp_path))
 
 
+@pytest.mark.slow
+def test_a_look_at_publication(tmp_path):
+    options = ["--seeds", "0", "--singles", "2", "--draws", "2", "--within", "1e-3", "--out", str(tmp_path)]
+    _run(EXAMPLES / "publication", sys.executable, "run.py", *options)
+    assert (tmp_path / "cost.csv").exists()
+    assert (tmp_path / "leak.csv").exists()
+
+
 def test_examples_are_short_and_listed():
     text = (EXAMPLES / "README.md").read_text()
     for path in (*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.sh")):

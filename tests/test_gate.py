@@ -15,6 +15,13 @@ from lightning_muter import Snapshot, ThreatModel, UnlearnResult, take_snapshot,
 from lightning_muter.deletion.gate import Gate, Verdict, Watch, test_batches
 from lightning_muter.deletion.ledger import Ledger
 from lightning_muter.errors import ArgumentError, RequestError
+from lightning_muter.study.attacks import stacked
+from lightning_muter.study.experiment import build_world, methods_of
+from lightning_muter.study.hard_requests import Mislabelled
+from lightning_muter.study.hydra.resolvers import with_numbers
+from lightning_muter.study.methods.muter import Unlearn
+from lightning_muter.study.setup.cache import Cache
+from tests.configs import composed
 from tests.world import DataWithTest, command, plain_checkpoint
 
 test_batches.__test__ = False  # type: ignore[attr-defined]
@@ -114,3 +121,28 @@ def test_the_command_writes_nothing_of_a_held_request(tmp_path: Path, monkeypatc
     assert last is not None
     assert last["metrics"]["gate"]["held"]
     assert any("accepted by a person" in warning for warning in last["warnings"])
+
+
+@pytest.mark.slow
+def test_the_published_formula_on_a_cnn_is_held(tmp_path: Path) -> None:
+    """The study's own CNN and 5 % wrong labels: AUC calls that model forgotten, since it is destroyed."""
+    methods = "method=[constraint_aware,muter_paper]"
+    config = with_numbers(composed("model=cnn", "request=mislabelled", methods, f"cache_dir={tmp_path}", "device=cpu"))
+    world = build_world(config, Cache(tmp_path))
+    (scenario,) = Mislabelled(0.05).scenarios(world.data, 0)
+    rows, test = list(scenario.requests[0]), [stacked(world.test, torch.float64)]
+    verdicts = []
+    for method in methods_of(config):
+        assert isinstance(method, Unlearn)
+        state = method.start(world)
+        old = copy.deepcopy(state.stored)
+        result = unlearn(
+            state.model, state.stored, rows, world.data, solver=method.solver, accept="worse", progress=False
+        )
+        verdicts.append(Gate().examine(world.model, state.model, old, result, world.data, test))
+    ours, published = verdicts
+    assert not [reason for reason in ours.reasons if "accuracy" in reason]
+    assert any("clean accuracy falls" in reason for reason in published.reasons)
+    assert any("robust accuracy falls" in reason for reason in published.reasons)
+    with pytest.raises(RequestError, match="held"):
+        published.require()

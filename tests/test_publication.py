@@ -22,6 +22,7 @@ from lightning_muter.evidence.laws import empirical_epsilon
 from lightning_muter.publication.gaussian import composed_epsilon, delta_of, gaussian_sigma
 from lightning_muter.publication.leak import leak, rebuild
 from lightning_muter.publication.publish import with_noise
+from tests.cases import equal_maxima
 from tests.world import command, plain_checkpoint
 
 PAIRS = [(1.0, 1e-5), (0.1, 1e-3), (3.0, 0.05), (8.0, 1e-9)]
@@ -120,6 +121,17 @@ def test_requests_are_refined_until_they_are_within(recwarn: pytest.WarningsReco
     assert all(torch.equal(net.state_dict()[name], before[name]) for name in before)
 
 
+def test_a_distance_is_reached_where_maxima_are_equal_too() -> None:
+    """Steps in the stored metric, which holds the kinks as they were at the trained weights, end at 0.03."""
+    net, data, options = equal_maxima()
+    snapshot = take_snapshot(net, data, progress=False, **options)
+    forget = [7, 8, 9, 11, 12]
+    result = unlearn(net, snapshot, forget, data, retain=data, within=1e-2, progress=False)
+    assert result.bound is not None
+    assert result.bound <= 1e-2
+    assert len(result.refine) > 4  # more than the first look
+
+
 def test_what_cannot_be_reached_is_refused_and_leaves_no_trace() -> None:
     net, data = softmax()
     snapshot = taken(net, data)
@@ -172,14 +184,14 @@ def test_releases_are_accounted_for_and_small_steps_between_them_are_told(
     assert "--within" in capsys.readouterr().err
     command("unlearn", path, forget=[1, 5], within=1e-3)
     assert main(["publish", "--ckpt_path", str(path), "--out", str(one)]) == 0
-    assert "rows were forgotten since" not in capsys.readouterr().out
+    assert "forgotten since" not in capsys.readouterr().out
     command("unlearn", path, forget=[2], within=1e-3)
     assert main(["publish", "--ckpt_path", str(path), "--out", str(one)]) == 1  # a release is never replaced
     assert main(["publish", "--ckpt_path", str(path), "--out", str(two), "--limit", "1.2"]) == 1
     assert "2 releases together" in capsys.readouterr().err
     assert not two.exists()
     assert main(["publish", "--ckpt_path", str(path), "--out", str(two)]) == 0
-    assert "only 1 rows were forgotten since" in capsys.readouterr().out
+    assert "only 1 row was forgotten since" in capsys.readouterr().out
     private = torch.load(tmp_path / "last.muter.ckpt", weights_only=True)["state_dict"]
     shown = torch.load(two, weights_only=True)
     assert set(shown) == {"state_dict", "pytorch-lightning_version"}

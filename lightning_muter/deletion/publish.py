@@ -111,8 +111,9 @@ def _leaks(ledger: Ledger, earlier: list[dict[str, Any]], small: int) -> list[st
     since = sum(len(r["forgotten"]) for r in ledger.receipts() if r["number"] > earlier[-1]["number"])
     if not 0 < since < small:
         return []
+    rows = "1 row was" if since == 1 else f"{since} rows were"
     return [
-        f"only {since} rows were forgotten since release {earlier[-1]['id']!r}: the difference of the two shows what they were, "
+        f"only {rows} forgotten since release {earlier[-1]['id']!r}: the difference of the two shows what they were, "
         "as far as noise does not hide it (the eps here is against retraining, not against the release before). Gather "
         "requests, withdraw the earlier release, or measure it with lightning_muter.publication.leak."
     ]

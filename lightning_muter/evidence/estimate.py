@@ -50,6 +50,18 @@ def estimate(attack: Attack, seen: Observed, *, splits: int = 4, draws: int = 10
     added, and that of resampling single entries, which both contain, is taken off (resampling both at once is too wide: A.
     Owen, "The pigeonhole bootstrap", 2007); the sum counts at least as much as the mean of the two. The same ``seed`` gives
     the same splits and draws for any method: see :func:`difference`.
+
+    >>> from lightning_muter.evidence.attacks import LiRA
+    >>> from lightning_muter.evidence.observed import REMOVED, draw_roles
+    >>> roles = draw_roles(points=12, worlds=18, seed=0)
+    >>> noise = np.random.default_rng(0).normal(size=roles.shape)
+    >>> remembered = estimate(LiRA(), Observed(noise + 3 * (roles == REMOVED), roles))
+    >>> retrained = estimate(LiRA(), Observed(noise, roles))
+    >>> retrained.low < 0.5 < retrained.high < remembered.low
+    True
+    >>> gap, low, high = difference(remembered, retrained)
+    >>> low > 0.2
+    True
     """
     points, worlds = seen.margins.shape
     generator = np.random.default_rng(seed)

@@ -19,13 +19,15 @@ from lightning_muter.curvature.objective.base import Evaluation
 from lightning_muter.curvature.objective.head import RobustObjective
 from lightning_muter.curvature.response.choose import Response
 from lightning_muter.minimise.descent import Descent, Metric, Pair, descend, descend_contested, jumped
-from lightning_muter.minimise.polish import in_metrics, metric_of
+from lightning_muter.minimise.polish import in_metrics, metric_of, polish
 from lightning_muter.solvers.dense import definite_inverse
 
 #: Share of the gradient that a Newton step may leave before its curvature counts as aged.
 AGED = 0.25
 #: Accepted steps in one fresh metric.
 ROUND = 2
+#: Passes over the retained data in one polish after it.
+PASSES = 120
 #: On the stationarity: what a descent that stalls short of it has met is a kink, not rounding.
 STALLED = 1e-8
 #: On the stationarity: nothing is left to gain in float64.
@@ -99,6 +101,24 @@ def refined(
         objective.accept(last)
         found = Descent(found.theta, last, found.status, found.steps, [*found.history[:-1], last.stationarity])
     return found
+
+
+def polished(
+    objective: RobustObjective, response: Response, curvature: Curvature, at: Descent, tolerance: float
+) -> Descent:
+    """A linear model on from where a refinement ended until the head is so stationary, every round in a fresh metric."""
+    history: list[float] = []
+    done = polish(
+        objective,
+        at.theta,
+        in_metrics(response),
+        tolerance=max(tolerance, TOLERANCE),
+        max_passes=PASSES,
+        anchored=True,
+        curvature=curvature,
+        on_step=lambda _, e: history.append(e.stationarity),
+    )
+    return Descent(done.theta, done.evaluation, done.status, at.steps + len(history), [*at.history, *history])
 
 
 def _looked_at(objective: RobustObjective, at: Descent) -> Descent:

@@ -37,6 +37,12 @@ def rebuild(before: Tensor, after: Tensor, public: Tensor, count: int, decay: fl
     Args:
         before, after: (K, f + 1) weights with the bias as the last column.
         public: (m, f) features of public samples.      count: samples trained on.      decay: lambda.
+
+    >>> public = torch.eye(3, dtype=torch.float64)
+    >>> pull = torch.tensor([[-2.0], [1.0], [1.0]]) @ torch.tensor([[0.6, 0.8, 0.0, 1.0]])  # (p - e_0) (x, 1)
+    >>> found = rebuild(-pull / 100, torch.zeros(3, 4), public, count=1, decay=100.0)  # the penalty alone bends
+    >>> found.label, [round(v, 1) for v in (found.features / found.features.norm()).tolist()]
+    (0, [0.6, 0.8, 0.0])
     """
     width = before.shape[1]
     if after.shape != before.shape or public.ndim != 2 or public.shape[1] + 1 != width:
@@ -74,6 +80,10 @@ def leak(found: Sequence[Rebuilt], removed: Sequence[int], candidates: Tensor, l
     Args:
         removed: position in ``candidates`` of the row behind each of ``found``.
         candidates: (n, f) features that an attacker would compare with, the removed rows among them; labels: (n,).
+
+    >>> rows, labels = torch.eye(3), torch.tensor([0, 1, 2])
+    >>> leak([Rebuilt(rows[1].double(), 1)], [1], rows, labels)
+    Leak(cosine=1.0, median_rank=1.0, label_rate=1.0, trials=1)
     """
     if not found or len(found) != len(removed):
         raise ArgumentError("found", len(found), "one rebuilt row for each removed one, at least one")

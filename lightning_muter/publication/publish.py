@@ -48,6 +48,8 @@ def publish(module: nn.Module, result: UnlearnResult, eps: float = 1.0, delta: f
     Args:
         module: as ``unlearn(..., within=Delta)`` left it.
         result: what that call returned.
+        eps, delta: of this release; sigma is Delta times :func:`~lightning_muter.publication.gaussian.gaussian_sigma` of 1. What
+            several releases are worth together: :func:`~lightning_muter.publication.gaussian.composed_epsilon`.
 
     Raises:
         ArgumentError: the request had no ``within``, was a dry run, or eps or delta is out of range.
@@ -87,6 +89,10 @@ def with_noise(weights: Mapping[str, Tensor], names: Sequence[str], sigma: float
     """Copies of the weights, those named with N(0, sigma^2) added in float64 and rounded to their own precision.
 
     The noise begins with 256 bits from the operating system: no seed of the experiment repeats it.
+
+    >>> shown = with_noise({"w": torch.zeros(1000), "mean": torch.ones(2)}, ["w"], sigma=0.1)
+    >>> bool(0.08 < shown["w"].std() < 0.12), shown["mean"].tolist()
+    (True, [1.0, 1.0])
     """
     generator = np.random.Generator(np.random.PCG64DXSM(secrets.randbits(256)))
     found = {name: value.detach().clone() for name, value in weights.items()}

@@ -7,6 +7,7 @@ import time
 import warnings as warning_module
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from lightning_muter.forgotten.digests import check_digests
 from lightning_muter.forgotten.modules import check_remembered, remember
 from lightning_muter.forgotten.rows import Forgotten, barred_after
 from lightning_muter.minimise.descent import Descent
-from lightning_muter.minimise.refine import refined
+from lightning_muter.minimise.refine import polished, refined
 from lightning_muter.minimise.train_on import refined_by_cuts
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards
@@ -284,9 +285,8 @@ def _with_retained(
                 found = further(theta, evaluation, refine)
             else:
                 start = Descent(theta, evaluation, "capped", 0, [evaluation.stationarity])
-                found, result.bound = refine_within(
-                    further, lambda w, e: certified(objective, w, e), start, step.matrix, refine, within
-                )
+                more = partial(polished, objective, snapshot.response, snapshot.curvature)
+                found, result.bound = refine_within(further, more, partial(certified, objective), start, refine, within)
             theta, evaluation = or_constant(objective, snapshot, found.theta, found.evaluation)
             result.refine = found.history[1:]
         elif accept != "worse":

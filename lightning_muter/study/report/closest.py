@@ -73,7 +73,7 @@ def _where(row: Row) -> str:
 
 def _beaten_markdown(found: Sequence[Case], lost: Sequence[Case], name: str, *, refined: bool) -> str:
     if not lost:
-        return f"{name}: the closest in all {len(found)} cases.\n"
+        return f"{name}: the closest in {f'all {len(found)} cases' if len(found) > 1 else 'the one case there is'}.\n"
     body = []
     for same in group(lost, lambda c: (c.other.problem, c.other.setting)).values():
         mine = [case.best if refined else case.one_step for case in same]

@@ -118,6 +118,7 @@ def _attack_figures(attacks: Sequence[AuditRow]) -> list[Figure]:
         Figure("interval", "95 %", "over other worlds and other samples, by bootstrap", source),
         Figure("minus retraining", "AUC", "on the same worlds and draws; 0 is as good as retraining", source),
         Figure("TPR at 1 % FPR", "share", "removed samples that the attack is nearly sure of", source),
+        Figure("clean %, robust %", "0 to 100", "test samples that are right, as they are / attacked; mean over worlds", source),
         Figure("loss threshold", "attack", "one threshold for all samples; weak, and shown because it flatters", source),
         Figure("RMIA", "attack", "compares with samples of the population and with reference models", source),
         Figure("U-LiRA", "attack", "a test of its own for every sample; the strongest of the three", source),
@@ -149,7 +150,15 @@ def _attack_table(attacks: Sequence[AuditRow]) -> str:
                 f"{r.tpr_at_fpr_1:.3f}", f"{100 * r.clean:.1f}", f"{100 * r.robust:.1f}",
             )
         )  # fmt: skip
-    return markdown_table(headers, body) + "\n"
+    return markdown_table(headers, (_unbroken(line) for line in body)) + "\n"
+
+
+def _unbroken(line: Sequence[str]) -> list[str]:
+    """Intervals stay on one line."""
+    return [
+        cell.replace(", ", ",\N{NO-BREAK SPACE}").replace(" [", "\N{NO-BREAK SPACE}[") if "[" in cell else cell
+        for cell in line
+    ]
 
 
 def _law_table(laws: Sequence[LawRow]) -> str:
@@ -162,7 +171,7 @@ def _law_table(laws: Sequence[LawRow]) -> str:
         f"Laws of the outputs over worlds, per removed sample ({link(LAWS_FILE, LAWS_FILE)}). *KLoM*: divergence of its margins from "
         "those after retraining. *Forget-quality epsilon*: the largest ratio of error rates a threshold shows. *Residual knowledge*: "
         "share of random points around it that still get its label, minus retraining's. The *floor* is retraining against itself, "
-        "one half of the worlds against the other.\n\n"
+        "one half of the worlds against the other. *inf*: in these worlds the two laws do not overlap at all.\n\n"
     )
     return text + markdown_table(headers, body) + "\n"
 

@@ -4,16 +4,12 @@
 from __future__ import annotations
 
 import argparse
-import base64
-import html
 import math
-import re
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from markdown_it import MarkdownIt
 from rich.console import Console
 
 from lightning_muter.deletion.files import Places
@@ -23,6 +19,7 @@ from lightning_muter.study.report import plots, tables
 from lightning_muter.study.report.checkpoint import checkpoint_markdown
 from lightning_muter.study.report.closest import closest_markdown
 from lightning_muter.study.report.decision import decision_markdown
+from lightning_muter.study.report.page import to_html
 from lightning_muter.study.report.rows import PARTS, REFERENCE, Row, group, read_rows, summarise
 
 PICTURES = {
@@ -35,37 +32,9 @@ PICTURES = {
 LEGEND = (
     "*Distance to retraining* is ‖w_u − w_r‖ / ‖w − w_r‖: 0 is retraining, 1 is as good as doing nothing. *Gaps* are "
     "percentage points on the test set, the method minus retraining. *Seconds* are the median time of one request and "
-    "*speed-up* is retraining's time over it. *Solver* is the status that the method reported."
+    "*speed-up* is retraining's time over it. *Solver* is the status that the method reported. All of it is read from "
+    "`results.csv`."
 )
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; background: #fff; }
-h2 { border-top: 2px solid #0072B2; padding-top: .5em; margin-top: 2em; }
-a { color: #00527f; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; margin: 1em 0; }
-th, td { border-bottom: 1px solid #ddd; padding: 4px 9px; text-align: right; vertical-align: top; }
-th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
-table.figures td { text-align: left; }
-table.figures th { text-align: left; }
-code { overflow-wrap: anywhere; }
-li, p { overflow-wrap: anywhere; }
-img { max-width: 100%; }
-@media (max-width: 640px) {
-  body { margin: 1em auto; }
-  table.figures, table.figures tbody, table.figures tr, table.figures td { display: block; width: auto; }
-  table.figures thead { display: none; }
-  table.figures tr { border-bottom: 1px solid #bbb; padding: .5em 0; }
-  table.figures td { border: 0; padding: 1px 0; }
-}
-@media print {
-  body { font-size: 10pt; max-width: none; margin: 0; }
-  table { font-size: 7.5pt; }
-  th, td { padding: 2px 4px; }
-  .wide { overflow: visible; }
-  tr, img { break-inside: avoid; }
-  h2, h3 { break-after: avoid; }
-}
-"""
 
 
 def closeness_markdown(rows: Sequence[Row]) -> str:
@@ -170,30 +139,14 @@ def compose(
             "below 1 the reference is the further one. It has a bound of its own; no distance may exceed the sum of both.\n"
         )
         parts += ["## Certificate\n", intro, *certificates]
-    parts += ["## Cost\n", *(cost_markdown(same) for same in problems)]
+    intro = (
+        "Medians. *Snapshot*: taken once after training. *Request*: each removal. *Stored state*: what is kept for later requests, "
+        "beside the model.\n"
+    )
+    parts += ["## Cost\n", intro, *(cost_markdown(same) for same in problems)]
     if failed:
         parts += ["## Notes\n", notes_markdown(failed)]
     return "\n".join(parts)
-
-
-def to_html(markdown: str, folder: Path) -> str:
-    """The Markdown report as one HTML file with its pictures inside."""
-    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
-
-    def inline(match: re.Match[str]) -> str:
-        picture = folder / html.unescape(match.group(1))
-        data = base64.b64encode(picture.read_bytes()).decode()
-        return f'src="data:image/png;base64,{data}"'
-
-    body = re.sub(r'src="([^":]+\.png)"', inline, body)
-    body = body.replace(
-        "<table>\n<thead>\n<tr>\n<th>figure</th>", '<table class="figures">\n<thead>\n<tr>\n<th>figure</th>'
-    )
-    body = body.replace("<table", '<div class="wide"><table').replace("</table>", "</table></div>")
-    title = html.escape(markdown.splitlines()[0].lstrip("# "))
-    screen = '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    head = f'<meta charset="utf-8">{screen}<title>{title}</title><style>{STYLE}</style>'
-    return f"<!doctype html>\n<html lang='en'><head>{head}</head><body>\n{body}</body></html>\n"
 
 
 def wide_console() -> Console:
