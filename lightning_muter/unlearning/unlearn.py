@@ -7,31 +7,24 @@ import time
 import warnings as warning_module
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_muter.certificate.certificate import certify as certified
-from lightning_muter.certificate.certificate import why_no_certificate
-from lightning_muter.curvature.objective.base import Evaluation
 from lightning_muter.curvature.problem.head import HeadProblem
-from lightning_muter.errors import ArgumentError, MismatchError, SolveError, UnsuitableError
+from lightning_muter.errors import ArgumentError, MismatchError, SolveError
 from lightning_muter.forgotten.digests import check_digests
 from lightning_muter.forgotten.modules import check_remembered, remember
 from lightning_muter.forgotten.rows import Forgotten, barred_after
-from lightning_muter.minimise.descent import Descent
-from lightning_muter.minimise.refine import polished, refined
-from lightning_muter.minimise.train_on import refined_by_cuts
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards
 from lightning_muter.model.losses import Loss
 from lightning_muter.model.modes import full_precision
+from lightning_muter.model.reading import Reading
 from lightning_muter.scope.head_methods import Method, MUter, Request, Step
 from lightning_muter.scope.network import unlearn_stored
-from lightning_muter.snapshot.progress import bar
 from lightning_muter.snapshot.ranks import ranks_agree
 from lightning_muter.snapshot.remarks import outside_head
 from lightning_muter.snapshot.reread import read_stored
@@ -42,17 +35,14 @@ from lightning_muter.unlearning.commit import adopter, commit
 from lightning_muter.unlearning.positions import checked_positions
 from lightning_muter.unlearning.quality import (
     check_accept,
-    or_constant,
     quality_of,
     remember_owed,
-    require_no_worse,
     require_trust,
-    shortened,
-    start_of,
     warnings_of,
 )
 from lightning_muter.unlearning.result import UnlearnResult
-from lightning_muter.unlearning.within import check_within, refine_within
+from lightning_muter.unlearning.with_retained import with_retained
+from lightning_muter.unlearning.within import check_within
 
 #: For how long a certificate is looked for unless somebody asks for more.
 CERTIFY_SECONDS = 5.0
@@ -125,10 +115,7 @@ def unlearn(
         )  # fmt: skip
     began = time.perf_counter()
     positions = checked_positions(forget, snapshot)
-    if not (isinstance(refine, int) and not isinstance(refine, bool) and refine >= 0):
-        raise ArgumentError("refine", refine, "a whole number, 0 or larger")
-    if refine and retain is None:
-        raise ArgumentError("refine", refine, "0 without retained data", "Pass retain=train_dataset as well.")
+    _check_refine(refine, retain)
     check_within(within, retain)
     seconds = _seconds(certify)
     check_accept(accept)
@@ -142,63 +129,31 @@ def unlearn(
         model, snapshot, data, sorted([*positions, *kept]), loss=loss, collate=collate, inputs=inputs, label=label
     )
     check_digests(snapshot, data, positions, "data", collate)
-    if retain is not None:
+    source = _source(reading, snapshot, data, sorted([*positions, *kept]), collate, batch_size)
+    retained = None
+    if retain is not None:  # forgotten rows are read from `data` alone: in `retain` they may be blank
         snapshot.check_length(retain, "retain")
         check_digests(snapshot, retain, kept, "retain", collate)
-    device = next(model.parameters()).device
-
-    def source_of(dataset: Dataset[Any], readable: list[int]) -> SampleSource:
-        return SampleSource(
-            dataset,
-            collate=collate,
-            batch_size=batch_size,
-            device=device,
-            threat=snapshot.threat_model,
-            readable=readable,
-            reading=reading,
-        )
-
-    source = source_of(data, sorted([*positions, *kept]))
-    # forgotten rows are read from `data` alone: in `retain` they may be blank
-    retained = None if retain is None else source_of(retain, kept)
-    problem = HeadProblem(model, reading.loss, source.examples(), reading)
-    if problem.head.name != snapshot.head_name or tuple(snapshot.theta_ref.shape) != problem.shape:
-        raise MismatchError(
-            f"model: its head is {problem.head.name!r} {problem.shape}, the snapshot's {snapshot.head_name!r} "
-            f"{tuple(snapshot.theta_ref.shape)}. Take a new snapshot."
-        )
+        retained = _source(reading, snapshot, retain, kept, collate, batch_size)
+    problem = _problem(model, snapshot, source, reading)
     request = Request(problem, snapshot, source, positions, chosen_solver, retained, shards or Shards.current())
     now = problem.read_theta()
     step = method.step(request)
-    result = UnlearnResult(
-        method=method.name,
-        response=snapshot.response.name,
-        scope=snapshot.scope,
-        forgotten=positions,
-        n_retained=len(kept),
-        step_norm=0.0,
-        solver=step.solution.to_dict(),
-        fingerprint_before=snapshot.fingerprint,
-        dry_run=dry_run,
-        within=within,
-        parameters=[f"{snapshot.head_name}.{name}".lstrip(".") for name, _ in problem.head.linear.named_parameters()],
-    )
-    result.quality = quality_of(request, step)
+    result = _begun(request, step, method, kept, within, dry_run)
     if not refine:  # which would lead away from a bad step
         result.warnings += warnings_of(result.quality)
     after = _downdated(snapshot, step, positions)
     remember_owed(after, result.quality)
     after.barred = barred_after(snapshot, data, positions, collate)
-    step.theta = problem.rounded(step.theta)
-    theta = step.theta
+    step.theta = theta = problem.rounded(step.theta)
     if retain is not None:
-        theta = _with_retained(request, step, kept, now, after, result, refine, seconds, accept, progress)
+        theta = with_retained(request, step, kept, now, after, result, refine, seconds, accept, progress)
     else:
         require_trust(snapshot, result.quality, accept)
     if not bool(torch.isfinite(theta).all()):
         raise SolveError("The new weights are not finite. Nothing was changed; take a new snapshot and try again.")
     result.step_norm = float((theta - now).norm())
-    result.warnings += _warnings(model, problem, snapshot, result, retain)
+    result.warnings += _warnings(model, problem, result, retain)
     outside = outside_head(model, problem)
     if outside:  # before anything is changed: a warning may be an error
         warning_module.warn(outside, stacklevel=4)
@@ -209,6 +164,68 @@ def unlearn(
         remember(model, Forgotten.of(snapshot))
     result.seconds = time.perf_counter() - began
     return result
+
+
+def _check_refine(refine: int, retain: object) -> None:
+    if not (isinstance(refine, int) and not isinstance(refine, bool) and refine >= 0):
+        raise ArgumentError("refine", refine, "a whole number, 0 or larger")
+    if refine and retain is None:
+        raise ArgumentError("refine", refine, "0 without retained data", "Pass retain=train_dataset as well.")
+
+
+def _source(
+    reading: Reading,
+    snapshot: Snapshot,
+    dataset: Dataset[Any],
+    readable: list[int],
+    collate: Callable[[list[Any]], Any] | None,
+    batch_size: int,
+) -> SampleSource:
+    device, threat = next(reading.module.parameters()).device, snapshot.threat_model
+    return SampleSource(
+        dataset,
+        collate=collate,
+        batch_size=batch_size,
+        device=device,
+        threat=threat,
+        readable=readable,
+        reading=reading,
+    )
+
+
+def _problem(model: nn.Module, snapshot: Snapshot, source: SampleSource, reading: Reading) -> HeadProblem:
+    """
+    Raises:
+        MismatchError: the model's head is another one than the snapshot's.
+    """
+    problem = HeadProblem(model, reading.loss, source.examples(), reading)
+    if problem.head.name != snapshot.head_name or tuple(snapshot.theta_ref.shape) != problem.shape:
+        raise MismatchError(
+            f"model: its head is {problem.head.name!r} {problem.shape}, the snapshot's {snapshot.head_name!r} "
+            f"{tuple(snapshot.theta_ref.shape)}. Take a new snapshot."
+        )
+    return problem
+
+
+def _begun(
+    request: Request, step: Step, method: Method, kept: list[int], within: float | None, dry_run: bool
+) -> UnlearnResult:
+    """The result of a request as far as the step alone tells it."""
+    snapshot, linear = request.snapshot, request.problem.head.linear
+    return UnlearnResult(
+        method=method.name,
+        response=snapshot.response.name,
+        scope=snapshot.scope,
+        forgotten=request.forget,
+        n_retained=len(kept),
+        step_norm=0.0,
+        solver=step.solution.to_dict(),
+        fingerprint_before=snapshot.fingerprint,
+        dry_run=dry_run,
+        within=within,
+        quality=quality_of(request, step),
+        parameters=[f"{snapshot.head_name}.{name}".lstrip(".") for name, _ in linear.named_parameters()],
+    )
 
 
 def _seconds(certify: bool | float) -> float | None:
@@ -246,85 +263,7 @@ def _downdated(snapshot: Snapshot, step: Step, positions: list[int]) -> Snapshot
     )
 
 
-def _with_retained(
-    request: Request,
-    step: Step,
-    kept: list[int],
-    now: Tensor,
-    after: Snapshot,
-    result: UnlearnResult,
-    refine: int,
-    seconds: float | None,
-    accept: str | None,
-    progress: bool,
-) -> Tensor:
-    """Stationarity before and after, refine steps, and the certificate; updates ``after`` and ``result``."""
-    snapshot, theta, within = request.snapshot, step.theta, result.within
-    starts = snapshot.base_starts if snapshot.base_starts is not None else snapshot.starts
-    objective = request.objective(kept, starts, request.retained)
-    settle = not snapshot.inner.as_found
-    with bar(objective, "refine" if refine else "certify", progress) as on_step:
-        at_now = objective.evaluate(now) if settle else objective.as_tracked(now)
-        objective.accept(at_now)
-        result.stationarity_before = at_now.stationarity
-        why = why_no_certificate(request.problem, objective.decay, snapshot.threat_model)
-        if within is not None and why is not None:
-            raise UnsuitableError(f"within: {why}. Leave it out, or retrain.")
-        evaluation = objective.evaluate(theta, explore=bool(refine)) if settle else objective.as_tracked(theta)
-
-        def further(theta: Tensor, first: Evaluation, steps: int) -> Descent:
-            if not settle:
-                return refined_by_cuts(objective, theta, steps, on_step.gap)
-            response, curvature = snapshot.response, snapshot.curvature
-            told: dict[str, Any] = {"before": at_now, "first": first, "steps": steps, "on_step": on_step}
-            return refined(objective, theta, step.matrix, response, curvature, **told)
-
-        if refine or within is not None:
-            theta, evaluation = start_of(objective, now, at_now, theta, evaluation)
-            if within is None:
-                found = further(theta, evaluation, refine)
-            else:
-                start = Descent(theta, evaluation, "capped", 0, [evaluation.stationarity])
-                more = partial(polished, objective, snapshot.response, snapshot.curvature)
-                found, result.bound = refine_within(further, more, partial(certified, objective), start, refine, within)
-            theta, evaluation = or_constant(objective, snapshot, found.theta, found.evaluation)
-            result.refine = found.history[1:]
-        elif accept != "worse":
-            theta, evaluation = shortened(objective, now, at_now, theta, evaluation, result)
-        if theta is not step.theta:
-            theta, result.bound = _rounded(request.problem, theta, result.bound)
-            # from now on gradients count from here; curvature stays at theta_ref
-            base_starts = objective.stored_starts()
-            sums, delta = objective.sums(theta, settle=settle)
-            evaluation = objective.evaluation(theta, sums, delta)
-            after.theta_base, after.gradient = theta.cpu(), sums.gradient.cpu()
-            if base_starts is not None:
-                full = torch.zeros(snapshot.n_total, *base_starts.shape[1:], dtype=base_starts.dtype)
-                full[torch.tensor(kept)] = base_starts
-                after.base_starts = full
-        before = at_now.value
-        if refine and not settle:  # measured by what was found since
-            before = max(before, objective.as_tracked(now).value)
-        require_no_worse(objective, now, before, evaluation.value, accept, result.quality)
-        result.quality["maximisers_converged"] = evaluation.converged
-        result.stationarity_after = evaluation.stationarity
-        after.stationarity = evaluation.stationarity
-        if why is None and result.bound is None and seconds is not None:
-            result.bound = certified(objective, theta, evaluation, seconds)
-        if result.bound is None:
-            result.warnings.append(why or "no certificate: certify=False did not ask for one")
-    return theta
-
-
-def _rounded(problem: HeadProblem, theta: Tensor, bound: float | None) -> tuple[Tensor, float | None]:
-    """theta as the model will hold it, and its certified distance."""
-    kept = problem.rounded(theta)
-    return kept, None if bound is None else bound + float((kept - theta).norm())
-
-
-def _warnings(
-    model: nn.Module, problem: HeadProblem, snapshot: Snapshot, result: UnlearnResult, retain: object
-) -> list[str]:
+def _warnings(model: nn.Module, problem: HeadProblem, result: UnlearnResult, retain: object) -> list[str]:
     notes = []
     outside = outside_head(model, problem)
     if outside:

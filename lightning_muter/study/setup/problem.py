@@ -118,7 +118,7 @@ class World:
         if self.base is not None and self.base.smoothing.anchor is not None:
             options["smoothing"] = self.base.smoothing
         snapshot = self.snapshot(model, data, **options)
-        return float(snapshot.stationarity), snapshot
+        return float(snapshot.figures["stationarity_smoothed"]), snapshot  # as references are told
 
     def retrain(self, forgotten: Sequence[int], start: Classifier | None = None) -> Retrained:
         """Minimise on what is left, from a zero head or from ``start``'s."""
