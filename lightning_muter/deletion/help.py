@@ -63,7 +63,9 @@ def arranged(command: str, text: str) -> str:
     Of Lightning's options only the number of lines is said, and how to see them.
     """
     groups = [_cut(group) for group in re.split(r"\n\n(?=\S)", text.strip())]
-    own, general, others = [], [], []
+    own: list[str] = []
+    general: list[str] = []
+    others: list[str] = []
     for group in groups:
         roots = set(re.findall(r"^  (?:-\w.*, )?--(\w+)", group, re.MULTILINE))
         if group.startswith("usage:") or not roots:  # a description without options is a group's heading again
