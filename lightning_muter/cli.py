@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import sys
+import textwrap
 import traceback
 from collections.abc import Iterator, Sequence
 from types import FrameType
@@ -119,7 +120,10 @@ def _run_lightning(arguments: list[str]) -> int:
 
 
 def _run_files(command: str, arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog=f"muter {command}", description=_FILE_HELP[command])
+    parser = argparse.ArgumentParser(
+        prog=f"muter {command}", description=textwrap.fill(_FILE_HELP[command], 100), epilog=_FILE_EXAMPLES[command],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("--ckpt_path", required=True, help="the checkpoint, <name>.ckpt or <name>.muter.ckpt")
     if command == "audit":
         parser.add_argument(
@@ -179,6 +183,24 @@ _FILE_HELP = {
     "ledger adds up what all releases are worth together.",
     "purge": "Find what still holds the influence of forgotten samples: older checkpoints, optimiser states, earlier "
     "snapshots, leftovers of interrupted writes. Files are unlinked; backups are not reached.",
+}
+
+_FILE_EXAMPLES = {
+    "audit": """\
+examples:
+  muter audit --ckpt_path last.ckpt
+  muter audit --ckpt_path last.ckpt --verify
+  muter audit --ckpt_path last.ckpt --verify --public_key my_copy.pub""",
+    "publish": """\
+examples:
+  muter publish --ckpt_path last.ckpt --out shown.ckpt
+  muter publish --ckpt_path last.ckpt --out shown.ckpt --eps 0.5 --delta 1e-6
+  muter publish --ckpt_path last.ckpt --out shown.ckpt --limit 3""",
+    "purge": """\
+examples:
+  muter purge --ckpt_path last.ckpt
+  muter purge --ckpt_path last.ckpt --root ../backups --also 'cache/*.pt'
+  muter purge --ckpt_path last.ckpt --yes""",
 }
 
 

@@ -160,6 +160,11 @@ class ThreatModel:
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> ThreatModel:
+        """The threat model with this `norm`, `eps` and `box`, as files hold it.
+
+        >>> ThreatModel.from_dict({"norm": "l2", "eps": 0.5, "box": [0.0, 1.0]})
+        ThreatModel(norm='l2', eps=0.5, box=(0.0, 1.0))
+        """
         box = state["box"]
         return cls(state["norm"], state["eps"], None if box is None else (box[0], box[1]))
 

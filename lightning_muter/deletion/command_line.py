@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import itertools
 import os
 import sys
@@ -14,6 +16,7 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_muter.deletion.checkpoints import load_checkpoint
+from lightning_muter.deletion.help import arranged, asks_for_help
 from lightning_muter.deletion.trainer import MuterTrainer
 from lightning_muter.lightning_names import MODULES, other
 
@@ -100,11 +103,24 @@ def _imported(path: str) -> Any:
         return None
 
 
+def _print_help(cli: type[Any], options: dict[str, Any], command: str) -> None:
+    """The parser's own help, arranged; ends as the parser does, by SystemExit."""
+    written = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(written):
+            cli(**options)
+    finally:
+        if written.getvalue():
+            sys.stdout.write(arranged(command, written.getvalue()))
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run a subcommand with these arguments; returns the exit code, or raises what the command raised."""
     # Between Lightning and jsonargparse; nothing that users of either could act on.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     saved_argv, saved_path = sys.argv, list(sys.path)
+    everything = asks_for_help(arguments) and arguments[-1] == "all"
+    arguments = arguments[:-1] if everything else arguments
     sys.argv = ["muter", *arguments]
     # An installed command does not look for modules in the current folder, where users have theirs; `python -m` does.
     if os.getcwd() not in sys.path:
@@ -116,7 +132,10 @@ def run(arguments: Sequence[str]) -> int:
         saved = {"config_filename": "muter-config.yaml", "overwrite": True}
         cli, trainer = _command_line(arguments)
         options: dict[str, Any] = {"save_config_callback": None} if arguments[0] == "check" else {}  # it writes nothing
-        cli(trainer_class=trainer, save_config_kwargs=saved, seed_everything_default=0, **options)
+        options = {"trainer_class": trainer, "save_config_kwargs": saved, "seed_everything_default": 0, **options}
+        if asks_for_help(arguments) and not everything:
+            _print_help(cli, options, arguments[0])
+        cli(**options)
     finally:
         sys.argv, sys.path = saved_argv, saved_path
     return 0

@@ -63,7 +63,8 @@ class SampleSource:
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
             raise UnsuitableError(
                 f"{type(dataset).__name__} cannot be read by position, so nothing in it can be named for forgetting. "
-                "Wrap it in a map-style dataset (with __getitem__ and __len__)."
+                "Of a DataLoader pass its dataset, loader.dataset. "
+                "Wrap anything else in a map-style dataset (with __getitem__ and __len__)."
             )
         self.dataset, self.collate = dataset, collate
         self.batch_size, self.num_workers, self.device = batch_size, num_workers, torch.device(device)

@@ -50,7 +50,8 @@ def read_objective(
     """
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise UnsuitableError(
-            f"{type(dataset).__name__} cannot be read by position, so nothing in it can be named for forgetting. Wrap it in a "
+            f"{type(dataset).__name__} cannot be read by position, so nothing in it can be named for forgetting. "
+            "Of a DataLoader pass its dataset, loader.dataset. Wrap anything else in a "
             "map-style dataset (with __getitem__ and __len__)."
         )
     readable = range(len(dataset)) if positions is None else positions

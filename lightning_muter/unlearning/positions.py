@@ -24,7 +24,10 @@ def checked_positions(forget: Iterable[int], snapshot: Stored) -> list[int]:
     positions = []
     for value in values:
         if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise ArgumentError("forget", value, "whole numbers", "Pass positions in the training dataset.")
+            raise ArgumentError(
+                "forget", value, "whole numbers",
+                "Pass positions in the training dataset; those of a mask are mask.nonzero().flatten().tolist().",
+            )  # fmt: skip
         positions.append(value.__index__())
     if not positions:
         raise ArgumentError("forget", positions, "at least one position", "Pass positions in the training dataset.")

@@ -119,7 +119,11 @@ def unlearn(
     check_within(within, retain)
     seconds = _seconds(certify)
     check_accept(accept)
-    chosen_solver, method = as_solver(solver), method or MUter()
+    chosen_solver, method = as_solver(solver), MUter() if method is None else method
+    if not isinstance(method, Method):
+        raise ArgumentError(
+            "method", method, "a lightning_muter.Method", "MUter() is the default; how its system is solved is solver=."
+        )
     snapshot.check_length(data, "data")
     snapshot.check_model(model)
     check_remembered(model, snapshot)

@@ -1,0 +1,54 @@
+"""`muter COMMAND --help`: the command's own options first, three examples whose options exist, what is cut is counted."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from lightning_muter import cli
+
+OWN = {
+    "fit": "--weights_only",
+    "check": "",  # all that it takes are Lightning's own
+    "snapshot": "--scope",
+    "unlearn": "--forget.indices",
+    "refresh": "--recover_key",
+    "audit": "--verify",
+    "publish": "--eps",
+    "purge": "--also",
+}
+
+
+def _shown(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
+    try:
+        code = cli.main([*arguments])
+    except SystemExit as stop:
+        code = stop.code
+    assert not code
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", OWN)
+def test_own_options_come_first_with_three_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = _shown(command, "--help", capsys=capsys)
+    assert "Show the help for the given subclass of Accelerator" not in shown
+    assert OWN[command] in shown
+    lines = re.findall(rf"^  muter ({command} .*)$", shown, re.MULTILINE)
+    assert len(lines) == 3
+    everything = shown if "--help all" not in shown else _shown(command, "--help", "all", capsys=capsys)
+    for option in re.findall(r"--[\w.]+(?=\+?=| |$)", " ".join(lines)):
+        known = option.replace("--trainer.callbacks.dirpath", "--trainer.callbacks")
+        assert re.search(rf"{re.escape(known)}\b|{re.escape(known.rsplit('.', 1)[0])} ", everything), option
+    if everything is not shown:
+        hidden = int(re.search(r"(\d+) more lines", shown)[1])  # type: ignore[index]
+        assert len(everything.splitlines()) > hidden > 100
+        assert shown.index(OWN[command]) < shown.index("examples:")
+
+
+def test_lists_that_are_cut_say_how_many_more(capsys: pytest.CaptureFixture[str]) -> None:
+    found = re.search(
+        r"known subclasses: torch\.Tensor,[^)]* and (\d+) more\)", _shown("unlearn", "--help", capsys=capsys)
+    )
+    assert found
+    assert int(found[1]) > 1
