@@ -29,6 +29,8 @@ LEFT = {
     ("squeeze", "Tanh, L2"): 2e-4,
     ("clamped, squared inputs", "linear, L2"): 1e-5,
     ("clamped, squared inputs", "Tanh, L2"): 1e-5,
+    ("clamped, squared inputs", "ReLU, L2"): 2e-5,
+    ("clamped, squared inputs", "ReLU, Linf"): 1e-4,
 }
 quiet = pytest.mark.filterwarnings(
     "ignore:Unlearning, before the fit",

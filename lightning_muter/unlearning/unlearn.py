@@ -119,11 +119,7 @@ def unlearn(
     check_within(within, retain)
     seconds = _seconds(certify)
     check_accept(accept)
-    chosen_solver, method = as_solver(solver), MUter() if method is None else method
-    if not isinstance(method, Method):
-        raise ArgumentError(
-            "method", method, "a lightning_muter.Method", "MUter() is the default; how its system is solved is solver=."
-        )
+    chosen_solver, method = as_solver(solver), _method(method)
     snapshot.check_length(data, "data")
     snapshot.check_model(model)
     check_remembered(model, snapshot)
@@ -168,6 +164,16 @@ def unlearn(
         remember(model, Forgotten.of(snapshot))
     result.seconds = time.perf_counter() - began
     return result
+
+
+def _method(given: object) -> Method:
+    if given is None:
+        return MUter()
+    if not isinstance(given, Method):
+        raise ArgumentError(
+            "method", given, "a lightning_muter.Method", "MUter() is the default; how its system is solved is solver=."
+        )
+    return given
 
 
 def _check_refine(refine: int, retain: object) -> None:
