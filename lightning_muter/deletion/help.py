@@ -32,7 +32,7 @@ EXAMPLES = {
     ),
     "check": (
         "check --config config.yaml",
-        "check --config config.yaml --config threat.yaml",
+        "check --config config.yaml --trainer.precision bf16-mixed",
         "check --config config.yaml --trainer.max_epochs 20",
     ),
     "snapshot": (
