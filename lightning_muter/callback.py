@@ -37,8 +37,9 @@ from lightning_muter.model.losses import Loss
 from lightning_muter.model.read_step import read_objective
 from lightning_muter.model.reading import Reading
 from lightning_muter.model.rows import collate_of
-from lightning_muter.preflight.checks import DEFAULT_CAP, inspect_fit
+from lightning_muter.preflight.checks import inspect_fit
 from lightning_muter.preflight.findings import enforce
+from lightning_muter.preflight.model import DEFAULT_CAP
 from lightning_muter.preflight.trained_rows import TrainedRows
 from lightning_muter.scope.head_methods import Method
 from lightning_muter.scope.wide_taking import take_wide_snapshot

@@ -17,7 +17,8 @@ from lightning_muter.certificate.dual import Dual
 from lightning_muter.certificate.gibbs import as_dual
 from lightning_muter.certificate.global_maxima import best_maximisers, curvature_gap
 from lightning_muter.certificate.simplex import linear_maximum
-from lightning_muter.curvature.inner.maximiser import InnerSolver, Rho, Smoothing
+from lightning_muter.curvature.inner.ascent import Rho
+from lightning_muter.curvature.inner.maximiser import InnerSolver, Smoothing
 from lightning_muter.curvature.problem.head import HeadProblem
 
 LOSSES = {

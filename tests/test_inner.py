@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_muter.adversarial.threat_model import ThreatModel
-from lightning_muter.curvature.inner.maximiser import InnerSolver, Rho, Smoothing
+from lightning_muter.curvature.inner.ascent import Rho
+from lightning_muter.curvature.inner.maximiser import InnerSolver, Smoothing
 from lightning_muter.curvature.inner.newton import Newton
 from lightning_muter.curvature.problem.head import HeadProblem
 from tests import reference

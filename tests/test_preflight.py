@@ -21,15 +21,10 @@ from lightning_muter.adversarial.training import AdversarialTraining
 from lightning_muter.errors import UnsuitableError
 from lightning_muter.model.head import find_head
 from lightning_muter.model.weight_decay import read_weight_decay
-from lightning_muter.preflight.checks import (
-    inspect_fit,
-    inspect_objective,
-    inspect_size,
-    inspect_trainer,
-    predict_bytes,
-)
+from lightning_muter.preflight.checks import inspect_fit, inspect_objective, inspect_trainer
 from lightning_muter.preflight.data import inspect_loaders
 from lightning_muter.preflight.findings import Finding, enforce, skip_reason
+from lightning_muter.preflight.model import inspect_size, predict_bytes
 from lightning_muter.preflight.optimizers import inspect_optimizers
 
 PGD = functools.partial(torchattacks.PGD, eps=0.1, steps=2)
@@ -315,12 +310,14 @@ def test_averaged_weights_must_come_first() -> None:
     assert_only(inspect_trainer(after, look_at), "error", "after they were snapshot")
 
 
-def test_batch_transfer_hooks_are_warned_about() -> None:
+def test_batch_transfer_hooks_are_noted() -> None:
     class Hooked(Net):
         def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
             return batch
 
-    assert_only(look(Hooked()), "warning", "Hooked.on_after_batch_transfer")
+    found = look(Hooked())
+    assert serious(found) == []
+    assert any("Hooked.on_after_batch_transfer is run" in f.what for f in found)
 
 
 # -- adversary and loss ---------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.curvature.objective.head import RobustObjective
-from lightning_muter.curvature.problem.head import Backbone, HeadProblem
+from lightning_muter.curvature.problem.backbone import Backbone
+from lightning_muter.curvature.problem.head import HeadProblem
 from lightning_muter.curvature.problem.point import LocalPoint
 from lightning_muter.curvature.response.boundary import first_order
 from lightning_muter.curvature.response.choose import L2Response, LinfResponse

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.certificate.global_maxima import best_maximisers, line_curvature, why_no_bound
-from lightning_muter.curvature.inner.maximiser import Rho
+from lightning_muter.curvature.inner.ascent import Rho
 from lightning_muter.curvature.objective.base import Evaluation
 from lightning_muter.curvature.objective.head import RobustObjective
 from lightning_muter.curvature.problem.head import HeadProblem

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.certificate.simplex import centre, linear_maximum, odds_range
-from lightning_muter.curvature.inner.maximiser import Rho
+from lightning_muter.curvature.inner.ascent import Rho
 
 #: Up to this many classes, arrays of their number cubed are formed per cell.
 CUBED = 24

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.certificate.branch_and_bound import default_budget, global_maxima
 from lightning_muter.certificate.gibbs import as_dual, gibbs_targets
-from lightning_muter.curvature.inner.maximiser import Rho
+from lightning_muter.curvature.inner.ascent import Rho
 from lightning_muter.curvature.problem.head import HeadProblem
 
 #: Numbers in the rows of the dual problems held at once.

@@ -5,14 +5,14 @@ The function is a module's training step (`read_step`) or a given loss on the mo
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_muter.errors import UnsuitableError
+from lightning_muter.model.batch_losses import Later, Replayed
 from lightning_muter.model.head import Head, HeadCall, unsuitable_head
 from lightning_muter.model.known_losses import Known, recognise
 from lightning_muter.model.leaves import rows
@@ -171,7 +171,7 @@ class Reader:
                 return next(self._losses(head, call, at, n))[0]
 
         return Reading(
-            self.module, self.run, head, Layout(self.names, at, labels), known.loss, loss_identity(known.loss), _Later(traced),
+            self.module, self.run, head, Layout(self.names, at, labels), known.loss, loss_identity(known.loss), Later(traced),
             "rows", probes[0].rows(torch.tensor([0])), self.rebuild(self.leaves), known, rows_per_step=rows_per_step, uniform=scale,
         )  # fmt: skip
 
@@ -253,7 +253,7 @@ class Reader:
         else:
             refuse(graph, call.name, at)
             yield graph, graph.uses
-        yield _Replayed(step, self.dtype), [i for i, v in enumerate(self.leaves) if i != at and rows(v, n)]
+        yield Replayed(step, self.dtype), [i for i, v in enumerate(self.leaves) if i != at and rows(v, n)]
 
     def _same_for_all(
         self, known: Known | None, batch_loss: BatchLoss, probes: list[Probe], kind: str, counts: list[Tensor]
@@ -293,48 +293,6 @@ def _notes(reading: Reading) -> list[str]:
             "polished to may be one of several."
         )
     return notes
-
-
-class _Later:
-    """L(z, leaves), traced at the first need."""
-
-    def __init__(self, trace: Callable[[], BatchLoss]) -> None:
-        self._trace = trace
-        self._found: BatchLoss | None = None
-
-    @property
-    def by_row(self) -> bool:
-        return getattr(self._loss(), "by_row", False)
-
-    def _loss(self) -> BatchLoss:
-        if self._found is None:
-            self._found = self._trace()
-        return self._found
-
-    def __call__(self, z: Tensor, leaves: list[Any]) -> Tensor:
-        return self._loss()(z, leaves)
-
-
-class _Replayed:
-    """L(z, leaves) by the step itself."""
-
-    by_row = True
-
-    def __init__(self, step: Callable[..., Tensor], dtype: torch.dtype) -> None:
-        self.step, self.dtype = step, dtype
-
-    def __call__(self, z: Tensor, leaves: list[Any]) -> Tensor:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of small batches
-                return self.step(z.to(self.dtype), *leaves).to(z.dtype)
-        except UnsuitableError:
-            raise
-        except Exception as error:
-            raise UnsuitableError(
-                f"training_step looks at values and fails on a batch of {len(z)} of the same rows ({type(error).__name__}: "
-                f"{str(error)[:200]}): its loss cannot be read row by row. {WAY_OUT}"
-            ) from error
 
 
 def _named(name: str, wanted: Any) -> bool:

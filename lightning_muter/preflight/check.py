@@ -19,8 +19,9 @@ from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.adversarial.training import adversary_of
 from lightning_muter.lightning_names import MODULES, Callback, other
 from lightning_muter.model.rows import collate_of
-from lightning_muter.preflight.checks import DEFAULT_CAP, inspect_fit
+from lightning_muter.preflight.checks import inspect_fit
 from lightning_muter.preflight.findings import Finding, as_table
+from lightning_muter.preflight.model import DEFAULT_CAP
 from lightning_muter.scope.wide_taking import take_wide_snapshot
 from lightning_muter.snapshot.snapshot import WIDE_BATCH
 from lightning_muter.snapshot.take import take_snapshot

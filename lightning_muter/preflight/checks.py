@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,6 @@ from lightning_muter.curvature.problem.network import parameters_in
 from lightning_muter.curvature.response.choose import Response, as_response
 from lightning_muter.errors import ArgumentError, MismatchError, UnsuitableError
 from lightning_muter.lightning_names import is_overridden
-from lightning_muter.model.head import Head
 from lightning_muter.model.loss_identity import loss_identity, same_loss
 from lightning_muter.model.losses import Loss
 from lightning_muter.model.normalization import Normalization, normalization_in
@@ -25,21 +24,11 @@ from lightning_muter.model.read_step import read_objective
 from lightning_muter.model.reading import Reading
 from lightning_muter.model.rows import collate_of
 from lightning_muter.preflight.data import inspect_loaders, same_randomness_afterwards
-from lightning_muter.preflight.findings import Finding, Level, enforce, skip_reason
+from lightning_muter.preflight.findings import Finding
+from lightning_muter.preflight.model import DEFAULT_CAP, inspect_layers, inspect_outside, inspect_size
 from lightning_muter.preflight.optimizers import inspect_optimizers
 from lightning_muter.snapshot.codec import storable
 
-__all__ = [
-    "Finding",
-    "enforce",
-    "inspect_fit",
-    "inspect_layers",
-    "inspect_objective",
-    "predict_bytes",
-    "skip_reason",
-]
-
-DEFAULT_CAP = 2 * 2**30  # bytes of one snapshot
 _AVERAGING = ("StochasticWeightAveraging", "WeightAveraging", "EMAWeightAveraging")
 _SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAStrategy", "XLAFSDPStrategy")
 
@@ -186,18 +175,20 @@ def is_averaging(callback: Any) -> bool:
 
 
 def inspect_hooks(trainer: pl.Trainer, module: pl.LightningModule) -> list[Finding]:
-    """Hooks that change a batch between the dataset and the step: the snapshot does not run them."""
-    datamodule = getattr(trainer, "datamodule", None)
+    """Hooks that change a batch between the dataset and the step: they are run for every sample that is read."""
     out = []
     for name in ("on_before_batch_transfer", "on_after_batch_transfer"):
-        owner = next((o for o in (module, datamodule) if o is not None and is_overridden(name, o)), None)
-        if owner is not None:
+        if is_overridden(name, module):
+            text = f"{type(module).__name__}.{name} is run for every sample that is read; it may not draw at random."
+            out.append(Finding("note", text))
+        datamodule = getattr(trainer, "datamodule", None)
+        if datamodule is not None and is_overridden(name, datamodule):
             out.append(
                 Finding(
                     "warning",
-                    f"{type(owner).__name__}.{name} changes batches after they were loaded; the snapshot reads samples "
-                    "without it.",
-                    "Move what it does into the dataset or the model.",
+                    f"{type(datamodule).__name__}.{name} changes batches after they were loaded; requests that come without this "
+                    "datamodule's trainer read samples without it.",
+                    "Move what it does into the dataset or the module.",
                 )
             )
     return out
@@ -296,75 +287,6 @@ def inspect_climb(adversary: Adversary, reading: Reading) -> list[Finding]:
     ]
 
 
-def inspect_layers(module: nn.Module) -> list[Finding]:
-    """Layers that behave differently in eval mode or have no second derivative."""
-    out: list[Finding] = []
-    kinds: dict[str, tuple[Level, Any, str]] = {
-        "BatchNorm": ("note", nn.modules.batchnorm._BatchNorm, "uses its running statistics, which are not unlearned"),
-        "Dropout": ("note", nn.modules.dropout._DropoutNd, "is switched off while curvature is computed"),
-        "RNN": ("warning", nn.RNNBase, "fails under vmapped derivatives"),
-    }
-    for kind, (level, types, behaviour) in kinds.items():
-        names = [n for n, m in module.named_modules() if isinstance(m, types) and getattr(m, "p", 1) != 0]
-        if names:
-            advice = "" if level == "note" else "Keep it out of the scope, or use another layer."
-            out.append(Finding(level, f"{kind} ({_few(names)}) {behaviour}.", advice))
-    return out
-
-
-def inspect_outside(module: nn.Module, names: Iterable[str], optimizers: Iterable[Any] | None = None) -> list[Finding]:
-    """Parameters that are trained (by ``optimizers``, where given) and that unlearning will not touch."""
-    inside, named = set(names), list(module.named_parameters())
-    trained = {id(p) for _, p in named}
-    if optimizers is not None:
-        trained = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
-    outside = [n for n, p in named if p.requires_grad and id(p) in trained and n not in inside]
-    if not outside:
-        return []
-    return [
-        Finding(
-            "warning",
-            f"{len(outside)} parameters outside the scope ({_few(outside)}) are trained on the same data and keep "
-            "what they learnt from forgotten samples.",
-            "Freeze them (requires_grad=False) after training them on data that is never forgotten, or use scope='all'.",
-            "--trainer.callbacks.scope all",
-        )
-    ]
-
-
-def predict_bytes(
-    head: Head, n: int, inputs: int, threat: ThreatModel | None = None, linear: bool | None = None
-) -> int:
-    """Size of a dense snapshot: p x p sums in float64, and stored maximisers where there is a backbone.
-
-    ``p = K (f + 1)``; maximisers take two bits per input (linf vertices) or two bytes (l2, half precision) per sample.
-    """
-    p = sum(t.numel() for t in head.linear.parameters())
-    size = 8 * p * p + 4 * 8 * p
-    stored = not linear if linear is not None else head.name != ""
-    if threat is not None and threat.eps > 0 and stored:
-        size += n * ((inputs + 3) // 4) if threat.ball.separable else n * inputs * 2
-    return size
-
-
-def inspect_size(
-    head: Head, n: int, inputs: int, threat: ThreatModel | None = None, cap: int = DEFAULT_CAP
-) -> list[Finding]:
-    """Predicted size of the snapshot against the cap."""
-    size = predict_bytes(head, n, inputs, threat)
-    if size <= cap:
-        return [Finding("note", f"The snapshot will take about {size / 2**20:.1f} MiB.")]
-    p = sum(t.numel() for t in head.linear.parameters())
-    return [
-        Finding(
-            "error",
-            f"A dense snapshot of {p} head parameters would take {size / 2**30:.1f} GiB (cap {cap / 2**30:g} GiB).",
-            "Put a narrow layer before the head, use scope='all' or patterns (matrix-free), or raise the cap.",
-            f"--trainer.callbacks.size_cap {size} (or --trainer.callbacks.scope all)",
-        )
-    ]
-
-
 def _loaders(trainer: pl.Trainer) -> list[Any]:
     combined = trainer.fit_loop._combined_loader
     return [] if combined is None else list(combined.flattened)
@@ -376,7 +298,3 @@ def _caught(check: Any) -> list[Finding]:
     except (ArgumentError, UnsuitableError) as e:
         return [Finding("error", str(e))]
     return []
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

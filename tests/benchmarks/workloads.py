@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from lightning_muter.adversarial.threat_model import ThreatModel
-from lightning_muter.curvature.inner.maximiser import InnerSolver, Maximisers, Smoothing
+from lightning_muter.curvature.inner.ascent import Maximisers
+from lightning_muter.curvature.inner.maximiser import InnerSolver, Smoothing
 from lightning_muter.curvature.objective.sharded import ShardedObjective
 from lightning_muter.curvature.problem.head import HeadProblem
 from lightning_muter.model.dataset import SampleSource

@@ -20,7 +20,8 @@ from torch import Tensor
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.curvature.hessian.direct import Curvature
 from lightning_muter.curvature.hessian.sums import Sums, add_gradient, add_hessian
-from lightning_muter.curvature.inner.maximiser import InnerSolver, Maximisers, Rho, Smoothing
+from lightning_muter.curvature.inner.ascent import Maximisers, Rho
+from lightning_muter.curvature.inner.maximiser import InnerSolver, Smoothing
 from lightning_muter.curvature.objective.base import Evaluation, Met
 from lightning_muter.curvature.objective.soft_maximum import Contest, Kinks
 from lightning_muter.curvature.problem.head import HeadProblem

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.func import grad
 
 from lightning_muter.adversarial.threat_model import ThreatModel
-from lightning_muter.curvature.inner.maximiser import InnerSolver, Rho, Smoothing
+from lightning_muter.curvature.inner.ascent import Rho
+from lightning_muter.curvature.inner.maximiser import InnerSolver, Smoothing
 from lightning_muter.curvature.objective.base import Evaluation
 from lightning_muter.curvature.problem.network import Parameters, WidePoint, WideProblem
 from lightning_muter.curvature.response.choose import Response

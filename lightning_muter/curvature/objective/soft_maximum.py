@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_muter.curvature.hessian.sums import Sums
-from lightning_muter.curvature.inner.maximiser import Maximisers
+from lightning_muter.curvature.inner.ascent import Maximisers
 from lightning_muter.curvature.problem.point import LocalPoint
 
 #: A local maximum of a smaller share is left out.

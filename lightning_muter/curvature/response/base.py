@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from typing import ClassVar
 
-from lightning_muter.curvature.problem.head import Backbone
+from lightning_muter.curvature.problem.backbone import Backbone
 from lightning_muter.curvature.problem.point import LocalPoint
 from lightning_muter.curvature.response.operators import Motion
 from lightning_muter.curvature.response.pullback import Gram

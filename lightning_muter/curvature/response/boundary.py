@@ -9,7 +9,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from lightning_muter.curvature.problem.head import Backbone
+from lightning_muter.curvature.problem.backbone import Backbone
 from lightning_muter.curvature.problem.point import LocalPoint
 from lightning_muter.curvature.response.base import Response
 from lightning_muter.curvature.response.operators import LowRankMotion, Motion, SpectralMotion

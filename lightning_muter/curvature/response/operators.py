@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_muter.curvature.problem.head import Backbone
+from lightning_muter.curvature.problem.backbone import Backbone
 
 
 class Motion(ABC):

@@ -12,7 +12,7 @@ import logging
 import torch
 from torch import Tensor
 
-from lightning_muter.curvature.problem.head import Backbone
+from lightning_muter.curvature.problem.backbone import Backbone
 
 _log = logging.getLogger(__name__)
 
