@@ -122,7 +122,9 @@ def test_sums_accumulated_in_single_precision_err_by_rounding_alone(monkeypatch,
     threat = ThreatModel("l2", 0.05, None)
     sums = {}
     for dtype in (torch.float64, torch.float32):
-        monkeypatch.setattr("lightning_muter.curvature.problem.backbone.algebra_dtype", lambda device, dtype=dtype: dtype)
+        monkeypatch.setattr(
+            "lightning_muter.curvature.problem.backbone.algebra_dtype", lambda device, dtype=dtype: dtype
+        )
         source = SampleSource(TensorDataset(x, y), batch_size=64)
         problem = HeadProblem(model, torch.nn.functional.cross_entropy, source.examples())
         decay = torch.zeros(problem.shape, dtype=dtype)
