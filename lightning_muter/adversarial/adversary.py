@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_muter.adversarial.climb import LossAttack, attack_scope, check_box, no_gradient
+from lightning_muter.adversarial.climb import LossAttack, asking_gradients, attack_scope, check_box
 from lightning_muter.adversarial.from_torchattacks import attack_note, build_attack, is_tpgd, read_climb
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.errors import ArgumentError, UnsuitableError
@@ -178,9 +178,8 @@ class Adversary:
             if hasattr(self.attack, "set_device"):
                 self.attack.set_device(x.device)
             try:
-                out: Tensor = self.attack(x, y)
-            except RuntimeError as error:
-                raise no_gradient(error) from error
+                with asking_gradients():
+                    out: Tensor = self.attack(x, y)
             except IndexError as error:  # of the library: classes or dimensions that the data have not
                 name, hint = type(self.attack).__name__, ""
                 if name == "AutoAttack":

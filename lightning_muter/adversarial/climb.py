@@ -99,21 +99,27 @@ def _value_and_gradient(
     with torch.set_grad_enabled(gradient):
         at = delta.detach().clone().requires_grad_(gradient)
         value = objective(model((flat + at).to(x.dtype).reshape(x.shape)))
-        try:
+        with asking_gradients():
             slope = torch.autograd.grad(value.sum(), at)[0] if gradient else None
-        except RuntimeError as error:
-            raise no_gradient(error) from error
     return value.detach().to(flat.dtype), slope
 
 
-def no_gradient(error: RuntimeError) -> Exception:
-    """What torch says where the loss has no gradient in the inputs, and what to do; another error as it is."""
-    if not any(part in str(error) for part in ("not have been used in the graph", "does not require grad")):
-        return error
-    return UnsuitableError(
-        "The loss has no gradient in the inputs, so that nothing can attack them: forward computes features under torch.no_grad() "
-        "or .detach(). Freeze the backbone with requires_grad_(False) instead: gradients then pass it and it stays as it is."
-    )
+@contextmanager
+def asking_gradients() -> Iterator[None]:
+    """
+    Raises:
+        UnsuitableError: torch says that the loss has no gradient in the inputs.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(part in str(error) for part in ("not have been used in the graph", "does not require grad")):
+            raise
+        raise UnsuitableError(
+            "The loss has no gradient in the inputs, so that nothing can attack them: forward computes features under "
+            "torch.no_grad() or .detach(). Freeze the backbone with requires_grad_(False) instead: gradients then pass it and it "
+            "stays as it is."
+        ) from error
 
 
 def check_box(x: Tensor, threat: ThreatModel) -> None:

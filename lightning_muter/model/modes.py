@@ -134,6 +134,20 @@ def calls_own_functions(out: Tensor) -> bool:
     return False
 
 
+def second_derivative_vanishes(forward: Callable[[Tensor], Tensor], x: Tensor) -> bool:
+    """Whether a second derivative of ``forward`` at x, in random directions that are always the same, is 0."""
+    generator = torch.Generator().manual_seed(1)
+    point = x.clone().requires_grad_(True)
+    out = forward(point)
+    u = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
+    v = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+    (first,) = torch.autograd.grad((out * u).sum(), point, create_graph=True)
+    if not first.requires_grad:
+        return True
+    (second,) = torch.autograd.grad((first * v).sum(), point, allow_unused=True)
+    return second is None or not bool(second.any())
+
+
 def slope_moves(slope: Callable[[Tensor], Tensor], x: Tensor) -> bool:
     """Whether the slope (n, D) at inputs x (n, D) changes from place to place, away from kinks, which some rows may have met."""
     generator = torch.Generator().manual_seed(2)

@@ -127,7 +127,7 @@ class Reader:
             n if rows_per_step is None and self.fixed else rows_per_step
         )  # what is climbed is the loss alone
         found = self.own.penalty = read_penalty(self.module, step, self.own.of_a_step(n, rows_per_step), k)
-        if not any(abs(found.get(name, c) - c) > 1e-3 * c for name, c in few.items()) or not found:
+        if not found or all(abs(found.get(name, c) - c) <= 1e-3 * c for name, c in few.items()):
             return []
         return [
             f"{self.what} adds an L2 penalty by itself and divides it by the rows of the batch: the objective is taken for batches "

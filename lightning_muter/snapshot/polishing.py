@@ -48,10 +48,9 @@ class Polish:
         if self.limit == 0:
             return Polished(theta, response, self.aim)
         source, problem = objective.source, objective.problem
-        affine = problem.backbone
-        metric = (
-            response if response.norm is not None else as_response("auto", objective.threat).resolved(affine, source.n)
-        )
+        metric = response
+        if response.norm is None:
+            metric = as_response("auto", objective.threat).resolved(problem.backbone, source.n)
         if not self.given:
             response = affordable(response, objective, self.budget)
         self.budget.spend(cost_of_sums(objective, response) + 2 * FORWARD)  # what comes after, with the accuracies

@@ -14,6 +14,7 @@ from lightning_muter.model.modes import (
     derivatives,
     lacks_forward_mode,
     no_second_derivative,
+    second_derivative_vanishes,
     slope_moves,
     twice_differentiable,
     widened,
@@ -136,17 +137,8 @@ class Backbone:
         return slope_moves(lambda at: self.pullback(at, ones)[:, 0], x)
 
     def _second_derivative_vanishes(self, x: Tensor) -> bool:
-        generator = torch.Generator().manual_seed(1)
         with derivatives():
-            point = x.clone().requires_grad_(True)
-            out = self._forward(point)
-            u = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
-            v = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
-            (first,) = torch.autograd.grad((out * u).sum(), point, create_graph=True)
-            if not first.requires_grad:
-                return True
-            (second,) = torch.autograd.grad((first * v).sum(), point, allow_unused=True)
-            return second is None or not bool(second.any())
+            return second_derivative_vanishes(self._forward, x)
 
     def jacobian(self, x: Tensor) -> Tensor:
         """J (n, f, D) at flattened inputs (a view of the one matrix for affine maps): f reverse passes, or D forward ones, which

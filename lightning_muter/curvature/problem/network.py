@@ -32,6 +32,7 @@ from lightning_muter.model.modes import (
     calls_own_functions,
     derivatives,
     directional,
+    second_derivative_vanishes,
     slope_moves,
     twice_differentiable,
     widened,
@@ -289,18 +290,9 @@ class WideProblem:
             return calls_own_functions(self.net(w, x.clone().requires_grad_(True))) and slope_moves(slope, x)
 
     def _second_derivative_vanishes(self, x: Tensor) -> bool:
-        generator = torch.Generator().manual_seed(1)
         w = self.split(self.read())
         with self.ready():
-            point = x.clone().requires_grad_(True)
-            out = self.net(w, point)
-            u = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
-            v = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
-            (first,) = torch.autograd.grad((out * u).sum(), point, create_graph=True)
-            if not first.requires_grad:
-                return True
-            (second,) = torch.autograd.grad((first * v).sum(), point, allow_unused=True)
-            return second is None or not bool(second.any())
+            return second_derivative_vanishes(lambda point: self.net(w, point), x)
 
 
 class WidePoint(LocalPoint):
