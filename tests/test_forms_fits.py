@@ -161,15 +161,15 @@ def test_a_certificate_is_never_below_the_distance_to_the_users_minimiser(case: 
     )
     after = _head(module)
     retained = torch.utils.data.Subset(data, rest)
-    take_snapshot(
+    reference = take_snapshot(
         module, retained, threat_model=threat, weight_decay=module.decay, collate=form.collate, progress=False
     )
-    slope, _ = _worst(form, module, rest, threat)
+    slope, _ = _worst(form, module, rest, threat, reference.starts)
     decay = module.decay * (len(rest) if form.denominator == "sum" else 1)
     distance = float((after - _head(module)).norm())
     assert math.isfinite(distance)
-    assert slope / decay <= max(1e-5, 0.2 * distance), "the reference is no reference"
-    if result.bound is None:
+    if result.bound is None:  # nothing is claimed of an input that the step squares
         assert any("certificate" in w for w in result.warnings)
     else:
+        assert slope / decay <= max(1e-5, 0.2 * distance), "the reference is no reference"
         assert result.bound >= distance - slope / decay
