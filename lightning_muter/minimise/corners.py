@@ -18,23 +18,64 @@ from torch import Tensor
 
 from lightning_muter.curvature.inner.maximiser import InnerSolver
 from lightning_muter.curvature.objective.head import RobustObjective
+from lightning_muter.curvature.problem.backbone import Backbone
 
-#: Of the mean loss: losses that close are tied. Numbers of the flips that are looked at, the closest first; steps of the search for
-#: their weights.
-TIED, NUMBERS, STEPS = 1e-4, 4_000_000, 200
+#: Of the mean loss: losses that close are tied. Numbers of the flips that are looked at, the closest first.
+TIED, NUMBERS = 1e-4, 4_000_000
+#: Steps of the search for the flips' weights; it ends where so many of them bring less than a hundredth.
+STEPS, PATIENCE = 200, 20
 #: Per row of a network, each a forward pass.
 FLIPS = 4
 
 
 @dataclass
-class _Part:
-    """Of a batch: corners' gradients r phi~^T as factors, times the weights; flips with their gains and both factors."""
+class _Flips:
+    """Of a batch: corners' gradients r phi~^T as factors, times the weights; and flips, what each moves:
+
+        r' phi'~^T - r phi~^T = (r' - r) phi~^T + r' (phi'~ - phi~)^T
+
+    Attributes:
+        r, phi: (n, K), (n, q).          gain: of the flips' losses (F,).        row: the sample of each (F,).
+        turned: r' - r (F, K).           flipped: r' (F, K).
+        moved: phi'~ - phi~ (F, q); of an affine backbone the coordinate j (F,) and the length s (F,) of  s J e_j.
+    """
 
     r: Tensor
     phi: Tensor
     gain: Tensor
-    flipped: tuple[Tensor, Tensor]
-    straight: tuple[Tensor, Tensor]
+    row: Tensor
+    turned: Tensor
+    flipped: Tensor
+    moved: Tensor | tuple[Tensor, Tensor, Backbone]
+
+    def tied(self, tie: float) -> _Flips:
+        """Those whose losses are that near to the corner's."""
+        at = self.gain.abs() <= tie
+        moved = self.moved
+        moved = moved[at] if isinstance(moved, Tensor) else (moved[0][at], moved[1][at], moved[2])
+        return _Flips(self.r, self.phi, self.gain[at], self.row[at], self.turned[at], self.flipped[at], moved)
+
+    def sum(self, weights: Tensor) -> Tensor:
+        """sum_f w_f (r' phi'~^T - r phi~^T): (K, q)."""
+        turned = torch.zeros_like(self.r).index_add(0, self.row, weights[:, None] * self.turned)
+        there, flipped = turned.T @ self.phi, weights[:, None] * self.flipped
+        if isinstance(self.moved, Tensor):
+            return there + flipped.T @ self.moved
+        coordinate, length, backbone = self.moved
+        sides = flipped.new_zeros(backbone.inputs, flipped.shape[1])
+        sides.index_add_(0, coordinate, length[:, None] * flipped)
+        there[:, : backbone.width] += sides.T if backbone.matrix is None else (backbone.matrix @ sides).T
+        return there
+
+    def along(self, g: Tensor) -> Tensor:
+        """<g, r' phi'~^T - r phi~^T> of each flip (F,)."""
+        here = (self.turned * (self.phi @ g.T)[self.row]).sum(1)
+        if isinstance(self.moved, Tensor):
+            return here + ((self.flipped @ g) * self.moved).sum(1)
+        coordinate, length, backbone = self.moved
+        sides = g[:, : backbone.width]
+        sides = sides if backbone.matrix is None else sides @ backbone.matrix
+        return here + length * (self.flipped * sides.T[coordinate]).sum(1)
 
 
 def least_subgradient(objective: RobustObjective, theta: Tensor, delta: Tensor) -> float | None:
@@ -46,7 +87,8 @@ def least_subgradient(objective: RobustObjective, theta: Tensor, delta: Tensor) 
     problem, threat = objective.problem, objective.threat
     if not threat.jumps:
         return None
-    parts, done, total, count = [], 0, 0.0, 0.0
+    parts: list[_Flips] = []
+    done, total, count = 0, 0.0, 0.0
     for batch in objective.source.batches(objective.own):
         x, rows = batch.x.to(problem.backbone.exact_dtype), slice(done, done + len(batch.x))
         weight = torch.ones(len(x), dtype=x.dtype, device=x.device) if batch.weight is None else batch.weight.to(x)
@@ -63,7 +105,7 @@ def least_subgradient(objective: RobustObjective, theta: Tensor, delta: Tensor) 
     return float(_nearest_to_zero(gradient, parts, tie, objective).norm() / sums[-1].clamp(min=1e-300))
 
 
-def _part(objective: RobustObjective, theta: Tensor, x: Tensor, y: Tensor, delta: Tensor, weight: Tensor) -> _Part:
+def _part(objective: RobustObjective, theta: Tensor, x: Tensor, y: Tensor, delta: Tensor, weight: Tensor) -> _Flips:
     problem, threat = objective.problem, objective.threat
 
     def at(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,49 +118,51 @@ def _part(objective: RobustObjective, theta: Tensor, x: Tensor, y: Tensor, delta
     low, high = threat.bounds(x)
     # what a flip would cost to first order: those of little slope alone are looked at
     cost = slope.abs() * (high - low) * weight[:, None]
-    most = NUMBERS // x.shape[1] if problem.backbone.affine else min(NUMBERS // x.shape[1], FLIPS * len(x))
+    affine = problem.backbone.affine
+    most = NUMBERS // x.shape[1] if affine else min(NUMBERS // x.shape[1], FLIPS * len(x))
     order = cost.flatten().argsort()[: max(1, most)]
     i, j = order // x.shape[1], order % x.shape[1]
     other = delta[i].clone()
     k = torch.arange(len(i), device=i.device)
-    other[k, j] = low[i, j] + high[i, j] - other[k, j]
-    value, flipped_r, flipped_phi = at(x[i] + other, y[i], weight[i])
-    return _Part(r, phi, value - loss[i], (flipped_r, flipped_phi), (r[i], phi[i]))
+    length = low[i, j] + high[i, j] - 2 * other[k, j]
+    other[k, j] += length
+    value, flipped, there = at(x[i] + other, y[i], weight[i])
+    moved = (j, length.to(flipped), problem.backbone) if affine else there - phi[i]
+    return _Flips(r, phi, value - loss[i], i, flipped - r[i], flipped, moved)
 
 
-def _nearest_to_zero(gradient: Tensor, parts: list[_Part], tie: float, objective: RobustObjective) -> Tensor:
+def _nearest_to_zero(gradient: Tensor, parts: list[_Flips], tie: float, objective: RobustObjective) -> Tensor:
     """By accelerated projected gradients (Beck and Teboulle, SIAM J. Imaging Sci. 2, 2009)."""
-    flips = []
-    for p in parts:
-        tied = p.gain.abs() <= tie
-        flips.append(tuple(part[tied] for part in (*p.flipped, *p.straight)))
-    weights = [gradient.new_zeros(len(f[0])) for f in flips]
+    flips = [part.tied(tie) for part in parts]
+    weights = [gradient.new_zeros(len(f.row)) for f in flips]
 
     def moved(weights: list[Tensor]) -> Tensor:
-        here = torch.zeros_like(gradient)
-        for w, (r, phi, r0, phi0) in zip(weights, flips, strict=True):
-            here += (w[:, None] * r).T @ phi - (w[:, None] * r0).T @ phi0
-        return objective.added(here)
+        return objective.added(sum((f.sum(w) for f, w in zip(flips, weights, strict=True)), torch.zeros_like(gradient)))
 
-    def slopes(g: Tensor) -> list[Tensor]:
-        return [((r @ g) * phi).sum(1) - ((r0 @ g) * phi0).sum(1) for r, phi, r0, phi0 in flips]
+    def norm(weights: list[Tensor]) -> Tensor:
+        squares = sum((w.square().sum() for w in weights), gradient.new_zeros(()))
+        return objective.added(squares[None]).sqrt().clamp(min=1e-300)
 
     some = objective.added(gradient.new_tensor([float(sum(map(len, weights)))]))
     if not float(some):
         return gradient
-    probe = slopes(gradient + 1e-300)
+    probe = [f.along(gradient + 1e-300) for f in flips]
     for _ in range(20):  # the largest eigenvalue, for the length of the steps
-        size = objective.added(sum((w.square().sum() for w in probe), gradient.new_zeros(()))[None]).sqrt()
-        probe = slopes(moved([w / size.clamp(min=1e-300) for w in probe]))
-    most = (
-        objective.added(sum((w.square().sum() for w in probe), gradient.new_zeros(()))[None]).sqrt().clamp(min=1e-300)
-    )
-    ahead, t, best = weights, 1.0, gradient
-    for _ in range(STEPS):
-        new = [(w - s / (1.1 * most)).clamp(0, 1) for w, s in zip(ahead, slopes(gradient + moved(ahead)), strict=True)]
+        size = norm(probe)
+        there = moved([w / size for w in probe])
+        probe = [f.along(there) for f in flips]
+    step = 1 / (1.1 * norm(probe))
+    ahead, t, best, goal = weights, 1.0, gradient, float(gradient.norm())
+    for count in range(1, STEPS + 1):
+        there = gradient + moved(ahead)
+        new = [(w - step * f.along(there)).clamp(0, 1) for w, f in zip(ahead, flips, strict=True)]
         t, before = (1 + (1 + 4 * t * t) ** 0.5) / 2, t
         ahead = [n + (before - 1) / t * (n - w) for n, w in zip(new, weights, strict=True)]
         weights = new
         now = gradient + moved(weights)
         best = now if float(now.norm()) < float(best.norm()) else best
+        if count % PATIENCE == 0:
+            if float(best.norm()) > 0.99 * goal:
+                break
+            goal = float(best.norm())
     return best

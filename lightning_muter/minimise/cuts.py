@@ -27,7 +27,7 @@ from lightning_muter.minimise.oracle import Ascent, Oracle
 #: Cuts kept per sample.
 KEEP = 6
 #: An ascent from the worst cut; and one from scratch.
-WARM, FAR = Ascent(2, 0.1, 0.8), Ascent(8, 0.25, 0.85)
+WARM, FAR = Ascent(2, 0.5, 0.6), Ascent(8, 0.25, 0.85)
 #: Of four passes one is from scratch.
 CYCLE = 4
 #: Temperature of the master's soft maximum, over the mean loss.

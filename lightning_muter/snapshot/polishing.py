@@ -13,7 +13,7 @@ from lightning_muter.curvature.objective.sharded import ShardedObjective
 from lightning_muter.curvature.response.choose import Response, as_response
 from lightning_muter.minimise.best import Best, best_head
 from lightning_muter.minimise.budget import FORWARD, Budget
-from lightning_muter.minimise.train_on import TrainedOn, affordable, cost_of_sums, train_on
+from lightning_muter.minimise.train_on import TrainedOn, affordable, cost_of_sums, smooth_cheaply, train_on
 from lightning_muter.snapshot.polished import polish_figures
 from lightning_muter.snapshot.progress import bar
 
@@ -32,6 +32,7 @@ class Polish:
     Attributes:
         limit: "auto", or the passes; 0: the head stays.       aim: stationarity.       budget: in gradients per sample.
         given: the response was; else one may be chosen that the budget can pay.       anchored: the smoothing stays.
+        own_smoothing: else how much is smoothed may be chosen, too.
     """
 
     limit: str | int
@@ -40,7 +41,7 @@ class Polish:
     examples: Examples | None = None
     given: bool = False
     anchored: bool = False
-    sharpen: bool = True
+    own_smoothing: bool = True
     progress: bool = True
 
     def run(self, objective: ShardedObjective, theta: Tensor, response: Response) -> Polished:
@@ -52,6 +53,8 @@ class Polish:
         if response.norm is None:
             metric = as_response("auto", objective.threat).resolved(problem.backbone, source.n)
         if not self.given:
+            if self.own_smoothing:
+                smooth_cheaply(objective, response, self.budget)
             response = affordable(response, objective, self.budget)
         self.budget.spend(cost_of_sums(objective, response) + 2 * FORWARD)  # what comes after, with the accuracies
         with bar(objective, "polish", self.progress, self.budget) as told:
@@ -66,7 +69,7 @@ class Polish:
                 first=None if self.examples is None else known_examples(objective, self.examples),
                 on_step=told.step,
                 on_pass=told.gap,
-                sharpen=self.sharpen,
+                sharpen=self.own_smoothing,
             )
         best = best_head(objective, theta, done, constants=self.limit == "auto", anchored=self.anchored)
         # cutting sets aim at the objective, not at the gradient

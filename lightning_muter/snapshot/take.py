@@ -143,7 +143,7 @@ def take_snapshot(
         examples=examples,
         given=isinstance(response, Response),
         anchored=anchored,
-        sharpen=smoothing is None and not anchored,
+        own_smoothing=smoothing is None and not anchored,
         progress=progress,
     )
     before = problem.read_theta()

@@ -39,12 +39,15 @@ class Smoothing:
         anchor: theta at which both are evaluated (``None``: no smoothing).
         temperature: T of the soft maximum over local maxima (`curvature.contest`; smooth nonlinear backbones), in units of the loss;
             0: the largest alone.
+        directions: of the logits' curvature that lambda_max is looked for in, the leading ones, a pass over the backbone each;
+            None: all.
     """
 
     strength: float = 1.0
     bandwidth: float = 0.03
     anchor: Tensor | None = None
     temperature: float = 0.005
+    directions: int | None = None
 
     @classmethod
     def of(cls, problem: HeadProblem) -> Smoothing:
@@ -60,7 +63,7 @@ class Smoothing:
         terms = problem.terms(z, y)
         gradient = problem.backbone.pullback(x, (terms.r @ problem.weight(self.anchor))[:, None])[:, 0]
         assert terms.hess is not None
-        root = problem.curvature_root(self.anchor, x, terms.hess)
+        root = problem.curvature_root(self.anchor, x, terms.hess, directions=self.directions)
         top = symmetric_eigenvalues(root.mT @ root)[:, -1:].clamp(min=0.0)
         lo, hi = threat.bounds(x.to(gradient))
         half = ((hi - lo) / 2).clamp(min=1e-3 * threat.eps)

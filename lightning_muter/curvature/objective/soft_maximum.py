@@ -223,7 +223,8 @@ class Contest:
         if self.share is None:
             return None
         scale = torch.ones_like(self.share[0]) if weight is None else weight.to(self.share)
-        entropy = -torch.special.xlogy(self.share, self.share / self.prior.clamp(min=1e-300)).sum(0)
+        tiny = torch.finfo(self.prior.dtype).tiny  # weights may be 0 in single precision
+        entropy = -torch.special.xlogy(self.share, self.share / self.prior.clamp(min=tiny)).sum(0)
         sums.value += self.temperature * (scale * entropy).sum()
         contested = self.contested
         sums.counts["contested"] += int(contested.sum())

@@ -151,12 +151,18 @@ class HeadProblem:
             (gradient,) = torch.autograd.grad(phi, point, terms.r @ self.weight(theta))
         return phi.detach(), terms, gradient.to(self.dtype)
 
-    def curvature_root(self, theta: Tensor, x: Tensor, hess: Tensor, jacobian: Tensor | None = None) -> Tensor:
+    def curvature_root(
+        self, theta: Tensor, x: Tensor, hess: Tensor, jacobian: Tensor | None = None, directions: int | None = None
+    ) -> Tensor:
         """R = J^T W^T L with L L^T = Lambda (negative eigenvalues cut, directions
-        without curvature left out): (n, D, m), m <= K; R R^T is the Gauss-Newton d2l/dx2. Given J (n, f, D), without passes."""
+        without curvature left out): (n, D, m), m <= K; R R^T is the Gauss-Newton d2l/dx2. Given J (n, f, D), without passes.
+
+        ``directions``: so many of each sample's, those of the most curvature; a pass over the backbone each.
+        """
         values, vectors = symmetric_eigh(hess)
         root = vectors * values.clamp(min=0.0).sqrt()[:, None, :]
         used = values.amax(0) > 1e-14 * values.abs().max()  # softmax: one direction less, and one pass
         root = root[:, :, used] if bool(used.any()) else root[:, :, -1:]
+        root = root[:, :, -directions:] if directions else root  # eigenvalues ascend
         covectors = root.mT @ self.weight(theta)
         return (self.backbone.pullback(x, covectors) if jacobian is None else covectors @ jacobian).mT

@@ -37,14 +37,23 @@ class Boundary(Response):
 
     ``sketch``: G = J K J^T from that many random input directions per sample, unbiased, with an error that falls with
     (samples x directions); 0: exactly, from J; None: as :func:`choose_directions` finds for the number of samples.
+    ``directions``: R from so many directions of the logits' curvature, the leading ones; None: from all.
     """
 
-    def __init__(self, damping: float = 0.05, max_exact: int = 1024, sketch: int | None = None) -> None:
+    def __init__(
+        self,
+        damping: float = 0.05,
+        max_exact: int = 1024,
+        sketch: int | None = None,
+        directions: int | None = None,
+    ) -> None:
         if not 0 < damping < 1:
             raise ArgumentError("damping", damping, "a number between 0 and 1", "0.05 is the default.")
         if not (sketch is None or (isinstance(sketch, int) and sketch >= 0)):
             raise ArgumentError("sketch", sketch, "None, 0 or a number of directions", "None takes the cheaper way.")
-        self.damping, self.max_exact, self.sketch = damping, max_exact, sketch
+        if not (directions is None or (isinstance(directions, int) and directions > 0)):
+            raise ArgumentError("directions", directions, "None or a number above 0", "None takes all of them.")
+        self.damping, self.max_exact, self.sketch, self.directions = damping, max_exact, sketch, directions
 
     @abstractmethod
     def free(self, local: LocalPoint, counts: Counter[str]) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -117,7 +126,7 @@ class Boundary(Response):
         self, local: LocalPoint, mask: Tensor, a: Tensor, normal: Tensor | None, counts: Counter[str]
     ) -> LowRankMotion:
         inv = _inverse_root(mask, a)
-        scaled = local.root * inv[:, :, None]
+        scaled = local.leading_root(self.directions) * inv[:, :, None]
         if normal is not None:
             scaled = scaled - normal[:, :, None] * (normal[:, None, :] @ scaled)
         b, v = symmetric_eigh(scaled.mT @ scaled)
