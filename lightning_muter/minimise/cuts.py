@@ -27,13 +27,13 @@ from lightning_muter.minimise.oracle import Ascent, Oracle
 #: Cuts kept per sample.
 KEEP = 6
 #: An ascent from the worst cut; and one from scratch.
-WARM, FAR = Ascent(2, 0.5, 0.6), Ascent(8, 0.25, 0.85)
+WARM, FAR = Ascent(2, 0.5, 0.6), Ascent(5, 0.5, 0.7)
 #: Of four passes one is from scratch.
 CYCLE = 4
 #: Temperature of the master's soft maximum, over the mean loss.
 TEMPERATURE = 0.1
 #: Newton steps of the master per pass.
-NEWTON = 3
+NEWTON = 2
 #: log q of a cut that was just found, and of the least one that is protected.
 _FRESH, _PROTECTED = math.log(0.1), math.log(1e-3)
 

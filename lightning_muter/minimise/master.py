@@ -22,7 +22,7 @@ from torch import Tensor
 from lightning_muter.curvature.problem.head import HeadProblem
 
 #: Products per Newton step.
-_PRODUCTS = 15
+_PRODUCTS = 10
 #: Step lengths tried along a Newton direction.
 _LENGTHS = (0.0, 0.03, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 

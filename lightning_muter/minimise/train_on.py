@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_muter.curvature.objective.base import Evaluation
 from lightning_muter.curvature.objective.head import RobustObjective
 from lightning_muter.curvature.response.choose import Response
-from lightning_muter.minimise.budget import FORWARD, Budget
+from lightning_muter.minimise.budget import FORWARD, PULL, PUSH, Budget
 from lightning_muter.minimise.cuts import CYCLE, CuttingSets, OnPass, Polished
 from lightning_muter.minimise.descent import Descent
 from lightning_muter.minimise.polish import Polish, in_metrics, polish
@@ -25,11 +25,9 @@ from lightning_muter.minimise.polish import Polish, in_metrics, polish
 #: Relative gap to the least objective that is aimed at.
 GAP = 1e-3
 #: Random directions per sample where exact Jacobians are too dear.
-SKETCH = 8
-#: Directions of the logits' curvature that are followed where all are too dear: of ten classes four hold 94 % of it.
-LEADING = 4
-#: Cuts nearer than this, relative to their size, stand for the same local maximum.
-SAME = 0.3
+SKETCH = 6
+#: Directions of the logits' curvature that are followed where all are too dear: of ten classes three hold nine tenths of it.
+LEADING = 3
 #: Passes of the older method, and of cutting sets, that "auto" allows.
 PASSES, CUT_PASSES = 150, 400
 #: Passes that a sharper stage of several classes may take, and those after which a sharper one still is not tried.
@@ -149,42 +147,12 @@ def sharpened(
 
 
 def track(objective: RobustObjective, found: Polished) -> None:
-    """Follow the maxima that cutting sets ended with from now on, the largest first."""
-    places, prior = distinct(
-        found.places.to(objective.problem.backbone.exact_dtype), found.prior, round_ball=not objective.threat.jumps
-    )
-    places, prior = places[: 1 + objective.inner.rivals] * objective.threat.eps, prior[: 1 + objective.inner.rivals]
+    """Follow the worst points that cutting sets ended with from now on."""
+    places, prior = found.places[: 1 + objective.inner.rivals], found.prior[: 1 + objective.inner.rivals]
+    places = places.to(objective.problem.backbone.exact_dtype) * objective.threat.eps
     objective.delta, objective.rivals = places[0], places[1:]
     objective.prior = prior / prior.sum(0).clamp(min=1e-300)
     objective.passes += found.passes
-
-
-def distinct(places: Tensor, weights: Tensor, *, round_ball: bool) -> tuple[Tensor, Tensor]:
-    """Cuts that stand for the same local maximum as one, at their weighed mean, whose gradient is theirs to first order; maxima by
-    weight, that of the worst cut first.
-
-    Args:
-        places: (m, n, D), the worst first.        weights: (m, n), 0 where there is none.
-        round_ball: a mean of points of the sphere goes back to it.
-    """
-    mean, total = torch.zeros_like(places), torch.zeros_like(weights)
-    left = weights > 0
-    for j in range(len(places)):
-        size = places[j].norm(dim=1)
-        near = left & left[j] & ((places - places[j]).norm(dim=2) <= SAME * size)
-        share = torch.where(near, weights, 0.0)
-        total[j] = share.sum(0)
-        share = (share / total[j].clamp(min=1e-300)).to(places)
-        middle = (share[:, :, None] * places).sum(0)
-        if round_ball:
-            middle *= ((share * places.norm(dim=2)).sum(0) / middle.norm(dim=1).clamp(min=1e-12))[:, None]
-        mean[j] = middle
-        left = left & ~near
-    rank = total.clone()
-    rank[0] = torch.inf
-    order = torch.sort(rank, dim=0, descending=True, stable=True).indices
-    at = torch.arange(total.shape[1], device=total.device)
-    return mean[order, at], total.gather(0, order)
 
 
 def refined_by_cuts(objective: RobustObjective, theta: Tensor, steps: int, on_pass: OnPass | None = None) -> Descent:
@@ -202,39 +170,47 @@ def refined_by_cuts(objective: RobustObjective, theta: Tensor, steps: int, on_pa
     return Descent(found.theta, evaluation, status, steps, [found.before, found.after])
 
 
-def smooth_cheaply(objective: RobustObjective, response: Response, budget: Budget) -> None:
-    """Measure the input curvature that sets the width of switches along the leading directions of the logits alone, where the sums
-    would take more than a third of the budget: any width is a definition, this one is kept with the snapshot."""
-    if budget.limit is None or objective.problem.backbone.affine or not objective.threat.jumps:
-        return
-    if cost_of_sums(objective, response) > budget.limit / 3:
-        objective.set_smoothing(replace(objective.smoothing, directions=LEADING // 2))
+def affordable(
+    response: Response, objective: RobustObjective, budget: Budget, *, own_smoothing: bool = False
+) -> Response:
+    """The response in cheaper forms, as far as the sums would take more than a third of the budget: of the largest maximum of each
+    sample alone, from random directions instead of exact Jacobians, by Gauss-Newton instead of exact input Hessians, along the
+    logits' leading directions.
 
-
-def affordable(response: Response, objective: RobustObjective, budget: Budget) -> Response:
-    """The response in cheaper forms where it would take more than a third of the budget: from random directions instead of exact
-    Jacobians, by Gauss-Newton instead of exact input Hessians, along the logits' leading directions alone."""
+    ``own_smoothing``: what sets the width of switches may be measured along the leading directions too: any width is a
+    definition, and kept with the snapshot.
+    """
     if budget.limit is None or objective.problem.backbone.affine:
         return response
+
+    def dear() -> bool:
+        return cost_of_sums(objective, response) > budget.limit / 3  # type: ignore[operator]
+
     for name, cheaper in (("max_exact", 0), ("sketch", SKETCH), ("directions", LEADING)):
-        if hasattr(response, name) and cost_of_sums(objective, response) > budget.limit / 3:
+        if hasattr(response, name) and dear():
             other = copy(response)
             setattr(other, name, cheaper)
             if cost_of_sums(objective, other) < cost_of_sums(objective, response):
                 response = other
+    if own_smoothing and objective.threat.jumps and dear():
+        objective.set_smoothing(replace(objective.smoothing, directions=LEADING // 2))
+    if objective.temperature and dear():
+        objective.inner = replace(objective.inner, rivals=0)
     return response
 
 
 def cost_of_sums(objective: RobustObjective, response: Response) -> float:
-    """Gradients per sample that the total Hessian's sums take beside the maximisation, as if every pass were as dear as it can be."""
+    """Gradients per sample that the total Hessian's sums take beside the maximisation, as if every pass were as dear as it can be,
+    and every sample had all the local maxima that are weighed."""
     backbone, logits = objective.problem.backbone, objective.problem.n_logits
-    smoothing = 2 * FORWARD + FORWARD * min(logits, objective.smoothing.directions or logits)
+    smoothing = 2 * FORWARD + PULL * min(logits, objective.smoothing.directions or logits)
     smoothing = smoothing if objective.threat.jumps else 0.0
     if response.norm is None:
         return FORWARD + smoothing
     directions = int(getattr(response, "sketch", 0) or 0)
-    through = 2 * FORWARD * directions if directions else FORWARD * min(backbone.width, backbone.inputs)
+    through = PUSH * directions if directions else PULL * min(backbone.width, backbone.inputs)
     curved = not backbone.piecewise_linear and backbone.inputs <= int(getattr(response, "max_exact", 0))
     along = min(logits, getattr(response, "directions", None) or logits)
-    root = 4 * FORWARD * backbone.inputs if curved else FORWARD * along
-    return 2 * FORWARD + smoothing + through + root
+    root = 4 * FORWARD * backbone.inputs if curved else PULL * along
+    weighed = 1 + objective.inner.rivals if objective.temperature else 1
+    return smoothing + weighed * (2 * FORWARD + through + root)

@@ -13,7 +13,7 @@ from lightning_muter.curvature.objective.sharded import ShardedObjective
 from lightning_muter.curvature.response.choose import Response, as_response
 from lightning_muter.minimise.best import Best, best_head
 from lightning_muter.minimise.budget import FORWARD, Budget
-from lightning_muter.minimise.train_on import TrainedOn, affordable, cost_of_sums, smooth_cheaply, train_on
+from lightning_muter.minimise.train_on import TrainedOn, affordable, cost_of_sums, train_on
 from lightning_muter.snapshot.polished import polish_figures
 from lightning_muter.snapshot.progress import bar
 
@@ -53,9 +53,7 @@ class Polish:
         if response.norm is None:
             metric = as_response("auto", objective.threat).resolved(problem.backbone, source.n)
         if not self.given:
-            if self.own_smoothing:
-                smooth_cheaply(objective, response, self.budget)
-            response = affordable(response, objective, self.budget)
+            response = affordable(response, objective, self.budget, own_smoothing=self.own_smoothing)
         self.budget.spend(cost_of_sums(objective, response) + 2 * FORWARD)  # what comes after, with the accuracies
         with bar(objective, "polish", self.progress, self.budget) as told:
             done = train_on(
