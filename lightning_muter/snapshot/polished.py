@@ -11,11 +11,13 @@ from lightning_muter.adversarial.climb import LossAttack
 from lightning_muter.curvature.objective.head import RobustObjective
 from lightning_muter.curvature.problem.head import HeadProblem
 from lightning_muter.minimise.best import Best
+from lightning_muter.minimise.budget import FORWARD
 from lightning_muter.minimise.train_on import TrainedOn
 from lightning_muter.model.losses import Loss, accuracy, per_sample
 
-#: Samples on which robust figures are taken, spread over the data; steps of the climb that finds their perturbations.
-_SAMPLES, _STEPS = 256, 10
+#: Samples on which robust figures are taken, spread over the data: a sixteenth of them, within these; steps of the climb that finds
+#: their perturbations.
+_LEAST, _MOST, _STEPS = 64, 256, 10
 
 
 def polish_figures(
@@ -29,8 +31,8 @@ def polish_figures(
 ) -> dict[str, Any]:
     """The entry "polish" of a snapshot's figures.
 
-    ``step_norm`` over ``head_norm`` says how far the head moved. Robust accuracy is an estimate on up to 256 samples, with the
-    package's own climb at both heads.
+    ``step_norm`` over ``head_norm`` says how far the head moved. Robust accuracy is an estimate on 64 to 256 samples, with
+    the package's own climb at both heads.
     """
     figures: dict[str, Any] = {
         "status": done.status,
@@ -65,7 +67,7 @@ def _clean(objective: RobustObjective, problem: HeadProblem, loss: Loss, *heads:
 def _robust(objective: RobustObjective, problem: HeadProblem, loss: Loss, theta: Tensor) -> float:
     """Accuracy at the perturbations found, on some samples."""
     source = objective.source
-    chosen = torch.linspace(0, source.n - 1, min(source.n, _SAMPLES)).long().tolist()
+    chosen = torch.linspace(0, source.n - 1, _samples(source.n)).long().tolist()
     climb = LossAttack(objective.threat, None, steps=_STEPS, random_start=False)
     right = 0.0
     for batch in source.batches(chosen):
@@ -80,3 +82,12 @@ def _robust(objective: RobustObjective, problem: HeadProblem, loss: Loss, theta:
         assert share is not None
         right += float(share) * len(y)
     return right / len(chosen)
+
+
+def cost_of_figures(n: int) -> float:
+    """Gradients per sample that they take."""
+    return FORWARD + 2 * (_STEPS + FORWARD) * _samples(n) / n
+
+
+def _samples(n: int) -> int:
+    return min(n, _MOST, max(_LEAST, n // 16))

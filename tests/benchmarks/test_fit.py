@@ -38,7 +38,7 @@ FITS: dict[str, tuple[Any, int, int]] = {
     "SiLU CNN": (lambda: _cnn(nn.SiLU), 1500, 10),
     "ReLU CNN, forty epochs": (lambda: _cnn(nn.ReLU), 1500, 40),
     "softmax": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(196, 10)), 1500, 10),
-    "PreActResNet-18": (lambda: PreActResNet18((1, 14, 14), 10, width=12), 300, 10),
+    "PreActResNet-18": (lambda: PreActResNet18((1, 14, 14), 10, width=12), 1500, 10),
 }
 
 
