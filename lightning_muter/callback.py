@@ -80,9 +80,27 @@ class MUterCallback(Callback):
             they are.
         dirpath: folder of the files; None puts them beside the last checkpoint, and writes none where there is none.
         size_cap: largest snapshot in bytes (default 2 GiB).
-        inputs, label: key or position in a batch, where it cannot be told which tensor is the input (or the label).
+        inputs: key or position in a batch, where it cannot be told which tensor is the input.
+        label: the same for the label.
         normalization: (mean, std) where the data come normalised; of the adversarial training when None.
         verbose: progress bars and a summary.
+        batch_size: samples at a time at the end of the fit and in requests (wider scopes: at most 256).
+
+    Attributes:
+        snapshot: what requests need, None until a fit ended.
+        paths: of the files that were written, "checkpoint" and "snapshot".
+
+    Raises:
+        ArgumentError: an unknown scope, solver or budget.
+        UnsuitableError: at fit start, with everything that stands against a snapshot.
+
+    Example::
+
+        muter = MUterCallback(dirpath="run")
+        trainer = L.Trainer(max_epochs=5, callbacks=[AdversarialTraining(attack), muter])
+        trainer.fit(model, datamodule=data)
+        result = muter.unlearn(model, forget=[3, 17], retain=data.train, refine=2)
+        muter.save()
     """
 
     def __init__(
@@ -137,6 +155,7 @@ class MUterCallback(Callback):
     # -- during a fit ------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say everything unsuitable in one list, and refuse rows that were forgotten."""
         findings = inspect_fit(
             trainer,
             pl_module,
@@ -171,6 +190,7 @@ class MUterCallback(Callback):
         self._earlier_rows = None
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin to count this epoch's rows."""
         if self._rows is not None:
             self._rows.epoch_starts()
         if self._skip is None and self.scope == "head" and self.polish != 0:
@@ -182,12 +202,14 @@ class MUterCallback(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        """Count the rows of a batch; an earlier snapshot is none of these weights any more."""
         if not self._stepped:
             self._stepped, self.snapshot = True, None
         if self._rows is not None:
             self._rows.batch(batch)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Settle which rows this epoch trained on."""
         if self._rows is not None:
             self._rows.epoch_ends()
 
@@ -204,6 +226,7 @@ class MUterCallback(Callback):
         return [Path(folder) for folder in found if folder is not None]
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Polish, sum, write."""
         if self._skip is not None:
             return
         loader: Any = trainer.train_dataloader
@@ -301,6 +324,7 @@ class MUterCallback(Callback):
         )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Remember why there is no snapshot."""
         if self.snapshot is None:
             self._skip = (
                 f"No snapshot was taken: the fit ended with {type(exception).__name__}. Use take_snapshot(model, dataset, "
@@ -308,6 +332,7 @@ class MUterCallback(Callback):
             )
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of what counted the rows."""
         self._rows = None
 
     # -- files -------------------------------------------------------------------------------------------------------
@@ -395,6 +420,7 @@ class MUterCallback(Callback):
             logger.log_metrics(figures, step=trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of this callback: who was forgotten, and which rows were trained on."""
         own = replace(self._record, key_id=self._key.key_id) if self._key is not None else self._record
         return {
             **own.to_dict(),
@@ -403,6 +429,7 @@ class MUterCallback(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint; what is known to be forgotten only grows."""
         loaded = Forgotten.from_dict(state_dict)
         self._stale = bool(self._record) and not loaded.covers(self._record)
         self._record = self._record | loaded
@@ -449,13 +476,26 @@ class MUterCallback(Callback):
         """Remove training samples from ``model`` (in memory; :meth:`save` persists). All of it or nothing.
 
         Args:
+            model: the fitted module, with the weights that the fit or the last request left.
             forget: positions in the training dataset of the fit.
             data: that dataset, if it is another object by now.
-            certify: seconds that the search for a certificate may take, True: as long as a tight one may, False: none.
-            accept: "worse" takes a step that raises the robust objective; None refuses it.
-            within: refine until the certified distance to retraining is below this, else refuse; for `publish`.
             retain: the full training dataset: allows ``refine``, stationarity and the certificate. Wider scopes read it in any
                 case (from ``data`` if it is not given).
+            refine: steps on the retained rows after the first.
+            within: refine until the certified distance to retraining is below this, else refuse; for `publish`.
+            certify: seconds that the search for a certificate may take, True: as long as a tight one may, False: none.
+            accept: "worse" takes a step that raises the robust objective; None refuses it.
+            method: how the step is made of stored sums; default :class:`lightning_muter.MUter`.
+            solver: None takes the callback's.
+            dry_run: compute everything, change nothing.
+            progress: show a bar; None: as ``verbose``.
+
+        Returns:
+            what was done, and how near it is: ``print`` it.
+
+        Raises:
+            UnsuitableError: there is no snapshot; the message says why.
+            MuterError: all others of :func:`lightning_muter.unlearn`. Model and snapshot are as they were.
         """
         snapshot = self._at_hand()
         dataset = data if data is not None else retain if retain is not None else self._dataset
@@ -489,7 +529,15 @@ class MUterCallback(Callback):
         return result
 
     def refresh(self, model: pl.LightningModule, data: Dataset[Any] | None = None) -> Snapshot | WideSnapshot:
-        """A new snapshot of the retained samples at the current weights."""
+        """A new snapshot of the retained samples at the current weights: nothing computed at the old ones remains.
+
+        Args:
+            model: with the weights the snapshot belongs to, or trained further on the retained rows.
+            data: the full training dataset, if it is another object than that of the fit.
+
+        Returns:
+            the new snapshot, which requests use from now on; :meth:`save` writes it.
+        """
         dataset = data if data is not None else self._dataset
         if dataset is None:
             raise ArgumentError("data", None, "the training dataset", "Pass data=train_dataset.")
@@ -508,6 +556,12 @@ class MUterCallback(Callback):
 
     def retained(self, dataset: Dataset[Any]) -> Subset[Any]:
         """The part of the training dataset (or of one that it was made of) that may still be trained on.
+
+        Args:
+            dataset: the full training dataset, forgotten rows included.
+
+        Returns:
+            its rows that were never forgotten, in their order.
 
         Raises:
             MismatchError: these are other rows, or they are in another order; RequestError: it cannot be told.

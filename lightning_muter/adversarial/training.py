@@ -42,12 +42,13 @@ class AdversarialTrainingMixin:
     Define ``configure_attack`` (as ``configure_optimizers``; called once per fit) and ``forward`` giving logits; leave
     ``training_step`` as it is, it receives the adversarial batch.
 
-    Class or instance attributes:
+    Attributes:
         threat_model: a ``ThreatModel``, where the attack does not tell (unknown attacks, data outside [0, 1]).
         criterion: the loss that is maximised where ``training_step`` does not tell; default cross-entropy.
         trades_beta: TRADES: ``training_step`` receives the clean batch, and beta KL(clean || adversarial) is added.
         normalization: (mean, std) where the data come normalised: the attack is then in the scale of the data.
-        adversarial_validation, adversarial_test: log ``val/clean_acc``, ``val/robust_acc`` (``test/...``).
+        adversarial_validation: log ``val/clean_acc`` and ``val/robust_acc``, for a regression ``..._loss``.
+        adversarial_test: the same for ``test/...``.
 
     Example::
 
@@ -63,14 +64,28 @@ class AdversarialTrainingMixin:
     adversarial_test: bool = True
 
     def configure_attack(self) -> Any:
-        """The attack: torchattacks, a factory of one, a ``LossAttack``, a ``ThreatModel``; None trains plainly."""
+        """The attack of this fit, asked for once at its start.
+
+        Returns:
+            a torchattacks attack or a factory of one, a ``LossAttack``, a ``ThreatModel``; None trains plainly.
+
+        Raises:
+            UnsuitableError: it was not defined.
+        """
         raise UnsuitableError(
             f"{type(self).__name__} uses AdversarialTrainingMixin but has no configure_attack; define it, e.g. "
             "`def configure_attack(self): return torchattacks.PGD(self, eps=8/255)`, or return None to train plainly."
         )
 
     def unlearn(self, forget: Any, **kwargs: Any) -> Any:
-        """``MUterCallback.unlearn`` of the callback attached to this module's trainer, with this module.
+        """Remove training samples by the ``MUterCallback`` of this module's trainer.
+
+        Args:
+            forget: positions in the training dataset.
+            kwargs: as of :meth:`lightning_muter.MUterCallback.unlearn`.
+
+        Returns:
+            the :class:`lightning_muter.UnlearnResult`.
 
         Raises:
             RequestError: no trainer, or no (single) such callback on it.
@@ -200,14 +215,21 @@ class AdversarialTraining(Callback):
         loss: what is maximised; None: the loss of the module's own ``training_step``, read off its first batch. Where that is not
             the cross-entropy an attack library raises, the attack's eps, step size and steps drive our own climb of the step's loss.
         maximise: "attack" leaves the attack library its own loss, whatever the step minimises.
-        inputs, label: key or position in a batch, where it cannot be told which tensor is the input (or the label).
+        inputs: key or position in a batch, where it cannot be told which tensor is the input.
+        label: the same for the label.
         normalization: (mean, std) where the data come normalised: radius, step size and box are then in the scale of the data.
-        trades_beta: train by TRADES: the step receives the clean batch, and beta KL(clean || adversarial) is added.
-        adversarial_validation, adversarial_test: log ``val/clean_acc`` and ``val/robust_acc`` (``test/...``), for a
-            regression ``..._loss``.
+        trades_beta: train by TRADES: the step receives the clean batch, and beta KL(clean || adversarial) is added
+            (H. Zhang et al., ICML 2019).
+        adversarial_validation: log ``val/clean_acc`` and ``val/robust_acc``, for a regression ``..._loss``.
+        adversarial_test: the same for ``test/...``.
 
     Raises:
         UnsuitableError: at the start of a run: the module has AdversarialTrainingMixin, or cannot be wrapped.
+
+    >>> import functools, torchattacks
+    >>> attack = functools.partial(torchattacks.PGDL2, eps=0.5, alpha=0.1, steps=10)
+    >>> trainer = pl.Trainer(callbacks=[AdversarialTraining(attack)], accelerator="cpu", logger=False,
+    ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     """
 
     def __init__(
@@ -234,6 +256,7 @@ class AdversarialTraining(Callback):
         self._replaced: dict[str, Any] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Wrap the steps of this module for the run."""
         self._restore()
         if isinstance(pl_module, AdversarialTrainingMixin):
             raise UnsuitableError(
@@ -255,13 +278,16 @@ class AdversarialTraining(Callback):
             vars(pl_module)[name] = types.MethodType(dressed_as(getattr(pl_module, name), call), pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        adversary_of(pl_module)  # a bad attack fails here, not at the first batch
+        """Build the attack: a bad one fails here, not at the first batch."""
+        adversary_of(pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the module its own steps back."""
         self._restore()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._restore()  # Lightning calls no teardown hook then
+        """Give the module its own steps back: Lightning calls no teardown hook then."""
+        self._restore()
 
     def _build(self, module: pl.LightningModule) -> Adversary:
         adversary = Adversary(

@@ -39,6 +39,9 @@ class Check:
         findings: everything, with levels blocks / no snapshot / weaker / note.
         seconds: an estimate of what the end of the fit will take (polish and sums), or None where a trial failed.
         passes: passes over the data that the estimate is for.
+
+    >>> print(Check())
+    Nothing stands against a snapshot.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -81,7 +84,10 @@ def check(
         options: scope, threat_model, response, loss, weight_decay, inputs, label where no ``MUterCallback`` is given.
 
     Returns:
-        a :class:`Check`; ``print`` it.
+        A :class:`Check`; ``print`` it.
+
+    Raises:
+        TypeError: an unknown option.
 
     Example::
 

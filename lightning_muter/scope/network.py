@@ -90,23 +90,53 @@ def unlearn_wide(
     """Remove samples from all parameters in ``scope``; on success the model holds the new weights, else the old ones.
 
     Args:
-        forget: positions in ``data``, the full training dataset; ``forgotten``: positions removed before, left out too.
+        model: any module that gives logits.
+        forget: positions in ``data``.
+        data: the full training dataset; rows that are forgotten are not read.
         scope: "all" trainable parameters, or patterns over their names (``["layer4.*", "head.*"]``).
+        threat_model: norm, eps, box; read off ``attack`` or the module's adversarial training when not given.
+        attack: what the model was trained against, where no ``threat_model`` is given.
         trades_beta: the model was trained by TRADES with this beta.
+        response: "auto", "none", "unconstrained", "l2", "linf" or a Response.
         curvature: "ggn" (positive semidefinite with the response, the default) or "hessian" (exact).
+        loss: of the training, where it is not read off the module.
         weight_decay: as in :func:`lightning_muter.take_snapshot`; 0 is allowed, damping then carries the solve.
-        steps: accepted steps at most.          damping: mu at the start, per sample.
+        optimizers: those of the training, for ``weight_decay="auto"``.
+        forgotten: positions removed before, left out too.
+        steps: accepted steps at most.
+        damping: mu at the start, per sample.
+        cg: the solver of one step, by products with H_R.
         tolerance: on the stationarity |grad F_R| / sqrt(|R| sum |grad phi_i|^2) (the sum estimated once).
         seconds: no new step is begun after this time.
+        smoothing: of L-infinity switches.
+        inner: how inner maxima are climbed.
+        sample_weight: c_i (n,) of the objective; None: 1 each.
+        collate: the training loader's ``collate_fn``, where it had one of its own.
+        batch_size: samples at a time.
+        num_workers: of the loader that reads the dataset.
+        inputs: key or position in a batch, where it cannot be told which tensor is the input.
+        label: the same for the label.
         shards: this process's share; None asks torch.distributed. Every process gets the same weights.
+        dry_run: compute everything, change nothing.
+        progress: show a bar on a terminal.
 
     Returns:
-        ``solver`` holds the last accepted solve's status and ``steps``, one entry per trial; ``refine`` the
+        What was done: ``solver`` holds the last accepted solve's status and ``steps``, one entry per trial; ``refine`` the
         stationarity after each accepted step.
 
     Raises:
-        ArgumentError, RequestError: bad positions or options; UnsuitableError: FSDP, decoupled weight decay;
-        SolveError: no trial lowered the objective. The model is as it was.
+        ArgumentError: an option out of range, or positions that are none of the dataset.
+        RequestError: positions that were forgotten before, or nothing would be left.
+        UnsuitableError: FSDP, decoupled weight decay.
+        SolveError: no trial lowered the objective. After any error the model is as it was.
+
+    >>> from torch.utils.data import TensorDataset
+    >>> x = torch.rand(30, 4, generator=torch.Generator().manual_seed(0))
+    >>> rows = TensorDataset(x, (x[:, 0] > 0.5).long())
+    >>> model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+    >>> result = unlearn_wide(model, [3, 17], rows, threat_model=ThreatModel("l2", 0.05), weight_decay=1e-2, progress=False)
+    >>> result.n_retained, result.stationarity_after < result.stationarity_before
+    (28, True)
     """
     began = time.perf_counter()
     record = recalled(model)

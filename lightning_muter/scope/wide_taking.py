@@ -73,14 +73,47 @@ def take_wide_snapshot(
     """What a later request on the parameters in ``scope`` needs to know; one pass over ``dataset``, nothing of size p x p.
 
     Args:
+        model: any module that gives logits; FSDP is refused.
+        dataset: the full training dataset (map-style); positions to forget are counted in it.
         scope: "all" trainable parameters, or patterns over their names.
+        threat_model: norm, eps, box; read off ``attack`` or the module's adversarial training when not given.
+        attack: what the model was trained against, where no ``threat_model`` is given.
         trades_beta: the model was trained by TRADES with this beta.
+        response: "auto", "none", "unconstrained", "l2", "linf" or a Response.
         curvature: "ggn" or "hessian".
+        loss: as in :func:`lightning_muter.take_snapshot`.
+        weight_decay: as there.
+        optimizers: as there.
         polish: accepted Newton-CG steps towards a stationary point before; "auto" and 0 leave the weights as they are.
-        The others as in :func:`lightning_muter.take_snapshot`.
+        smoothing: of L-infinity switches.
+        inner: how inner maxima are climbed.
+        sample_weight: c_i (n,) of the objective; None: 1 each.
+        collate: the training loader's ``collate_fn``, where it had one of its own.
+        batch_size: samples at a time.
+        num_workers: of the loader that reads the dataset.
+        device: where the model goes before; None leaves it.
+        key: of the samples' digests; a new one when not given.
+        inputs: key or position in a batch, where it cannot be told which tensor is the input.
+        label: the same for the label.
+        normalization: (mean, std) where the dataset gives normalised inputs.
+        reading: what :func:`lightning_muter.model.read_step.read_objective` gave, if it was read before.
+        progress: show a bar on a terminal.
+
+    Returns:
+        The snapshot, for :func:`lightning_muter.unlearn`.
 
     Raises:
+        ArgumentError: an option out of range, or no threat model.
         UnsuitableError: FSDP, decoupled weight decay, or an objective that is not finite.
+
+    >>> from torch.utils.data import TensorDataset
+    >>> x = torch.rand(30, 4, generator=torch.Generator().manual_seed(0))
+    >>> rows = TensorDataset(x, (x[:, 0] > 0.5).long())
+    >>> model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+    >>> snapshot = take_wide_snapshot(
+    ...     model, rows, threat_model=ThreatModel("l2", 0.05), weight_decay=1e-2, polish=20, progress=False)
+    >>> snapshot.parameters
+    ['0.weight', '0.bias', '2.weight', '2.bias']
     """
     began = time.perf_counter()
     if polish != "auto" and not (isinstance(polish, int) and polish >= 0):

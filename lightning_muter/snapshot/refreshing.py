@@ -37,10 +37,27 @@ def refresh(
 
     Args:
         model: with the weights the snapshot belongs to, or trained further on ``snapshot.retained(data)``.
+        snapshot: what stands for the model so far: its objective, its key and who was forgotten are kept.
         data: the full training dataset; positions keep their meaning, forgotten rows are not read.
+        polish: as of :func:`lightning_muter.take_snapshot`.
+        progress: show a bar on a terminal.
+        loss: of the training, where it is not read off the module.
+        collate: the training loader's ``collate_fn``, where it had one of its own.
+        batch_size: samples at a time.
+        inputs: key or position in a batch, where it cannot be told which tensor is the input.
+        label: the same for the label.
 
     Returns:
         The new snapshot; the old one is left as it is.
+
+    Raises:
+        MismatchError: the retained rows of ``data`` are not those of the snapshot.
+
+    Example::
+
+        unlearn(model, snapshot, [3, 17], train_set)
+        snapshot = refresh(model, snapshot, train_set)
+        snapshot.save("model.muter.snapshot")
     """
     if isinstance(snapshot, WideSnapshot):
         from lightning_muter.scope.wide_taking import refresh_wide

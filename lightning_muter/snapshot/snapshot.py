@@ -54,15 +54,26 @@ class Stored(ABC):
     """What every stored state of a trained model shares, whatever it covers: whose it is, of which data, what was forgotten.
 
     Attributes:
-        forgotten: positions removed so far, in order.     n_total: samples of the dataset that positions count in.
+        n_total: samples of the dataset that positions count in.
+        forgotten: positions removed so far, in order.
+        threat_model: norm, eps and box of the adversary.
+        response: how its maximisers move with the weights.
         absent: positions that were never trained on (the part of a split, say): in no sum, nothing to forget.
         fingerprint: of the model's whole state dict as it should be now.
         digests: keyed digest of every sample (n, 16); rows of forgotten samples are zeroed.
         stationarity: |grad F| / sum |grad phi_i| for the samples at hand when it was measured.
         normalization: of inputs that the model takes normalised; the threat model is in the scale of the data.
         loss_name: identity of the loss of a row (function, arguments, content of tensors).
-        sample_weight, mass: c_i and d_i (n,) of F = sum c_i phi_i + (sum d_i / 2) lambda |w|^2; None where all are 1; zeroed for
-            forgotten samples.
+        input_shape: of one sample.
+        smoothing: of L-infinity switches, with its anchor.
+        inner: how inner maxima are climbed.
+        key_id: which key the digests were made with.
+        sample_weight: c_i (n,) of F = sum c_i phi_i + (sum d_i / 2) lambda |w|^2; None where all are 1; zeroed for forgotten samples.
+        mass: d_i (n,), alike.
+        warnings: what was said when it was taken.
+        figures: what was measured then: seconds, passes, polish.
+        versions: of the packages that it was taken with.
+        key: of the digests, where it is at hand; a file of its own.
         barred: keyed digests of the content of forgotten rows, those of earlier training sets included.
     """
 
@@ -96,7 +107,14 @@ class Stored(ABC):
         return summary.text(self)
 
     def plot(self, axis: Any = None) -> Any:
-        """Stationarity before and after polish, on matplotlib Axes (None makes a figure); where nothing was polished, as it is."""
+        """Stationarity |grad F| / sum |grad phi_i| before and after polish; where nothing was polished, as it is.
+
+        Args:
+            axis: matplotlib Axes to draw on; None makes a figure.
+
+        Returns:
+            the Axes.
+        """
         polish = self.figures.get("polish", {})
         values = [v for v in (polish.get("stationarity_before"), self.stationarity) if v is not None]
         names = ["before polish", "snapshot"][-len(values) :]
@@ -109,15 +127,17 @@ class Stored(ABC):
 
     @property
     def n_retained(self) -> int:
+        """Samples that are left."""
         return self.n_total - len(self.forgotten) - len(self.absent)
 
     @property
     def total(self) -> float:
-        """sum d_i of the samples that are left: what weight decay is multiplied by."""
+        """Sum of d_i over the samples that are left: what weight decay is multiplied by."""
         return float(self.n_retained) if self.mass is None else float(self.mass[self.retained_positions].sum())
 
     @property
     def retained_positions(self) -> list[int]:
+        """Of the samples that are left, in order."""
         gone = {*self.forgotten, *self.absent}
         return [i for i in range(self.n_total) if i not in gone]
 
@@ -130,6 +150,7 @@ class Stored(ABC):
         """The part of the training dataset that may still be trained on.
 
         Args:
+            dataset: the full training dataset, forgotten rows included (they may hold anything).
             collate: the training loader's ``collate_fn``, where it had one of its own.
 
         Raises:
@@ -141,6 +162,7 @@ class Stored(ABC):
         return Subset(dataset, self.retained_positions)
 
     def check_length(self, dataset: Dataset[Any], argument: str) -> None:
+        """Raise `MismatchError` unless the dataset, given as ``argument``, has as many rows as the one that was trained on."""
         length = len(dataset)  # type: ignore[arg-type]
         if length != self.n_total:
             raise MismatchError(
@@ -194,12 +216,14 @@ class Stored(ABC):
         """Read a snapshot, a `Snapshot` or (beyond the head) a `WideSnapshot`; its key is looked for beside it.
 
         Args:
+            path: of the file, `<name>.muter.snapshot`.
+            key: of its digests; None looks for `<name>.muter.key` beside it.
             unsealed: take a file without a seal, as releases before seals wrote them: whoever could write to its folder may
                 have made it.
 
         Raises:
-            CorruptFileError: damaged, altered, without seal or of an unknown version; MismatchError: another key, or a class
-            (of a response, say) that was not imported.
+            CorruptFileError: damaged, altered, without seal or of an unknown version.
+            MismatchError: another key, or a class (of a response, say) that was not imported.
         """
         if key is None and os.access(key_path(path), os.R_OK):  # an auditor may not read it
             key = DigestKey.load(key_path(path))
@@ -214,7 +238,13 @@ class Stored(ABC):
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], key: DigestKey | None = None, *, unsealed: bool = False) -> Any:
-        """As :meth:`load`, with no other key than this one (None: neither seal nor samples can be checked)."""
+        """As :meth:`load`, with no other key than this one.
+
+        Args:
+            path: of the file.
+            key: None: neither seal nor samples can be checked.
+            unsealed: take a file without a seal.
+        """
         meta, tensors = read_container(path, KIND, key, unsealed=unsealed)
         if meta.get("version") not in (1, VERSION):
             raise CorruptFileError(
@@ -256,10 +286,22 @@ class Snapshot(Stored):
     """Statistics of one trained head, tied to its weights, data and threat model.
 
     Attributes:
-        theta_ref: weights [W | b], (K, q), at which ``hessian`` was summed; theta_base: where ``gradient`` was.
-        hessian: M of the samples that are left, without weight decay.     decay: lambda per entry, (K, q).
-        starts, base_starts: where the maximisers at theta_ref and theta_base start, (n, 1 + m, D + 1) in float16: positions in
-            units of eps and weights of the local maxima (nonlinear backbones).
+        theta_ref: weights [W | b], (K, q), at which ``hessian`` was summed.
+        theta_base: where ``gradient`` was.
+        gradient: of the samples that are left, (K, q), without weight decay.
+        hessian: M of the samples that are left, (K q, K q) by blocks, without weight decay.
+        decay: lambda per entry, (K, q).
+        head_name: of the last linear layer in the model.
+        curvature: direct part, "hessian", "ggn" or "fisher".
+        starts: where the maximisers at theta_ref start, (n, 1 + m, D + 1) in float16: positions in units of eps and weights of
+            the local maxima (nonlinear backbones).
+        base_starts: the same at theta_base.
+
+    Example::
+
+        snapshot = Snapshot.load("run/model.muter.snapshot")
+        print(snapshot)  # of what, which objective, how stationary, who was forgotten
+        train_further = snapshot.retained(train_set)
     """
 
     theta_ref: Tensor
@@ -274,9 +316,11 @@ class Snapshot(Stored):
 
     @property
     def scope(self) -> str:
+        """What may change: "head"."""
         return "head"
 
     def check(self) -> None:
+        """Raise `ValueError` unless the fields, right in themselves, fit together."""
         super().check()
         k, q = self.theta_ref.shape
         tensors = {name: getattr(self, name) for name in ("theta_ref", "theta_base", "gradient", "decay")}
@@ -299,9 +343,16 @@ class WideSnapshot(Stored):
     """The objective of a training, tied to weights and data; parameters by name instead of sums.
 
     Attributes:
-        patterns: the scope as it was given, ``["all"]`` or patterns over parameter names; parameters: what it covers.
-        decay: lambda by parameter name.       trades_beta: of TRADES, None for plain adversarial training.
+        patterns: the scope as it was given, ``["all"]`` or patterns over parameter names.
+        parameters: the names that it covers.
+        decay: lambda by parameter name.
+        trades_beta: of TRADES, None for plain adversarial training.
         curvature: direct part, "ggn" or "hessian".
+
+    Example::
+
+        snapshot = take_wide_snapshot(model, train_set, scope=["layer4.*", "fc.*"], threat_model=ThreatModel("linf", 8 / 255))
+        unlearn(model, snapshot, [3, 17], train_set, refine=2)
     """
 
     patterns: list[str]
@@ -312,10 +363,11 @@ class WideSnapshot(Stored):
 
     @property
     def scope(self) -> str:
+        """What may change: the patterns, as they were given."""
         return ", ".join(self.patterns)
 
     def check_parameters(self, model: nn.Module) -> None:
-        """Raise `MismatchError` unless the scope means the parameters it meant when the snapshot was taken."""
+        """Raise `MismatchError` unless the scope means the parameters of ``model`` that it meant when the snapshot was taken."""
         found = parameters_in(model, self.patterns)
         if found != self.parameters:
             other = sorted(set(found) ^ set(self.parameters))[:3]
@@ -325,6 +377,7 @@ class WideSnapshot(Stored):
             )
 
     def check(self) -> None:
+        """Raise `ValueError` unless the fields, right in themselves, fit together."""
         super().check()
         if not self.patterns or set(self.decay) != set(self.parameters):
             raise ValueError("scope, parameters and decay do not fit together")

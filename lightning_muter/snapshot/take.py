@@ -76,20 +76,29 @@ def take_snapshot(
 ) -> Snapshot:
     """Statistics of a trained model's head, from which samples of ``dataset`` can be unlearned later.
 
+    Of the robust objective F = sum_i c_i phi_i(theta) + n (lambda / 2) |theta|^2, with phi_i the loss at sample i's worst
+    perturbation, it stores the total Hessian M = sum D2 phi_i (K q, K q) and the gradient sum d phi_i (K, q) at the polished
+    head theta = [W | b] (K, q): the maximisers move with theta, which M counts (J. Liu et al., *MUter*, ICCV 2023).
+
     Args:
         model: any module whose last ``nn.Linear`` gives the logits; its head is polished in place unless ``polish=0``.
         dataset: the full training dataset (map-style); positions to forget are counted in it.
         threat_model: norm, eps, box; read off ``attack`` or the module's adversarial training when not given.
             ``ThreatModel("l2", 0.0)`` for standard training.
+        attack: what the model was trained against, where no ``threat_model`` is given: as of ``ThreatModel.from_attack``.
+        scope: "head"; others have :func:`lightning_muter.take_wide_snapshot`.
         response: "auto", "none", "unconstrained", "l2", "linf" or a Response.
+        curvature: direct part of M: "hessian", "ggn" or "fisher".
         loss: None reads it off the module's own ``training_step``; a plain module has its ``criterion``, else cross-entropy, or
             what is given: ``callable(logits, y, reduction="none")``. A given one must be the step's, where there is a step.
-        inputs, label: key or position in a batch, where it cannot be told which tensor is the input (or the label).
+        inputs: key or position in a batch, where it cannot be told which tensor is the input.
+        label: the same for the label.
         normalization: (mean, std) where the dataset gives normalised inputs; threat model and box are then in the scale of the
             data (``ThreatModel("linf", 8 / 255)``).
         reading: what :func:`lightning_muter.model.read_step.read_objective` gave, if it was read before.
         weight_decay: lambda (one number, or by parameter name); "auto" reads it off ``optimizers`` or
             ``configure_optimizers()``. An L2 penalty that the training step adds by itself is added to it.
+        optimizers: those of the training, for ``weight_decay="auto"``.
         polish: "auto" minimises until stationary (1e-6 in float64; networks in float32: until the objective is within a
             thousandth of the least), a number limits the passes over the data, 0 leaves the weights as they are.
         budget: of polish and snapshot together, in gradients per sample: "auto" is the larger of a tenth of the fit and three
@@ -97,19 +106,36 @@ def take_snapshot(
         fit: what the fit cost (:class:`lightning_muter.minimise.budget.Fit`); by default epochs of PGD-10 are counted.
         examples: inputs (n, ...) -> perturbations (n, D) and which are known (n,): adversarial examples of the training, from
             which the polish of a network starts.
+        tolerance: on the stationarity |grad F| / sum |grad phi_i| that polish aims at; None: by dtype, as above.
         smoothing: of L-infinity switches, by default :meth:`Smoothing.of` the model; given with an anchor it is taken as it is
             (to compare models on one objective).
-        sample_weight: w_i (n,) of an objective sum_i w_i phi_i.
+        inner: how inner maxima are climbed (:class:`lightning_muter.curvature.inner.maximiser.InnerSolver`).
+        sample_weight: c_i (n,) of the objective; None: 1 each.
+        collate: the training loader's ``collate_fn``, where it had one of its own.
+        batch_size: samples at a time.
+        num_workers: of the loader that reads the dataset.
+        device: where the model goes before; None leaves it.
         key: of the samples' digests; a new one when not given.
         like: another snapshot of the same weights and data: its maximisers' starting points and smoothing are used.
-
         resume: keep partial sums in a file, and go on from it after an interruption (polishing is done again).
+        progress: show a bar on a terminal.
 
     Returns:
         The snapshot; ``snapshot.fingerprint`` is the polished model's.
 
     Raises:
-        UnsuitableError: model, data, loss or weight decay cannot be handled; MismatchError: ``like`` is of other weights.
+        ArgumentError: an option out of range, or no threat model.
+        UnsuitableError: model, data, loss or weight decay cannot be handled.
+        MismatchError: ``like`` is of other weights.
+
+    >>> import torch
+    >>> from torch.utils.data import TensorDataset
+    >>> x = torch.rand(30, 4, generator=torch.Generator().manual_seed(0))
+    >>> rows = TensorDataset(x, (x[:, 0] > 0.5).long())
+    >>> model = torch.nn.Linear(4, 2)  # of any script
+    >>> snapshot = take_snapshot(model, rows, threat_model=ThreatModel("l2", 0.05), weight_decay=1e-2, progress=False)
+    >>> snapshot.theta_ref.shape, snapshot.hessian.dense().shape, snapshot.stationarity < 1e-4
+    (torch.Size([2, 5]), torch.Size([10, 10]), True)
     """
     began = time.perf_counter()
     _check_options(scope, polish)
@@ -193,7 +219,8 @@ def _anchor(objective: ShardedObjective, model: nn.Module, smoothing: Smoothing 
 
 
 def _digests(source: SampleSource, key: DigestKey, like: Snapshot | None) -> Tensor:
-    """
+    """Keyed digests of all samples.
+
     Raises:
         MismatchError: ``like`` is of other rows.
     """

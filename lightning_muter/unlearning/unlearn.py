@@ -81,13 +81,13 @@ def unlearn(
 
     Args:
         model: with the weights the snapshot belongs to.
+        snapshot: of this model; it too holds the state after the request.
         forget: positions in the training dataset.
         data: the training dataset (the rows to forget are read, and a few others to recognise the model's form).
         method: default :class:`lightning_muter.scope.head_methods.MUter`.
         solver: "auto", "cholesky", "cg", "neumann", "schur" or a Solver.
         retain: the full training dataset again: allows ``refine``, stationarity and the certificate. Rows forgotten now
             or before are not read.
-        loss, inputs, label: as in :func:`lightning_muter.take_snapshot`.
         refine: accepted steps of L-BFGS on the retained objective in the metric of the total Hessian, which is taken anew
             where the request went too far for the stored one (a whole class).
         within: refine until the certified distance to retraining is below this, else refuse. For
@@ -97,13 +97,34 @@ def unlearn(
         accept: "worse" takes the step even where it raises the robust objective of the retained rows (known with ``retain``), or
             where most of it is owed to a snapshot that could not be made stationary. None refuses it.
         dry_run: compute everything, change nothing.
+        loss: of the training, where it is not read off the module; as in :func:`lightning_muter.take_snapshot`.
+        collate: the training loader's ``collate_fn``, where it had one of its own.
+        batch_size: samples at a time.
+        inputs: key or position in a batch, where it cannot be told which tensor is the input.
+        label: the same for the label.
         shards: this process's share of the samples; None asks torch.distributed. Every process of the group makes the same
             call and gets the same weights; ``Shards()``: this one works alone.
+        progress: show a bar on a terminal.
+
+    Returns:
+        What was done, and how near it is: ``print`` it.
 
     Raises:
-        ArgumentError, RequestError: bad positions; MismatchError: model, data or loss are not the snapshot's;
+        ArgumentError: an option out of range, or positions that are none of the dataset.
+        RequestError: positions that were forgotten before, or nothing would be left.
+        MismatchError: model, data or loss are not the snapshot's.
         SolveError: the system was not solved, ``within`` was not reached, or the step makes the model worse.
-        Model and snapshot are as they were.
+            After any error model and snapshot are as they were.
+
+    >>> from torch.utils.data import TensorDataset
+    >>> from lightning_muter import ThreatModel, take_snapshot
+    >>> x = torch.rand(30, 4, generator=torch.Generator().manual_seed(0))
+    >>> rows = TensorDataset(x, (x[:, 0] > 0.5).long())
+    >>> model = nn.Linear(4, 2)
+    >>> snapshot = take_snapshot(model, rows, threat_model=ThreatModel("l2", 0.05), weight_decay=1e-2, progress=False)
+    >>> result = unlearn(model, snapshot, [3, 17], rows, retain=rows, refine=2, progress=False)
+    >>> snapshot.forgotten, result.n_retained, result.bound < 1e-3
+    ([3, 17], 28, True)
     """
     if isinstance(snapshot, WideSnapshot):
         if within is not None:
@@ -204,7 +225,8 @@ def _source(
 
 
 def _problem(model: nn.Module, snapshot: Snapshot, source: SampleSource, reading: Reading) -> HeadProblem:
-    """
+    """The model as a function of its head.
+
     Raises:
         MismatchError: the model's head is another one than the snapshot's.
     """
