@@ -157,7 +157,8 @@ class Adversary:
 
     def split(self, batch: Any) -> tuple[Tensor, Tensor, Callable[[Tensor], Any]]:
         """Inputs, labels and what puts other inputs in their place, as the step takes a batch (of validation too, where its
-        structure is the same)."""
+        structure is the same).
+        """
         if self.reading is not None and self.reading.layout.fits(batch):
             return self.reading.split(batch)
         return split_batch(batch, self.inputs, self.label)

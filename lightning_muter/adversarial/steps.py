@@ -139,7 +139,8 @@ def _batch(step: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Calla
 
 
 def refuse_unwrappable(name: str, step: Any, owner: str) -> None:
-    """
+    """Say which steps cannot be wrapped.
+
     Raises:
         UnsuitableError: ``step`` is no ordinary method, or fetches its own batches.
     """

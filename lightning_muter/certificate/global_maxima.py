@@ -37,7 +37,8 @@ def why_no_bound(loss: Any) -> str | None:
 def line_curvature(problem: HeadProblem, theta: Tensor, x: Tensor, y: Tensor) -> float | None:
     """a such that along any line of logits the loss's third derivative is at most a omega times its second, omega the range of
     the direction: 0 for the square; 1 for log sum exp(z) - <t, z>, where they are the third and the second central moment of
-    the direction under the probabilities. None where not known."""
+    the direction under the probabilities. None where not known.
+    """
     if _bare(problem.loss) in (F.mse_loss, nn.MSELoss):
         return 0.0
     return None if gibbs_targets(problem, problem.logits(theta, problem.backbone(x)), y) is None else 1.0

@@ -1,4 +1,4 @@
-"""Receipts: what one request did, as JSON that is chained by hash to the one before and signed.
+r"""Receipts: what one request did, as JSON that is chained by hash to the one before and signed.
 
 A receipt is a JSON object. Its `sha256` is the hash of the canonical JSON text (UTF-8, sorted keys, no white space between
 tokens) of everything but `sha256` and `signature`; `previous` is the `sha256` of the receipt before (or 64 zeros). So an

@@ -28,6 +28,7 @@ AnySnapshot = Snapshot | WideSnapshot
 
 
 def insist_on_snapshot(places: Places) -> None:
+    """Raise `RequestError` where a checkpoint or its snapshot is missing."""
     if not places.checkpoint.exists() or not places.snapshot.exists():
         missing = places.checkpoint if not places.checkpoint.exists() else places.snapshot
         raise RequestError(
@@ -87,7 +88,8 @@ def vouched(ledger: Ledger | None) -> bool:
 @contextlib.contextmanager
 def snapshot_key(places: Places, ledger: Ledger, find: Callable[[], DigestKey | None]) -> Iterator[DigestKey]:
     """The key of the digests: the one there is, else the one that `find` finds, else a new one; what was not there before
-    goes again when the snapshot fails."""
+    goes again when the snapshot fails.
+    """
     if places.key.exists() or len(ledger):
         yield known_key(places, ledger)  # a ledger without its key says how to go on
         return
@@ -204,6 +206,7 @@ def commit(
 
 
 def report(places: Places, receipt: Mapping[str, Any], source: Places) -> None:
+    """Print what a request did, and where its files lie."""
     kind, metrics = receipt["kind"], receipt["metrics"]
     if kind == "unlearn":
         print(f"forgotten: {len(receipt['forgotten'])} rows; {receipt['n_retained']} are retained")
@@ -220,6 +223,7 @@ def report(places: Places, receipt: Mapping[str, Any], source: Places) -> None:
 
 
 def report_dry_run(places: Places, content: Mapping[str, Any]) -> None:
+    """Print what a request would do."""
     print(
         f"dry run: nothing was written; {len(content['forgotten'])} rows would be forgotten: {content['forgotten'][:9]}"
     )

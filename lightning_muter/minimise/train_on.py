@@ -170,7 +170,8 @@ def refined_by_cuts(objective: RobustObjective, theta: Tensor, steps: int, on_pa
 
 def affordable(response: Response, objective: RobustObjective, budget: Budget) -> Response:
     """The response in cheaper forms where it would take more than a third of the budget: from random directions instead of exact
-    Jacobians, and by Gauss-Newton instead of exact input Hessians."""
+    Jacobians, and by Gauss-Newton instead of exact input Hessians.
+    """
     if budget.limit is None or objective.problem.backbone.affine:
         return response
     for name, cheaper in (("max_exact", 0), ("sketch", SKETCH)):

@@ -23,7 +23,8 @@ _CACHE_BYTES = 1 << 30
 @dataclass
 class Samples:
     """Some samples: positions (n,), inputs (n, D) flattened, labels, weights c (n,) or None (each 1), and d (n,) while it is asked
-    for."""
+    for.
+    """
 
     positions: Tensor
     x: Tensor

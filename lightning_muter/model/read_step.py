@@ -197,7 +197,8 @@ def _read_given(
 
 
 def _must_agree(given: Reading, own: Reading, batch: Any) -> None:
-    """
+    """Compare a given loss with the step's own.
+
     Raises:
         MismatchError: the given loss is not the one that training_step minimises.
     """

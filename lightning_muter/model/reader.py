@@ -32,7 +32,8 @@ from lightning_muter.model.traced import refuse, storages, trace
 
 class Reader:
     """Reads ``run(batch) -> scalar``, which goes through ``module`` and its head once; ``what``: its name in messages; ``fixed``: the
-    head itself is not asked for, only what follows it (to be climbed): it may be frozen, tied or adapted."""
+    head itself is not asked for, only what follows it (to be climbed): it may be frozen, tied or adapted.
+    """
 
     def __init__(
         self,

@@ -165,7 +165,8 @@ def _squeezed(x: Tensor) -> Tensor:
 
 class _Rewritten(TorchFunctionMode):
     """Looks at values: a number taken out stays a tensor; what is printed, logged or branched on is looked at beside the trace (two
-    traces of other values must agree, and the loss is compared with the step afterwards)."""
+    traces of other values must agree, and the loss is compared with the step afterwards).
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -266,7 +267,8 @@ def _aliased(node: Node) -> Iterator[tuple[Node, bool]]:
 
 
 def refuse(graph: LossGraph, head: str, inputs: int) -> None:
-    """
+    """Refuse losses that are no function of one row's logits and label.
+
     Raises:
         UnsuitableError: the traced loss is not a function of the head's output and of labels alone.
     """

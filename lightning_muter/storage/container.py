@@ -1,9 +1,9 @@
-"""Container files: named tensors and JSON under a content hash that is checked before anything is parsed.
+r"""Container files: named tensors and JSON under a content hash that is checked before anything is parsed.
 
 Layout (all integers little-endian):
 
     offset  size  content
-    0       8     magic `b"\\x93MUTER\\r\\n"`
+    0       8     magic `b"\x93MUTER\r\n"`
     8       4     format version: 1, or 2 with a seal
     12      4     zero
     16      8     payload length in bytes; in version 1 the file ends there

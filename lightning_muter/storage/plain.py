@@ -50,7 +50,8 @@ class Plain:
 
 
 def plain(value: Mapping[Any, Any]) -> Plain:
-    """
+    """A nested mapping with what a checkpoint may hold; what was left out or changed is named.
+
     >>> from pathlib import Path
     >>> plain({"root": Path("/data"), "net": {"act": torch.relu, "rates": np.arange(2)}})
     Plain(value={'root': '/data', 'net': {'rates': tensor([0, 1])}}, left_out={'net.act': 'builtin_function_or_method'}, changed={'net.rates': 'ndarray'})
@@ -72,7 +73,8 @@ def _mapping(value: Mapping[Any, Any], name: str, out: Plain) -> dict[Any, Any]:
 
 
 def _plain(value: Any, name: str, out: Plain) -> Any:
-    """
+    """The value as it may be kept, noting what was left out or changed.
+
     Raises:
         _NotPlain: nothing of it can be kept.
     """

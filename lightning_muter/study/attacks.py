@@ -28,6 +28,7 @@ def stacked(data: torch.utils.data.Dataset[Sample], dtype: torch.dtype, position
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
+    """The precision of a model's parameters."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 

@@ -13,7 +13,8 @@ from lightning_muter.curvature.objective.soft_maximum import Kinks
 @dataclass
 class Evaluation:
     """F, its gradient, sum |d phi_i|, the maximisers found (n, D) and the fraction that converged; for samples with several
-    maxima also those (see `curvature.contest`), ``contested`` where there are such samples."""
+    maxima also those (see `curvature.contest`), ``contested`` where there are such samples.
+    """
 
     value: float
     gradient: Tensor

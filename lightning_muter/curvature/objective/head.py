@@ -120,7 +120,8 @@ class RobustObjective:
     @property
     def temperature(self) -> float:
         """Of the soft maximum over local maxima. A linear model that is not contended takes the largest, which is a function of
-        theta alone; on the kinks of a piecewise-linear network maxima cannot be told apart."""
+        theta alone; on the kinks of a piecewise-linear network maxima cannot be told apart.
+        """
         return self._warmest * self.cooling
 
     @property

@@ -153,7 +153,8 @@ class HeadProblem:
 
     def curvature_root(self, theta: Tensor, x: Tensor, hess: Tensor, jacobian: Tensor | None = None) -> Tensor:
         """R = J^T W^T L with L L^T = Lambda (negative eigenvalues cut, directions
-        without curvature left out): (n, D, m), m <= K; R R^T is the Gauss-Newton d2l/dx2. Given J (n, f, D), without passes."""
+        without curvature left out): (n, D, m), m <= K; R R^T is the Gauss-Newton d2l/dx2. Given J (n, f, D), without passes.
+        """
         values, vectors = symmetric_eigh(hess)
         root = vectors * values.clamp(min=0.0).sqrt()[:, None, :]
         used = values.amax(0) > 1e-14 * values.abs().max()  # softmax: one direction less, and one pass

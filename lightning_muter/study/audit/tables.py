@@ -56,7 +56,8 @@ class AuditRow:
 @dataclass(frozen=True)
 class LawRow:
     """A distance between the laws of a method's and of retraining's models: median and 95 % over the removed samples, and the
-    floor, which retraining scores against itself, one half of the worlds against the other."""
+    floor, which retraining scores against itself, one half of the worlds against the other.
+    """
 
     method: str
     measure: str
@@ -74,6 +75,8 @@ Entry = tuple[dict[str, Any], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Results:
+    """Everything an audit measured: attacks, distances of laws, ROC curves."""
+
     attacks: list[AuditRow]
     laws: list[LawRow]
     curves: list[dict[str, Any]]

@@ -107,7 +107,8 @@ def missing(plan: Plan, cache: Cache, index: int) -> list[str]:
 
 def make_world(plan: Plan, cache: Cache, index: int) -> None:
     """Train one world and put everything that is missing of it into the cache. Nothing else of it is kept, so that a world begun
-    anew after an interruption goes the same way as one that was not."""
+    anew after an interruption goes the same way as one that was not.
+    """
     wanted = missing(plan, cache, index)
     if not wanted:
         return

@@ -22,7 +22,8 @@ class Nothing(Competitor):
 
 class RetrainCold(Competitor):
     """Retraining on the retained samples from a random head: beside the reference (from a zero head) it shows how far
-    apart two retrainings are, the noise floor of every distance."""
+    apart two retrainings are, the noise floor of every distance.
+    """
 
     default_label = "retraining, random start"
 

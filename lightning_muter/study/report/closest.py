@@ -37,6 +37,7 @@ class Case:
 
 
 def is_ours(row: Row) -> bool:
+    """Whether the row is of this package's method."""
     return row.method.startswith(OURS)
 
 

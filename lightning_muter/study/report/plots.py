@@ -251,7 +251,8 @@ def _best_median(rows: Sequence[Row]) -> float:
 
 def plot_distance_by_size(rows: Sequence[Row], path: Path) -> Path | None:
     """Distance against the share removed at random (a class or a person's records are no matter of size), one line per method,
-    for studies with at least three sizes."""
+    for studies with at least three sizes.
+    """
     rows = [r for r in rows if not math.isnan(r.distance) and r.percent > 0 and r.setting[:1].isdigit()]
     if len({round(r.percent, 1) for r in rows}) < 3:
         return None

@@ -98,10 +98,12 @@ _TYPES: dict[str, Callable[[str], Any]] = {
 
 
 def attack_name(row: Row) -> str:
+    """The attack with its radius, where it has one."""
     return row.attack if math.isnan(row.eps) or row.eps == 0 else f"{row.attack} eps={row.eps:.3g}"
 
 
 def to_csv(rows: Iterable[Row], *, header: bool = True) -> str:
+    """Rows as CSV text, one line each."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
     if header:
@@ -152,6 +154,7 @@ def append_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows as CSV, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, lambda file: file.write(to_csv(rows).encode()))
 

@@ -1,5 +1,6 @@
 """From configuration to a :class:`~lightning_muter.study.setup.problem.World`: train the backbone on the public part, the head on the
-private part, both adversarially, and leave the head where its objective is stationary."""
+private part, both adversarially, and leave the head where its objective is stationary.
+"""
 
 from __future__ import annotations
 
@@ -118,6 +119,7 @@ def trained_backbone(recipe: Recipe, cache: Cache) -> dict[str, torch.Tensor]:
 def fit(
     model: Classifier, loader: DataLoader[Any], make_trainer: TrainerFactory, epochs: int, callbacks: list[L.Callback]
 ) -> None:
+    """Train in silence; the model comes back on the CPU."""
     with quiet():
         make_trainer(max_epochs=epochs, callbacks=callbacks).fit(model, loader)
     model.cpu()
