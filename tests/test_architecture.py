@@ -51,12 +51,10 @@ CORE = [
     "storage",
     "unlearning",
 ]
-#: What takes more than twelve arguments: the doors, whose arguments are what users say.
+#: What takes more than twelve arguments: the three doors whose arguments are what users say.
 DOORS = {
     "take_snapshot",
     "unlearn",
-    "MuterTrainer.snapshot",
-    "MuterTrainer.unlearn",
     "MUterCallback.__init__",
 }
 
