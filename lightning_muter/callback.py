@@ -44,7 +44,8 @@ from lightning_muter.preflight.trained_rows import TrainedRows
 from lightning_muter.scope.head_methods import Method
 from lightning_muter.snapshot.part import snapshot_of_rows
 from lightning_muter.snapshot.refreshing import refresh
-from lightning_muter.snapshot.snapshot import Snapshot, WideSnapshot, key_path
+from lightning_muter.snapshot.snapshot import Snapshot, WideSnapshot
+from lightning_muter.snapshot.stored import key_path
 from lightning_muter.solvers.base import Solver
 from lightning_muter.solvers.choose import as_solver
 from lightning_muter.stopping import stopped_by_sigterm

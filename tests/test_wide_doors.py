@@ -26,7 +26,7 @@ from lightning_muter import (
 )
 from lightning_muter.adversarial.climb import LossAttack
 from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError, RequestError, UnsuitableError
-from lightning_muter.snapshot.snapshot import KIND
+from lightning_muter.snapshot.stored import KIND
 from lightning_muter.solvers.cg import CG
 from lightning_muter.storage.container import read_container, write_container
 from lightning_muter.storage.fingerprint import weight_fingerprint

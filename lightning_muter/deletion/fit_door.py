@@ -17,7 +17,7 @@ from lightning_muter.forgotten.modules import recalled, refuse_forgotten_rows
 from lightning_muter.forgotten.rows import Forgotten
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.rows import collate_of
-from lightning_muter.snapshot.snapshot import Stored
+from lightning_muter.snapshot.stored import Stored
 
 Collate = Callable[[list[Any]], Any] | None
 

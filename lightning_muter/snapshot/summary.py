@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from lightning_muter.snapshot.snapshot import Stored
+    from lightning_muter.snapshot.stored import Stored
 
 _WIDTH = 110
 
