@@ -17,6 +17,7 @@ from torch.utils.data import Subset
 from lightning_muter.adversarial.adversary import Adversary
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.adversarial.training import adversary_of
+from lightning_muter.errors import ArgumentError
 from lightning_muter.lightning_names import MODULES, Callback, other
 from lightning_muter.model.rows import collate_of
 from lightning_muter.preflight.checks import inspect_fit
@@ -88,6 +89,7 @@ def check(
 
     Raises:
         TypeError: an unknown option.
+        ArgumentError: ``model`` is no LightningModule.
 
     Example::
 
@@ -95,6 +97,9 @@ def check(
     """
     if unknown := set(options) - set(_OPTIONS):
         raise TypeError(f"check: unexpected {sorted(unknown)}; allowed: {', '.join(_OPTIONS)}")
+    if not isinstance(model, MODULES):
+        advice = "Of a plain module only take_snapshot(model, dataset, threat_model=..., weight_decay=...) is needed."
+        raise ArgumentError("model", model, "a LightningModule", advice)
     if trainer is None:
         kind = other.Trainer if isinstance(model, MODULES[1]) and other is not pl else pl.Trainer
         trainer = kind(
