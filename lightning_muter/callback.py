@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,9 @@ from lightning_muter.preflight.findings import enforce
 from lightning_muter.preflight.model import DEFAULT_CAP
 from lightning_muter.preflight.trained_rows import TrainedRows
 from lightning_muter.scope.head_methods import Method
-from lightning_muter.scope.wide_taking import take_wide_snapshot
 from lightning_muter.snapshot.part import snapshot_of_rows
 from lightning_muter.snapshot.refreshing import refresh
-from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot, key_path
-from lightning_muter.snapshot.take import take_snapshot
+from lightning_muter.snapshot.snapshot import Snapshot, WideSnapshot, key_path
 from lightning_muter.solvers.base import Solver
 from lightning_muter.solvers.choose import as_solver
 from lightning_muter.stopping import stopped_by_sigterm
@@ -256,35 +254,27 @@ class MUterCallback(Callback):
         collate = collate_of(loader)
         adversary = adversary_of(pl_module)
         threat = self.threat_model or (adversary.threat if adversary is not None else None)
-        wide = self.scope != "head"
         trained = weight_fingerprint(pl_module.state_dict())
-        take: Callable[..., Snapshot | WideSnapshot] = take_wide_snapshot if wide else take_snapshot
-        options: dict[str, Any] = {"trades_beta": adversary.trades_beta} if wide and adversary is not None else {}
-        if not wide:
-            gradients = 1 if adversary is None else adversary.gradients
-            options |= {
-                "budget": self.budget,
-                "fit": Fit(trainer.current_epoch, gradients),
-                "examples": examples_of(pl_module).of,
-            }
         snapshot = snapshot_of_rows(
-            take,
             pl_module,
             loader.dataset,
             rows,
             threat_model=threat,
             scope=self.scope,
             response=self.response,
-            curvature=self.curvature or ("ggn" if wide else "hessian"),
+            curvature=self.curvature,
+            trades_beta=None if adversary is None else adversary.trades_beta,
+            budget=self.budget,
+            fit=Fit(trainer.current_epoch, 1 if adversary is None else adversary.gradients),
+            examples=examples_of(pl_module).of,
             reading=reading,
             weight_decay=self.weight_decay,
             optimizers=trainer.optimizers,
             polish=self.polish,
             collate=collate,
-            batch_size=min(self.batch_size, WIDE_BATCH) if wide else self.batch_size,
+            batch_size=self.batch_size,
             key=self._kept_key(trainer),
             progress=self.verbose and trainer.is_global_zero and trainer.progress_bar_callback is not None,
-            **options,
         )
         note = attack_note(adversary.attack) if adversary is not None else None
         if note is not None:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
+from lightning_muter.called_with import bind
 from lightning_muter.forgotten.digests import sample_digests
 from lightning_muter.forgotten.modules import recalled
 from lightning_muter.forgotten.rows import known_keys, remember_key
@@ -40,12 +41,7 @@ def ranks_agree(door: Door) -> Door:
 
     @functools.wraps(door)
     def call(*args: Any, **kwargs: Any) -> Any:
-        try:
-            bound = signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise TypeError(
-                f"{door.__name__}: {error}. It is called as {door.__name__}({_called(signature)})."
-            ) from None
+        bound = bind(door.__name__, signature, args, kwargs)
         shards: Shards = bound.arguments.get("shards") or Shards.current()
         if shards.world == 1:
             return door(*args, **kwargs)
@@ -65,13 +61,6 @@ def ranks_agree(door: Door) -> Door:
         return door(*bound.args, **bound.kwargs)
 
     return cast(Door, call)
-
-
-def _called(signature: inspect.Signature) -> str:
-    """How a door is called: what may come by place, then the names of the rest."""
-    by_name = [n for n, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY]
-    by_place = [n for n in signature.parameters if n not in by_name]
-    return ", ".join([*by_place, *(f"{n}=..." for n in by_name[:2]), *(["..."] if len(by_name) > 2 else [])])
 
 
 def _of_all_but_rows(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, str]:

@@ -14,9 +14,9 @@ from lightning_muter.model.losses import Loss
 from lightning_muter.model.weight_decay import WholeDecay
 from lightning_muter.snapshot.given import check_given
 from lightning_muter.snapshot.ranks import ranks_agree
-from lightning_muter.snapshot.reread import read_stored
+from lightning_muter.snapshot.reread import Access
 from lightning_muter.snapshot.retaken import spread
-from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot
+from lightning_muter.snapshot.snapshot import Snapshot, WideSnapshot
 from lightning_muter.snapshot.take import take_snapshot
 
 
@@ -61,15 +61,14 @@ def refresh(
         snapshot.save("model.muter.snapshot")
     """
     check_given(model, snapshot, data=data)
+    access = Access(loss, collate, batch_size, inputs, label)
     if isinstance(snapshot, WideSnapshot):
         from lightning_muter.scope.wide_taking import refresh_wide
 
-        return refresh_wide(
-            model, snapshot, data, loss=loss, collate=collate, batch_size=min(batch_size, WIDE_BATCH), inputs=inputs, label=label
-        )  # fmt: skip
+        return refresh_wide(model, snapshot, data, access)
     snapshot.check_length(data, "data")
     kept = snapshot.retained_positions
-    reading = read_stored(model, snapshot, data, kept, loss=loss, collate=collate, inputs=inputs, label=label)
+    reading = access.reading(model, snapshot, data, kept)
     check_digests(snapshot, data, kept, "data", collate)
     part = take_snapshot(
         model,

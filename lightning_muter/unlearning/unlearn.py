@@ -28,8 +28,8 @@ from lightning_muter.scope.network import unlearn_stored
 from lightning_muter.snapshot.given import check_given
 from lightning_muter.snapshot.ranks import ranks_agree
 from lightning_muter.snapshot.remarks import outside_head
-from lightning_muter.snapshot.reread import read_stored
-from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot
+from lightning_muter.snapshot.reread import Access
+from lightning_muter.snapshot.snapshot import Snapshot, WideSnapshot
 from lightning_muter.solvers.base import Solver
 from lightning_muter.solvers.choose import as_solver
 from lightning_muter.unlearning.commit import adopter, commit
@@ -130,13 +130,13 @@ def unlearn(
     """
     data = _training_data(data, retain)
     check_given(model, snapshot, data=data, retain=retain)
+    access = Access(loss, collate, batch_size, inputs, label)
     if isinstance(snapshot, WideSnapshot):
         if within is not None:
             raise ArgumentError("within", within, "None beyond the head", "Only linear models have a certificate.")
         return unlearn_stored(
-            model, snapshot, forget, data, retain=retain, refine=refine, method=method, solver=solver, dry_run=dry_run,
-            loss=loss, collate=collate, batch_size=min(batch_size, WIDE_BATCH), inputs=inputs, label=label, shards=shards,
-            progress=progress,
+            model, snapshot, forget, data, access=access, retain=retain, refine=refine, method=method, solver=solver,
+            dry_run=dry_run, shards=shards, progress=progress,
         )  # fmt: skip
     began = time.perf_counter()
     positions = checked_positions(forget, snapshot)
@@ -150,16 +150,14 @@ def unlearn(
     check_remembered(model, snapshot)
     gone = set(positions)
     kept = [i for i in snapshot.retained_positions if i not in gone]
-    reading = read_stored(
-        model, snapshot, data, sorted([*positions, *kept]), loss=loss, collate=collate, inputs=inputs, label=label
-    )
+    reading = access.reading(model, snapshot, data, sorted([*positions, *kept]))
     check_digests(snapshot, data, positions, "data", collate)
-    source = _source(reading, snapshot, data, sorted([*positions, *kept]), collate, batch_size)
+    source = access.source(reading, snapshot, data, sorted([*positions, *kept]))
     retained = None
     if retain is not None:  # forgotten rows are read from `data` alone: in `retain` they may be blank
         snapshot.check_length(retain, "retain")
         check_digests(snapshot, retain, kept, "retain", collate)
-        retained = _source(reading, snapshot, retain, kept, collate, batch_size)
+        retained = access.source(reading, snapshot, retain, kept)
     problem = _problem(model, snapshot, source, reading)
     request = Request(problem, snapshot, source, positions, chosen_solver, retained, shards or Shards.current())
     now = problem.read_theta()
@@ -214,26 +212,6 @@ def _check_refine(refine: int, retain: object) -> None:
         raise ArgumentError("refine", refine, "a whole number, 0 or larger")
     if refine and retain is None:
         raise ArgumentError("refine", refine, "0 without retained data", "Pass retain=train_dataset as well.")
-
-
-def _source(
-    reading: Reading,
-    snapshot: Snapshot,
-    dataset: Dataset[Any],
-    readable: list[int],
-    collate: Callable[[list[Any]], Any] | None,
-    batch_size: int,
-) -> SampleSource:
-    device, threat = next(reading.module.parameters()).device, snapshot.threat_model
-    return SampleSource(
-        dataset,
-        collate=collate,
-        batch_size=batch_size,
-        device=device,
-        threat=threat,
-        readable=readable,
-        reading=reading,
-    )
 
 
 def _problem(model: nn.Module, snapshot: Snapshot, source: SampleSource, reading: Reading) -> HeadProblem:
