@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import lightning as L
 from lightning_muter.deletion.checkpoints import checkpoint_fingerprint, checkpoint_writer, load_checkpoint, renewed
 from lightning_muter.deletion.files import Places, receipt_path
 from lightning_muter.deletion.ledger import Ledger
+from lightning_muter.deletion.receipts import new_content
 from lightning_muter.deletion.transactions import commit_request
 from lightning_muter.deletion.verified import check_ledger
 from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError, MuterError, RequestError
@@ -21,7 +21,7 @@ from lightning_muter.forgotten.modules import ENTRY
 from lightning_muter.forgotten.rows import Forgotten
 from lightning_muter.snapshot.snapshot import Snapshot, WideSnapshot
 from lightning_muter.storage.atomic import Writer
-from lightning_muter.storage.fingerprint import DigestKey, versions, weight_fingerprint
+from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
 from lightning_muter.unlearning.result import UnlearnResult
 
 AnySnapshot = Snapshot | WideSnapshot
@@ -146,24 +146,19 @@ def receipt_content(
     metrics = {name: value for name, value in told.items() if name not in _TOLD_ELSEWHERE}
     if result is None:
         metrics = {**snapshot.figures, "stationarity": snapshot.stationarity}
-    return {
-        "id": request_id,
-        "kind": kind,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "method": str(told.get("method", kind)),
-        "scope": str(told.get("scope", snapshot.scope)),
-        "forgotten": [int(index) for index in told.get("forgotten", [])],
-        "users": list(users),
-        "n_retained": int(snapshot.n_retained),
-        "checkpoint": {
-            "fingerprint_before": before,
-            "fingerprint_after": told.get("fingerprint_after", weight_fingerprint(model.state_dict())),
-        },
-        "snapshot": {},
-        "metrics": metrics,
-        "warnings": [str(warning) for warning in told.get("warnings", snapshot.warnings)],
-        "versions": versions(),
-    }
+    after = told.get("fingerprint_after", weight_fingerprint(model.state_dict()))
+    return new_content(
+        kind,
+        request_id,
+        method=str(told.get("method", kind)),
+        scope=str(told.get("scope", snapshot.scope)),
+        forgotten=told.get("forgotten", []),
+        users=users,
+        n_retained=snapshot.n_retained,
+        fingerprints=(before, after),
+        metrics=metrics,
+        warnings=told.get("warnings", snapshot.warnings),
+    )
 
 
 def commit(
