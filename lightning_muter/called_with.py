@@ -18,12 +18,22 @@ def bind(
     """The arguments by name.
 
     Raises:
-        TypeError: they do not fit, in the words of Python's own refusal.
+        TypeError: they do not fit, in the words of Python's own refusal, and how it is called.
     """
     try:
         return signature.bind(*args, **kwargs)
     except TypeError as error:
-        raise TypeError(f"{name}() {error}") from None
+        named = "unexpected keyword" in str(error)
+        raise TypeError(
+            f"{name}() {error}" + ("" if named else f". It is called as {name}({_form(signature)}).")
+        ) from None
+
+
+def _form(signature: inspect.Signature) -> str:
+    """What may come by place, then the first of the rest by name."""
+    by_name = [n for n, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY]
+    by_place = [n for n in signature.parameters if n not in by_name]
+    return ", ".join([*by_place, *(f"{n}=..." for n in by_name[:2]), *(["..."] if len(by_name) > 2 else [])])
 
 
 def called_with(

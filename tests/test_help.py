@@ -9,7 +9,7 @@ import pytest
 from lightning_muter import cli
 
 OWN = {
-    "fit": "--weights_only",
+    "fit": "--ckpt_path",
     "check": "",  # all that it takes are Lightning's own
     "snapshot": "--scope",
     "unlearn": "--forget.indices",

@@ -16,6 +16,7 @@ from torch import nn
 from lightning_muter.adversarial.adversary import Adversary
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.adversarial.training import adversary_of
+from lightning_muter.errors import ArgumentError
 from lightning_muter.lightning_names import MODULES, Callback, other
 from lightning_muter.model.rows import collate_of
 from lightning_muter.preflight.checks import inspect_fit
@@ -85,6 +86,7 @@ def check(
 
     Raises:
         TypeError: an unknown option.
+        ArgumentError: ``model`` is no LightningModule.
 
     Example::
 
@@ -92,6 +94,9 @@ def check(
     """
     if unknown := set(options) - set(_OPTIONS):
         raise TypeError(f"check: unexpected {sorted(unknown)}; allowed: {', '.join(_OPTIONS)}")
+    if not isinstance(model, MODULES):
+        advice = "Of a plain module only take_snapshot(model, dataset, threat_model=..., weight_decay=...) is needed."
+        raise ArgumentError("model", model, "a LightningModule", advice)
     if trainer is None:
         kind = other.Trainer if isinstance(model, MODULES[1]) and other is not pl else pl.Trainer
         trainer = kind(

@@ -79,6 +79,8 @@ def publish(module: nn.Module, result: UnlearnResult, eps: float = 1.0, delta: f
     >>> round(shown.sigma, 5), shown.parameters
     (0.00373, ('weight', 'bias'))
     """
+    if not isinstance(result, UnlearnResult):
+        raise ArgumentError("result", result, "what unlearn(..., within=Delta) returned")
     if result.within is None or result.bound is None or not result.bound <= result.within:
         raise ArgumentError(
             "result", f"within={result.within}, bound={result.bound}", "a request with a bound below a distance fixed beforehand",

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, Subset
 from lightning_muter.forgotten.digests import check_digests
 from lightning_muter.model.losses import Loss
 from lightning_muter.model.weight_decay import WholeDecay
+from lightning_muter.snapshot.given import check_given
 from lightning_muter.snapshot.ranks import ranks_agree
 from lightning_muter.snapshot.reread import Access
 from lightning_muter.snapshot.retaken import spread
@@ -59,6 +60,7 @@ def refresh(
         snapshot = refresh(model, snapshot, train_set)
         snapshot.save("model.muter.snapshot")
     """
+    check_given(model, snapshot, data=data)
     access = Access(loss, collate, batch_size, inputs, label)
     if isinstance(snapshot, WideSnapshot):
         from lightning_muter.scope.wide_taking import refresh_wide

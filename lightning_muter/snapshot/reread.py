@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from lightning_muter.errors import MismatchError
 from lightning_muter.model.dataset import SampleSource
-from lightning_muter.model.loss_identity import same_loss
+from lightning_muter.model.loss_identity import in_words, same_loss
 from lightning_muter.model.losses import Loss
 from lightning_muter.model.read_step import read_objective
 from lightning_muter.model.reading import Reading, Settled
@@ -49,8 +49,8 @@ class Access:
         reading.rows_per_step = None
         if not same_loss(reading.identity, snapshot.loss_name):
             raise MismatchError(
-                f"loss: got {reading.identity}, the snapshot was taken with {snapshot.loss_name}. Pass that loss, or take a new "
-                "snapshot."
+                f"loss: got {in_words(reading.identity)}, the snapshot was taken with {in_words(snapshot.loss_name)}. Pass that "
+                "loss, or take a new snapshot."
             )
         reading.settled = Settled(snapshot.sample_weight, snapshot.mass)
         return reading

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from lightning_muter.model.loss_identity import in_words
+
 if TYPE_CHECKING:
     from lightning_muter.snapshot.stored import Stored
 
@@ -64,7 +66,7 @@ def objective_text(snapshot: Any) -> str:
     box = "no box" if threat.box is None else f"box [{threat.box[0]:g}, {threat.box[1]:g}]"
     read = snapshot.figures.get("weight_decay_read")
     decay = f"weight decay {decay_text(snapshot)}" + (f" ({read})" if read else "")
-    return f"{snapshot.loss_name}; {threat.norm}, eps={threat.eps:g}, {box}; {decay}"
+    return f"loss {in_words(snapshot.loss_name)}; {threat.norm}, eps={threat.eps:g}, {box}; {decay}"
 
 
 def samples_text(snapshot: Stored) -> str:

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+torch.serialization.add_safe_globals([set])  # releases of torch before 2.6 do not know that it is harmless
+
 _AS_THEY_ARE = (
     bool,
     int,

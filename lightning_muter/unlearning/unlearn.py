@@ -25,6 +25,7 @@ from lightning_muter.model.modes import full_precision
 from lightning_muter.model.reading import Reading
 from lightning_muter.scope.head_methods import Method, MUter, Request, Step
 from lightning_muter.scope.network import unlearn_stored
+from lightning_muter.snapshot.given import check_given
 from lightning_muter.snapshot.ranks import ranks_agree
 from lightning_muter.snapshot.remarks import outside_head
 from lightning_muter.snapshot.reread import Access
@@ -55,7 +56,7 @@ def unlearn(
     model: nn.Module,
     snapshot: Snapshot | WideSnapshot,
     forget: Iterable[int],
-    data: Dataset[Any],
+    data: Dataset[Any] | None = None,
     *,
     method: Method | None = None,
     solver: str | Solver = "auto",
@@ -83,7 +84,8 @@ def unlearn(
         model: with the weights the snapshot belongs to.
         snapshot: of this model; it too holds the state after the request.
         forget: positions in the training dataset.
-        data: the training dataset (the rows to forget are read, and a few others to recognise the model's form).
+        data: the training dataset (the rows to forget are read, and a few others to recognise the model's form); None takes
+            ``retain``.
         method: default :class:`lightning_muter.scope.head_methods.MUter`.
         solver: "auto", "cholesky", "cg", "neumann", "schur" or a Solver.
         retain: the full training dataset again: allows ``refine``, stationarity and the certificate. Rows forgotten now
@@ -126,6 +128,8 @@ def unlearn(
     >>> snapshot.forgotten, result.n_retained, result.bound < 1e-3
     ([3, 17], 28, True)
     """
+    data = _training_data(data, retain)
+    check_given(model, snapshot, data=data, retain=retain)
     access = Access(loss, collate, batch_size, inputs, label)
     if isinstance(snapshot, WideSnapshot):
         if within is not None:
@@ -183,6 +187,14 @@ def unlearn(
         remember(model, Forgotten.of(snapshot))
     result.seconds = time.perf_counter() - began
     return result
+
+
+def _training_data(data: Dataset[Any] | None, retain: Dataset[Any] | None) -> Dataset[Any]:
+    found = retain if data is None else data
+    if found is None:
+        advice = "The rows to forget are read from it: unlearn(model, snapshot, forget, train_dataset)."
+        raise ArgumentError("data", None, "the training dataset", advice)
+    return found
 
 
 def _method(given: object) -> Method:
