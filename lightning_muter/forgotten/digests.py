@@ -14,7 +14,7 @@ from lightning_muter.model.dataset import SampleSource
 from lightning_muter.storage.fingerprint import DigestKey
 
 if TYPE_CHECKING:
-    from lightning_muter.snapshot.snapshot import Stored
+    from lightning_muter.snapshot.stored import Stored
 
 Collate = Callable[[list[Any]], Any] | None
 

@@ -40,6 +40,8 @@ _STATIONARY = 1e-2
 def take_wide_snapshot(asked: TakeWide) -> WideSnapshot:
     """What a later request on the parameters in ``scope`` needs to know; one pass over ``dataset``, nothing of size p x p.
 
+    As :func:`lightning_muter.take_snapshot` with this scope.
+
     Args:
         model: any module that gives logits; FSDP is refused.
         dataset: the full training dataset (map-style); positions to forget are counted in it.
@@ -85,6 +87,11 @@ def take_wide_snapshot(asked: TakeWide) -> WideSnapshot:
     >>> snapshot.parameters
     ['0.weight', '0.bias', '2.weight', '2.bias']
     """
+    return wide_snapshot(asked)
+
+
+def wide_snapshot(asked: TakeWide) -> WideSnapshot:
+    """The same behind either door."""
     began = time.perf_counter()
     model, dataset, steps = asked.model, asked.dataset, asked.steps
     if asked.device is not None:
@@ -99,7 +106,7 @@ def take_wide_snapshot(asked: TakeWide) -> WideSnapshot:
     w, first, now = _polished(objective, steps, asked.progress)
     notes = _notes(model, problem.names, reading, now)
     for note in notes:  # before anything is changed: a warning may be an error
-        warning_module.warn(note, stacklevel=6)
+        warning_module.warn(note, stacklevel=8)
     key = asked.key or DigestKey.generate()
     digests = sample_digests(key, objective.source, every)
     problem.write(w)

@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_muter.errors import ArgumentError
 from lightning_muter.model.dataset import insist_on_positions
-from lightning_muter.snapshot.snapshot import Stored
+from lightning_muter.snapshot.stored import Stored
 
 
 def check_given(model: object, snapshot: object, **data: object) -> None:

@@ -22,7 +22,7 @@ from lightning_muter.forgotten.modules import recalled
 from lightning_muter.forgotten.rows import known_keys, remember_key
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards
-from lightning_muter.snapshot.snapshot import Stored
+from lightning_muter.snapshot.stored import Stored
 from lightning_muter.storage.fingerprint import DigestKey, tensor_bytes, weight_fingerprint
 
 Door = TypeVar("Door", bound=Callable[..., Any])

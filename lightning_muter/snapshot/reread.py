@@ -15,7 +15,7 @@ from lightning_muter.model.loss_identity import in_words, same_loss
 from lightning_muter.model.losses import Loss
 from lightning_muter.model.read_step import read_objective
 from lightning_muter.model.reading import Reading, Settled
-from lightning_muter.snapshot.snapshot import Stored
+from lightning_muter.snapshot.stored import Stored
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_muter.model.loss_identity import in_words
 
 if TYPE_CHECKING:
-    from lightning_muter.snapshot.snapshot import Stored
+    from lightning_muter.snapshot.stored import Stored
 
 _WIDTH = 110
 
@@ -103,3 +103,17 @@ def shown(title: str, lines: Mapping[str, str | None], warnings: list[str]) -> s
                 what, _WIDTH, initial_indent=first, subsequent_indent=rest, max_lines=2, placeholder=" …"
             )
     return "\n".join(out)
+
+
+def logged(snapshot: Stored) -> dict[str, float]:
+    """The figures that go to a run's loggers."""
+    figures: dict[str, float] = {
+        "muter/stationarity": snapshot.stationarity,
+        "muter/seconds": float(snapshot.figures["seconds"]),
+        "muter/bytes": float(snapshot.nbytes),
+        "muter/passes": float(snapshot.figures["passes"]),
+    }
+    for name, value in snapshot.figures.get("polish", {}).items():
+        if isinstance(value, (int, float)):
+            figures[f"muter/polish_{name}"] = float(value)
+    return figures

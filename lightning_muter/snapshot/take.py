@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings as warning_module
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +26,72 @@ from lightning_muter.model.losses import Loss
 from lightning_muter.model.modes import full_precision
 from lightning_muter.model.read_step import read_objective
 from lightning_muter.model.reading import Reading
+from lightning_muter.scope.asked import TakeWide
+from lightning_muter.scope.wide_taking import wide_snapshot
 from lightning_muter.snapshot.polishing import AIM, Examples, Polish, Polished
 from lightning_muter.snapshot.progress import bar
 from lightning_muter.snapshot.ranks import ranks_agree
 from lightning_muter.snapshot.resume import Resumable
 from lightning_muter.snapshot.retaken import leaves_out_forgotten
-from lightning_muter.snapshot.snapshot import Snapshot
+from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot
 from lightning_muter.snapshot.taken import Taken
 from lightning_muter.snapshot.trained import Decay, head_decay, trained_threat
 from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
+
+if TYPE_CHECKING:
+    from typing import TypedDict
+
+    from typing_extensions import Unpack
+
+    class Options(TypedDict, total=False):
+        """Of :func:`take_snapshot`, besides the scope that tells what comes back."""
+
+        threat_model: ThreatModel | None
+        attack: Any
+        trades_beta: float | None
+        response: str | Response
+        curvature: Curvature | None
+        loss: Loss | None
+        weight_decay: Decay
+        optimizers: Iterable[Any] | None
+        polish: str | int
+        budget: float | str | None
+        fit: Fit | None
+        examples: Examples | None
+        tolerance: float | None
+        smoothing: Smoothing | None
+        inner: InnerSolver | None
+        sample_weight: Tensor | None
+        collate: Callable[[list[Any]], Any] | None
+        batch_size: int
+        num_workers: int
+        device: torch.device | str | None
+        key: DigestKey | None
+        like: Snapshot | None
+        resume: Resumable | None
+        inputs: Any
+        label: Any
+        normalization: Any
+        reading: Reading | None
+        progress: bool
+
+
+@overload
+def take_snapshot(
+    model: nn.Module, dataset: Dataset[Any], *, scope: Literal["head"] = "head", **options: Unpack[Options]
+) -> Snapshot: ...
+
+
+@overload
+def take_snapshot(
+    model: nn.Module, dataset: Dataset[Any], *, scope: Literal["all"] | list[str], **options: Unpack[Options]
+) -> WideSnapshot: ...
+
+
+@overload
+def take_snapshot(
+    model: nn.Module, dataset: Dataset[Any], *, scope: str | Sequence[str], **options: Unpack[Options]
+) -> Snapshot | WideSnapshot: ...
 
 
 @ranks_agree
@@ -47,9 +104,10 @@ def take_snapshot(
     *,
     threat_model: ThreatModel | None = None,
     attack: Any = None,
-    scope: str = "head",
+    scope: str | Sequence[str] = "head",
+    trades_beta: float | None = None,
     response: str | Response = "auto",
-    curvature: Curvature = "hessian",
+    curvature: Curvature | None = None,
     loss: Loss | None = None,
     weight_decay: Decay = "auto",
     optimizers: Iterable[Any] | None = None,
@@ -73,7 +131,7 @@ def take_snapshot(
     normalization: Any = None,
     reading: Reading | None = None,
     progress: bool = True,
-) -> Snapshot:
+) -> Snapshot | WideSnapshot:
     """Statistics of a trained model's head, from which samples of ``dataset`` can be unlearned later.
 
     Of the robust objective F = sum_i c_i phi_i(theta) + n (lambda / 2) |theta|^2, with phi_i the loss at sample i's worst
@@ -86,9 +144,11 @@ def take_snapshot(
         threat_model: norm, eps, box; read off ``attack`` or the module's adversarial training when not given.
             ``ThreatModel("l2", 0.0)`` for standard training.
         attack: what the model was trained against, where no ``threat_model`` is given: as of ``ThreatModel.from_attack``.
-        scope: "head"; others have :func:`lightning_muter.take_wide_snapshot`.
+        scope: what requests will change. "head": sums are stored, of which this page tells. "all" or patterns over parameter names:
+            nothing of size p x p is stored, and requests read the retained rows (`WideSnapshot`).
+        trades_beta: beyond the head, the model was trained by TRADES with this beta.
         response: "auto", "none", "unconstrained", "l2", "linf" or a Response.
-        curvature: direct part of M: "hessian", "ggn" or "fisher".
+        curvature: direct part of M: "hessian", "ggn" or "fisher"; None: "hessian" for the head, "ggn" beyond it.
         loss: None reads it off the module's own ``training_step``; a plain module has its ``criterion``, else cross-entropy, or
             what is given: ``callable(logits, y, reduction="none")``. A given one must be the step's, where there is a step.
         inputs: key or position in a batch, where it cannot be told which tensor is the input.
@@ -100,7 +160,8 @@ def take_snapshot(
             ``configure_optimizers()``. An L2 penalty that the training step adds by itself is added to it.
         optimizers: those of the training, for ``weight_decay="auto"``.
         polish: "auto" minimises until stationary (1e-6 in float64; networks in float32: until the objective is within a
-            thousandth of the least), a number limits the passes over the data, 0 leaves the weights as they are.
+            thousandth of the least), a number limits the passes over the data, 0 leaves the weights as they are. Beyond the head
+            a number of Newton-CG steps; "auto" takes none.
         budget: of polish and snapshot together, in gradients per sample: "auto" is the larger of a tenth of the fit and three
             of its epochs, a number a share of the fit, None no limit. What stopped polish is in ``figures["polish"]``.
         fit: what the fit cost (:class:`lightning_muter.minimise.budget.Fit`); by default epochs of PGD-10 are counted.
@@ -112,7 +173,7 @@ def take_snapshot(
         inner: how inner maxima are climbed (:class:`lightning_muter.curvature.inner.maximiser.InnerSolver`).
         sample_weight: c_i (n,) of the objective; None: 1 each.
         collate: the training loader's ``collate_fn``, where it had one of its own.
-        batch_size: samples at a time.
+        batch_size: samples at a time (beyond the head at most 256).
         num_workers: of the loader that reads the dataset.
         device: where the model goes before; None leaves it.
         key: of the samples' digests; a new one when not given.
@@ -121,7 +182,7 @@ def take_snapshot(
         progress: show a bar on a terminal.
 
     Returns:
-        The snapshot; ``snapshot.fingerprint`` is the polished model's.
+        The snapshot (beyond the head a `WideSnapshot`); ``snapshot.fingerprint`` is the polished model's.
 
     Raises:
         ArgumentError: an option out of range, or no threat model.
@@ -137,8 +198,25 @@ def take_snapshot(
     >>> snapshot.theta_ref.shape, snapshot.hessian.dense().shape, snapshot.stationarity < 1e-4
     (torch.Size([2, 5]), torch.Size([10, 10]), True)
     """
+    if scope != "head":
+        of_head = {
+            "budget": budget,
+            "fit": fit,
+            "examples": examples,
+            "tolerance": tolerance,
+            "like": like,
+            "resume": resume,
+        }
+        return _beyond_head(
+            scope, of_head, model=model, dataset=dataset, threat_model=threat_model, attack=attack, trades_beta=trades_beta,
+            response=response, curvature=curvature or "ggn", loss=loss, weight_decay=weight_decay, optimizers=optimizers,
+            polish=polish, smoothing=smoothing, inner=inner, sample_weight=sample_weight, collate=collate,
+            batch_size=min(batch_size, WIDE_BATCH), num_workers=num_workers, device=device, key=key, inputs=inputs, label=label,
+            normalization=normalization, reading=reading, progress=progress,
+        )  # fmt: skip
     began = time.perf_counter()
-    _check_options(scope, polish)
+    curvature = curvature or "hessian"
+    _check_options(polish, trades_beta)
     if device is not None:
         model.to(device)
     threat = trained_threat(model, threat_model, attack)
@@ -195,10 +273,17 @@ def take_snapshot(
     )
 
 
-def _check_options(scope: str, polish: str | int) -> None:
-    if scope != "head":
+def _beyond_head(scope: str | Sequence[str], of_head: Mapping[str, Any], **options: Any) -> WideSnapshot:
+    for name, value in of_head.items():
+        if value is not None:
+            raise ArgumentError(name, value, "None beyond the head", "It is of stored sums.")
+    return wide_snapshot(TakeWide(scope=scope, **options))
+
+
+def _check_options(polish: str | int, trades_beta: float | None) -> None:
+    if trades_beta is not None:
         raise ArgumentError(
-            "scope", scope, "'head' for stored sums", "Other scopes: lightning_muter.take_wide_snapshot."
+            "trades_beta", trades_beta, "None for a head", "TRADES is a scope of its own: 'all' or patterns."
         )
     if polish != "auto" and not (isinstance(polish, int) and polish >= 0):
         raise ArgumentError("polish", polish, "'auto', 0 or a number of passes")

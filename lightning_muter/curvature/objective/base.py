@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_muter.curvature.objective.soft_maximum import Kinks
 
 
-@dataclass
+@dataclass(frozen=True)
 class Evaluation:
     """F, its gradient, sum |d phi_i|, the maximisers found (n, D) and the fraction that converged; for samples with several
     maxima also those (see `curvature.contest`), ``contested`` where there are such samples.
