@@ -13,7 +13,7 @@ from lightning_muter import UnlearnResult, cli
 from lightning_muter.errors import ArgumentError
 from lightning_muter.study.report import report
 
-from .readme import ROOT, at_work, blocks, words
+from .readme import NO_LOGGER, ROOT, at_work, blocks, words
 
 DOCS = ROOT / "docs"
 PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
@@ -30,12 +30,15 @@ def test_the_code_of_a_page(page: str, tmp_path: Path) -> None:
                 exec(compile(block.text, page, "exec"), names)
 
 
+@NO_LOGGER
 @pytest.mark.slow
-def test_the_commands_of_the_tutorial(tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", ["tutorials/deletion_request.md", "recipes/command_line.md"])
+def test_the_commands_of_a_page(page: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with at_work(tmp_path, size=None):
-        for block in blocks(DOCS / "tutorials" / "deletion_request.md"):
+        for block in blocks(DOCS / page):
             for program, *arguments in map(words, block.lines()):
                 assert not {"muter": cli.main, "muter-report": report.main}[program](arguments), arguments
+    assert "no problems found" in capsys.readouterr().out  # of muter audit
 
 
 def test_every_page_is_in_the_navigation() -> None:

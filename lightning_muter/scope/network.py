@@ -97,8 +97,10 @@ def unlearn_wide(asked: UnlearnWide) -> UnlearnResult:
     >>> from lightning_muter import ThreatModel
     >>> x = torch.rand(30, 4, generator=torch.Generator().manual_seed(0))
     >>> rows = TensorDataset(x, (x[:, 0] > 0.5).long())
+    >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
-    >>> result = unlearn_wide(model, [3, 17], rows, threat_model=ThreatModel("l2", 0.05), weight_decay=1e-2, progress=False)
+    >>> result = unlearn_wide(
+    ...     model, [3, 17], rows, threat_model=ThreatModel("l2", 0.05), weight_decay=1e-2, steps=10, progress=False)
     >>> result.n_retained, result.stationarity_after < result.stationarity_before
     (28, True)
     """

@@ -80,6 +80,7 @@ def take_wide_snapshot(asked: TakeWide) -> WideSnapshot:
     >>> from lightning_muter import ThreatModel
     >>> x = torch.rand(30, 4, generator=torch.Generator().manual_seed(0))
     >>> rows = TensorDataset(x, (x[:, 0] > 0.5).long())
+    >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
     >>> snapshot = take_wide_snapshot(
     ...     model, rows, threat_model=ThreatModel("l2", 0.05), weight_decay=1e-2, polish=20, progress=False)
