@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -236,3 +237,15 @@ def test_the_front_door_is_in_the_order_of_the_flow() -> None:
     assert first == sorted(first)
     assert first[0] == 0
     assert len(set(lightning_muter.__all__)) == len(lightning_muter.__all__)
+
+
+def test_what_a_typical_change_touches_is_there() -> None:
+    """The table in CONTRIBUTING.md: twelve changes, each in three files at most, which exist."""
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| to add")]
+    assert len(rows) == 12
+    for row in rows:
+        paths = [p for p in re.findall(r"`([\w/.]+)`", row) if "/" in p]
+        assert 1 <= len(paths) <= 3, row
+        for path in paths:
+            assert (Path(__file__).parents[1] if path.startswith("conf/") else ROOT).joinpath(path).exists(), path
