@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import types
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +18,9 @@ from lightning_muter.adversarial.steps import (
     STATE,
     STEPS,
     AdversarialSteps,
+    checked,
     dressed_as,
+    has_attribute,
     refuse_unwrappable,
     steps_of,
 )
@@ -92,7 +93,7 @@ class AdversarialTrainingMixin:
         """
         trainer = getattr(self, "_trainer", None)
         callbacks = [] if trainer is None else trainer.callbacks
-        found = [c for c in callbacks if callable(getattr(type(c), "unlearn", None)) and _has(c, "snapshot")]
+        found = [c for c in callbacks if callable(getattr(type(c), "unlearn", None)) and has_attribute(c, "snapshot")]
         if len(found) != 1:
             raise RequestError(
                 f"unlearn needs the trainer that fitted this module, with one MUterCallback; found {len(found)}. Fit "
@@ -174,34 +175,11 @@ def _build_for_mixin(module: Any) -> Adversary | None:
     attack = module.configure_attack()
     if attack is None:
         return None
-    return _checked(module, _adversary_of_mixin(module, attack))
+    return checked(module, _adversary_of_mixin(module, attack))
 
 
 def _adversary_of_mixin(module: Any, attack: Any) -> Adversary:
     return Adversary(module, attack, module.threat_model, None, module.trades_beta, normalization=module.normalization)
-
-
-def _checked(module: Any, adversary: Adversary) -> Adversary:
-    """Refuse what would train otherwise than asked."""
-    if (doubt := adversary.threat.doubt()) is not None and not _told_by_callback(module):
-        warnings.warn(doubt, UserWarning, stacklevel=2)
-    if isinstance(module, MODULES):
-        trains = is_overridden("training_step", module)
-        if trains and not getattr(module.training_step, MARK, False) and module._compiler_ctx is None:
-            raise UnsuitableError(
-                "training_step was replaced after the class was made, so that no batch would be attacked; define it in "
-                "the class."
-            )
-        if adversary.model is module and not trains and not is_overridden("forward", module):
-            raise UnsuitableError(
-                "The module has no forward(x) giving logits, which is what an attack attacks; define it."
-            )
-        if adversary.trades_beta is not None and not module.automatic_optimization:
-            raise UnsuitableError(
-                "TRADES adds its term to the loss that training_step returns, which manual optimisation never uses; "
-                "use automatic optimisation, or add the term in training_step yourself and train without trades_beta."
-            )
-    return adversary
 
 
 class AdversarialTraining(Callback):
@@ -301,7 +279,7 @@ class AdversarialTraining(Callback):
             self.label,
             self.normalization,
         )
-        return _checked(module, adversary)
+        return checked(module, adversary)
 
     def _restore(self) -> None:
         if self._module is None:
@@ -323,14 +301,3 @@ def _on_instance(name: str, before: Callable[..., Any] | None) -> Callable[..., 
         return _steps(self).run(self, name, bound, args, kwargs)
 
     return call
-
-
-def _told_by_callback(module: Any) -> bool:
-    """Whether a callback that unlearns inspects everything at fit start."""
-    callbacks = getattr(getattr(module, "_trainer", None), "callbacks", [])
-    return any(_has(c, "unlearn") and _has(c, "snapshot") for c in callbacks)
-
-
-def _has(thing: Any, name: str) -> bool:
-    """Like ``hasattr``, without running a property."""
-    return name in vars(thing) or hasattr(type(thing), name)
