@@ -89,7 +89,7 @@ def test_keys_that_are_lost_or_others(stored, tmp_path):
     loaded = Snapshot.load(lonely)
     with pytest.raises(MismatchError, match=r"key .* not at hand"):
         forget_from(one, loaded, [3])
-    DigestKey.load_or_create(key_path(lonely))
+    DigestKey.generate().keep(key_path(lonely))
     with pytest.raises(MismatchError, match=r"sealed with key .*backup"):
         Snapshot.load(lonely)
     with pytest.raises(MismatchError, match="another key"):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
 
@@ -98,6 +98,11 @@ class UnlearnOptions:
     out: str | None = None
     request_id: str | None = None
     wait: float = 0.0
+
+    def request(self) -> dict[str, Any]:
+        """What goes to :func:`lightning_muter.unlearn` as it is."""
+        of_command = ("certify", "gate", "accept_held", "out", "request_id", "wait")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in of_command}
 
     @property
     def reads_retained(self) -> bool:

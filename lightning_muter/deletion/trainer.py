@@ -172,16 +172,9 @@ class MuterTrainer(L.Trainer):
                 snapshot,
                 forget=rows.indices,
                 data=data.dataset,
-                method=said.method,
-                solver=said.solver,
                 retain=data.dataset if said.reads_retained else None,
-                refine=said.refine,
-                within=said.within,
-                accept=said.accept,
-                dry_run=said.dry_run,
-                loss=said.loss,
                 collate=data.collate,
-                batch_size=said.batch_size,
+                **said.request(),
             )
             if watch is not None:
                 watch.judge(model, result, data.dataset, test_batches(datamodule), loss=said.loss, collate=data.collate)

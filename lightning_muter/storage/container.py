@@ -156,16 +156,6 @@ def _check_seal(content: bytes, key: DigestKey, origin: str, unsealed: bool) -> 
         raise CorruptFileError(f"{origin}: its seal is false: it was not written with this key. {_ADVICE}")
 
 
-def container_sha256(path: str | os.PathLike[str]) -> str:
-    """The content hash of a container, checked, without parsing its content."""
-    content = _read(Path(path))
-    try:
-        _payload(content)
-    except CorruptFileError as error:
-        raise CorruptFileError(f"{path}: {error}. {_ADVICE}") from None
-    return content[24:56].hex()
-
-
 def parse_container(content: bytes, kind: str, origin: str = "container") -> tuple[dict[str, Any], dict[str, Tensor]]:
     """As :func:`read_container`, from bytes; `origin` names them in messages."""
     try:
