@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -17,16 +17,19 @@ from lightning_muter.watching import watched
 
 @dataclass
 class Told:
-    """What a progress bar is told: accepted steps with their stationarity, or passes with their gap."""
+    """What a progress bar is told: accepted steps with their stationarity, or passes with their gap; kept as the descent's curve."""
 
     line: Any
+    curve: list[float] = field(default_factory=list)
 
     def __call__(self, step: int, now: Evaluation) -> None:
+        self.curve.append(now.stationarity)
         self.line.set_postfix_str(f"step {step}, stationarity {now.stationarity:.1e}")
 
     step = __call__
 
     def gap(self, step: int, gap: float) -> None:
+        self.curve.append(gap)
         self.line.set_postfix_str(f"pass {step}, gap {gap:.1e}")
 
 

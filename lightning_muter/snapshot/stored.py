@@ -25,7 +25,7 @@ from lightning_muter.errors import CorruptFileError, MismatchError
 from lightning_muter.forgotten.digests import check_digests
 from lightning_muter.forgotten.rows import Barred
 from lightning_muter.model.normalization import Normalization
-from lightning_muter.pictures import stationarity_curve
+from lightning_muter.pictures import descent_curve, stationarity_curve
 from lightning_muter.snapshot import summary
 from lightning_muter.snapshot.codec import decode, encode
 from lightning_muter.snapshot.format_1 import from_format_1
@@ -102,7 +102,8 @@ class Stored(ABC):
         return summary.text(self)
 
     def plot(self, axis: Any = None) -> Any:
-        """Stationarity |grad F| / sum |grad phi_i| before and after polish; where nothing was polished, as it is.
+        """The curve of polish: stationarity |grad F| / sum |grad phi_i| after each accepted step, or, where cutting sets polished,
+        the relative gap to the least objective after each pass. Where nothing was polished, the stationarity as it is.
 
         Args:
             axis: matplotlib Axes to draw on; None makes a figure.
@@ -111,9 +112,15 @@ class Stored(ABC):
             the Axes.
         """
         polish = self.figures.get("polish", {})
+        title = f"snapshot of {self.scope}, stationarity {self.stationarity:.1e}"
+        if curve := polish.get("curve"):
+            if polish["curve_of"] == "gap":
+                return descent_curve(curve, "gap to the least objective", "pass of polish", title, axis)
+            values = [polish["stationarity_before"], *curve]
+            return descent_curve(values, "stationarity", "accepted step of polish", title, axis)
         values = [v for v in (polish.get("stationarity_before"), self.stationarity) if v is not None]
         names = ["before polish", "snapshot"][-len(values) :]
-        return stationarity_curve(values, names, f"snapshot of {self.scope}", axis)
+        return stationarity_curve(values, names, title, axis)
 
     @property
     @abstractmethod

@@ -10,6 +10,12 @@ from lightning_muter.pictures import stationarity_curve
 from lightning_muter.snapshot.summary import shown
 
 
+def _last(values: list[float], few: int) -> str | None:
+    """The last of these, and how many came before."""
+    before = [f"({len(values) - few} more)"] if len(values) > few else []
+    return " -> ".join([*before, *(f"{v:.1e}" for v in values[-few:])]) or None
+
+
 @dataclass(repr=False)
 class UnlearnResult:
     """What a request did.
@@ -68,14 +74,15 @@ class UnlearnResult:
     warnings: list[str] = field(default_factory=list)
 
     def __repr__(self) -> str:
-        rows = ", ".join(map(str, self.forgotten[:8])) + (", …" if len(self.forgotten) > 8 else "")
+        rows = ", ".join(map(str, self.forgotten[:8]))
+        rows += f" and {len(self.forgotten) - 8} more" if len(self.forgotten) > 8 else ""
         moved = [f"{v:.1e}" for v in (self.stationarity_before, self.stationarity_after) if v is not None]
         lines = {
             "forgotten": f"{len(self.forgotten)} ({rows}); {self.n_retained} are retained",
             "step": f"{self.step_norm:.3g} ({self.method}, {self.response}, solver {self.solver.get('status')})",
             "stationarity": " -> ".join(moved) or None,
             "bound": None if self.bound is None else f"at most {self.bound:.3g} from the retrained optimum",
-            "refined": " -> ".join(f"{v:.1e}" for v in self.refine[-6:]) or None,
+            "refined": _last(self.refine, 6),
             "seconds": f"{self.seconds:.2f}",
         }
         title = f"UnlearnResult of {self.scope}" + (" (dry run: nothing was changed)" if self.dry_run else "")
