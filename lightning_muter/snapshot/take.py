@@ -39,41 +39,9 @@ from lightning_muter.snapshot.trained import Decay, head_decay, trained_threat
 from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
 
 if TYPE_CHECKING:
-    from typing import TypedDict
-
     from typing_extensions import Unpack
 
-    class Options(TypedDict, total=False):
-        """Of :func:`take_snapshot`, besides the scope that tells what comes back."""
-
-        threat_model: ThreatModel | None
-        attack: Any
-        trades_beta: float | None
-        response: str | Response
-        curvature: Curvature | None
-        loss: Loss | None
-        weight_decay: Decay
-        optimizers: Iterable[Any] | None
-        polish: str | int
-        budget: float | str | None
-        fit: Fit | None
-        examples: Examples | None
-        tolerance: float | None
-        smoothing: Smoothing | None
-        inner: InnerSolver | None
-        sample_weight: Tensor | None
-        collate: Callable[[list[Any]], Any] | None
-        batch_size: int
-        num_workers: int
-        device: torch.device | str | None
-        key: DigestKey | None
-        like: Snapshot | None
-        resume: Resumable | None
-        inputs: Any
-        label: Any
-        normalization: Any
-        reading: Reading | None
-        progress: bool
+    from lightning_muter.snapshot.take_options import Options
 
 
 @overload
@@ -199,16 +167,9 @@ def take_snapshot(
     (torch.Size([2, 5]), torch.Size([10, 10]), True)
     """
     if scope != "head":
-        of_head = {
-            "budget": budget,
-            "fit": fit,
-            "examples": examples,
-            "tolerance": tolerance,
-            "like": like,
-            "resume": resume,
-        }
         return _beyond_head(
-            scope, of_head, model=model, dataset=dataset, threat_model=threat_model, attack=attack, trades_beta=trades_beta,
+            scope, {"budget": budget, "fit": fit, "examples": examples, "tolerance": tolerance, "like": like, "resume": resume},
+            model=model, dataset=dataset, threat_model=threat_model, attack=attack, trades_beta=trades_beta,
             response=response, curvature=curvature or "ggn", loss=loss, weight_decay=weight_decay, optimizers=optimizers,
             polish=polish, smoothing=smoothing, inner=inner, sample_weight=sample_weight, collate=collate,
             batch_size=min(batch_size, WIDE_BATCH), num_workers=num_workers, device=device, key=key, inputs=inputs, label=label,
@@ -226,15 +187,9 @@ def take_snapshot(
         )
     parameter = next(model.parameters())
     source = SampleSource(
-        dataset,
-        collate=collate,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        device=parameter.device,
-        weight=sample_weight,
-        threat=threat,
-        reading=reading,
-    ).settle()
+        dataset, collate=collate, batch_size=batch_size, num_workers=num_workers, device=parameter.device, weight=sample_weight,
+        threat=threat, reading=reading,
+    ).settle()  # fmt: skip
     problem = HeadProblem(model, reading.loss, source.examples(), reading)
     decay = head_decay(problem, model, weight_decay, optimizers, reading.penalty)
     inner = inner or (like.inner if like is not None else InnerSolver())
