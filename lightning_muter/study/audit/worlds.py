@@ -25,8 +25,7 @@ from lightning_muter.study.attacks import stacked
 from lightning_muter.study.compare import STATIONARY
 from lightning_muter.study.methods.base import Competitor, Outcome
 from lightning_muter.study.metrics import class_logits, correct_predictions
-from lightning_muter.study.report.closest import NOTHING
-from lightning_muter.study.report.rows import REFERENCE
+from lightning_muter.study.report.rows import NOTHING, REFERENCE
 from lightning_muter.study.setup.cache import Cache, Entry, digest
 from lightning_muter.study.setup.problem import World
 

@@ -11,10 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lightning_muter.study.report import tables
-from lightning_muter.study.report.rows import REFERENCE, Row, attack_name, group, summarise
+from lightning_muter.study.report.rows import NOTHING, REFERENCE, Row, attack_name, group, summarise
 
 OURS = "constraint-aware"
-NOTHING = "doing nothing"
 GAP = 0.5  # points: as good as retraining
 
 

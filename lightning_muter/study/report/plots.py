@@ -15,8 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from lightning_muter.study.report.closest import NOTHING
-from lightning_muter.study.report.rows import REFERENCE, Row, attack_name, group, summarise
+from lightning_muter.study.report.rows import NOTHING, REFERENCE, Row, attack_name, group, summarise
 
 # Okabe and Ito's palette, black last; the markers repeat the information
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#000000")
