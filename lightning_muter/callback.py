@@ -121,6 +121,7 @@ class MUterCallback(Requests, Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say everything unsuitable in one list, and refuse rows that were forgotten."""
+        self._bars = trainer.progress_bar_callback is not None
         findings = inspect_fit(
             trainer,
             pl_module,
@@ -219,7 +220,7 @@ class MUterCallback(Requests, Callback):
             collate=collate,
             batch_size=self.batch_size,
             key=key,
-            progress=self.verbose and trainer.is_global_zero and trainer.progress_bar_callback is not None,
+            progress=self.verbose and trainer.is_global_zero and self._bars,
         )
         note = attack_note(adversary.attack) if adversary is not None else None
         if note is not None:

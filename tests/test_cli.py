@@ -63,6 +63,16 @@ def test_a_request_leaves_an_ordinary_checkpoint_and_a_verified_chain(folder, ca
     assert "accuracy" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("wanted", ["true", "false"])
+def test_bars_are_drawn_where_the_trainer_has_bars_and_somebody_watches(folder, capsys, monkeypatch, wanted):
+    request = ["--forget.indices", "[3]", "--refine", "1", "--dry_run", "true", "--trainer.enable_progress_bar", wanted]
+    assert unlearn(*request) == 0
+    assert "samples" not in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert unlearn(*request) == 0
+    assert ("samples" in capsys.readouterr().err) == (wanted == "true")
+
+
 def test_users_are_forgotten_by_table_or_datamodule_and_leave_no_trace_but_a_keyed_hash(folder, capsys):
     Path("ids.csv").write_text("id,who\n" + "".join(f"{i},person{i // 3}\n" for i in range(120)))
     Path("users.txt").write_text("person1\nperson5\n")

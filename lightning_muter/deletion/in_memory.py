@@ -40,6 +40,7 @@ class Requests:
         self._collate: Any = None
         self._door = Door()
         self._files = OwnFiles()
+        self._bars = True  # as the trainer of the fit had them
 
     @property
     def paths(self) -> dict[str, Path]:
@@ -83,7 +84,7 @@ class Requests:
             method: how the step is made of stored sums; default :class:`lightning_muter.MUter`.
             solver: None takes the callback's.
             dry_run: compute everything, change nothing.
-            progress: show a bar; None: as ``verbose``.
+            progress: show a bar; None: as ``verbose`` and the trainer of the fit have it.
 
         Returns:
             what was done, and how near it is: ``print`` it.
@@ -114,7 +115,7 @@ class Requests:
             label=self.label,
             collate=self._collate,
             batch_size=self.batch_size,
-            progress=self.verbose if progress is None else progress,
+            progress=self.verbose and self._bars if progress is None else progress,
         )
         if not dry_run:
             remember(model, Forgotten.of(snapshot))
@@ -139,7 +140,7 @@ class Requests:
             model,
             self._at_hand(),
             dataset,
-            progress=self.verbose,
+            progress=self.verbose and self._bars,
             loss=self.loss,
             collate=self._collate,
             inputs=self.inputs,

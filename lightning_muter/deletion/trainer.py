@@ -36,25 +36,17 @@ from lightning_muter.deletion.request_flow import (
     vouched,
 )
 from lightning_muter.deletion.requests import ForgetConfig, asked_digest, checked_request_id, refuse_forgotten, resolve
+from lightning_muter.deletion.taking import refreshed, taken
 from lightning_muter.deletion.training_data import (
-    TrainingData,
     load_into,
-    threat_of,
-    trades_beta_of,
-    trained_decay,
     training_data,
 )
 from lightning_muter.deletion.transactions import exclusive
 from lightning_muter.errors import UnsuitableError
 from lightning_muter.forgotten.modules import remember, remember_instead
 from lightning_muter.forgotten.rows import Forgotten
-from lightning_muter.minimise.budget import Fit
 from lightning_muter.preflight.check import check
-from lightning_muter.snapshot.part import snapshot_of_rows
-from lightning_muter.snapshot.refreshing import refresh
 from lightning_muter.snapshot.snapshot import Snapshot, WideSnapshot
-from lightning_muter.snapshot.summary import decay_text
-from lightning_muter.storage.fingerprint import DigestKey
 from lightning_muter.unlearning.unlearn import unlearn
 
 
@@ -117,11 +109,9 @@ class MuterTrainer(L.Trainer):
                 refuse_other_rows(record, old, data.dataset, data.collate)
                 if old is not None and same_rows and said.scope in ("head", old.scope):
                     # Trained further, on what is retained: the list of forgotten rows stays, and so do the settings.
-                    snapshot = refresh(
-                        model, old, data.dataset, loss=said.loss, collate=data.collate, batch_size=said.batch_size
-                    )
+                    snapshot = refreshed(self, model, old, data, said.loss, said.batch_size)
                 else:
-                    snapshot = _taken(self, model, checkpoint, data, said, key)
+                    snapshot = taken(self, model, checkpoint, data, said, key)
                 content = receipt_content("snapshot", request_id, snapshot, before, model)
                 if record and not same_rows:
                     content["metrics"]["counting"] = ANEW
@@ -174,6 +164,7 @@ class MuterTrainer(L.Trainer):
                 data=data.dataset,
                 retain=data.dataset if said.reads_retained else None,
                 collate=data.collate,
+                progress=self.progress_bar_callback is not None,
                 **said.request(),
             )
             if watch is not None:
@@ -233,7 +224,7 @@ class MuterTrainer(L.Trainer):
             else:
                 old = load_snapshot(places.snapshot, key, unsealed=vouched(ledger))
                 remember(model, record_of(places, ledger)[0])
-            snapshot = refresh(model, old, data.dataset, loss=loss, collate=data.collate, batch_size=batch_size)
+            snapshot = refreshed(self, model, old, data, loss, batch_size)
             snapshot.warnings += [warning for warning in old.warnings if warning not in snapshot.warnings]
             content = receipt_content("refresh", request_id, snapshot, before, model)
             receipt = commit(places, ledger, content, checkpoint, model, snapshot, asked, key)
@@ -259,43 +250,6 @@ def _lineage(
         return record, old
     of_source, theirs = record_of(source, there)
     return record | of_source, old or theirs
-
-
-def _taken(
-    trainer: L.Trainer,
-    model: L.LightningModule,
-    checkpoint: dict[str, Any],
-    data: TrainingData,
-    said: SnapshotOptions,
-    key: DigestKey,
-) -> Snapshot | WideSnapshot:
-    """A first snapshot of the checkpoint's weights, which the model holds."""
-    given = said.weight_decay != "auto"
-    decay, read = (said.weight_decay, "given") if given else trained_decay(checkpoint, model)
-    threat_model, attack = threat_of(trainer, model, said.threat_model)
-    snapshot = snapshot_of_rows(
-        model,
-        data.dataset,
-        data.rows(),
-        scope=said.scope,
-        curvature=said.curvature,
-        batch_size=said.batch_size,
-        threat_model=threat_model,
-        attack=attack,
-        trades_beta=trades_beta_of(trainer, model),
-        response=said.response,
-        loss=said.loss,
-        weight_decay=decay,
-        polish=said.polish,
-        budget=said.budget,
-        fit=Fit(float(checkpoint.get("epoch", 0))),
-        collate=data.collate,
-        device=trainer.strategy.root_device,
-        key=key,
-    )
-    snapshot.figures["weight_decay_read"] = read
-    print(f"weight_decay: {decay_text(snapshot)}, {read}")
-    return snapshot
 
 
 @contextlib.contextmanager

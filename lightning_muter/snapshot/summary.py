@@ -13,7 +13,7 @@ from lightning_muter.model.loss_identity import in_words
 if TYPE_CHECKING:
     from lightning_muter.snapshot.stored import Stored
 
-_WIDTH = 110
+_WIDTH = 100
 
 
 def decay_text(snapshot: Any) -> str:

@@ -154,7 +154,7 @@ def compose(
 def wide_console() -> Console:
     """The terminal; a pipe or a log file gets 120 columns."""
     console = Console()
-    return console if console.is_terminal else Console(width=120)
+    return console if console.is_terminal else Console(width=100)
 
 
 def write_report(folder: Path, out: Path | None = None, *, heading: str = "Unlearning study") -> Path:

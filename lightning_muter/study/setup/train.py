@@ -64,9 +64,11 @@ class Recipe:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Lightning's remarks on a trainer that is used for a minute, off for a while."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    # remarks come by the loggers of either package, whichever was imported
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "pytorch_lightning", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The .*dataloader. does not have many workers")
@@ -76,7 +78,8 @@ def quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def threat_of(attack: Any, box: tuple[float, float] | None) -> ThreatModel | None:
