@@ -33,7 +33,8 @@ MEASURABLE = 1e-5  # below, a ratio is one of roundings
 @dataclass(frozen=True)
 class Bounded:
     """One request: the distance to the reference, what the reference may be off, and the bound that was given; ``told``: whether
-    labels follow a rule (one in ten does not) or are drawn at random, which leaves weights near the kink at 0."""
+    labels follow a rule (one in ten does not) or are drawn at random, which leaves weights near the kink at 0.
+    """
 
     what: str
     norm: str

@@ -15,6 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
+#: Lightning says so where no logger is installed.
+NO_LOGGER = pytest.mark.filterwarnings("ignore:Starting from v1.9")
 _BLOCK = re.compile(r"(?:<!-- ([\w.-]+) -->\n)?```(\w*)\n(.*?)```", re.DOTALL)
 
 

@@ -106,7 +106,7 @@ def test_what_fails_at_the_end_of_a_fit_fails_here_in_the_same_words(monkeypatch
     def fail(*args, **kwargs):
         raise RuntimeError("no double backward")
 
-    monkeypatch.setattr("lightning_muter.preflight.check.take_snapshot", fail)
+    monkeypatch.setattr("lightning_muter.snapshot.part.take_snapshot", fail)
     found = check(Net(), Rows(), threat_model=THREAT)
     assert levels(found) == ["blocks"]
     assert "A trial on 16 rows failed: RuntimeError: no double backward" in str(found.findings[-1])

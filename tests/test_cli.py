@@ -21,6 +21,7 @@ from lightning_muter import cli
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.callback import MUterCallback
 from lightning_muter.deletion.checkpoints import load_checkpoint
+from lightning_muter.deletion.command_line import LIGHTNING_READS_CLASSES
 from lightning_muter.deletion.files import Places
 from lightning_muter.deletion.ledger import Ledger
 from lightning_muter.deletion.transactions import exclusive
@@ -60,6 +61,16 @@ def test_a_request_leaves_an_ordinary_checkpoint_and_a_verified_chain(folder, ca
     assert "muter refresh" in out
     assert cli.main(["test", "--config", "config.yaml", "--ckpt_path", "last.muter.ckpt"]) == 0
     assert "accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wanted", ["true", "false"])
+def test_bars_are_drawn_where_the_trainer_has_bars_and_somebody_watches(folder, capsys, monkeypatch, wanted):
+    request = ["--forget.indices", "[3]", "--refine", "1", "--dry_run", "true", "--trainer.enable_progress_bar", wanted]
+    assert unlearn(*request) == 0
+    assert "samples" not in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert unlearn(*request) == 0
+    assert ("samples" in capsys.readouterr().err) == (wanted == "true")
 
 
 def test_users_are_forgotten_by_table_or_datamodule_and_leave_no_trace_but_a_keyed_hash(folder, capsys):
@@ -405,5 +416,7 @@ def test_what_a_checkpoint_names_is_imported_only_when_asked(folder, capsys):
     test = ["test", "--config", "config.yaml", "--ckpt_path", "named.ckpt"]
     assert cli.main(test) == 0
     assert not Path("imported").exists()
+    if not LIGHTNING_READS_CLASSES:
+        return
     assert cli.main([*test, "--model_from_checkpoint", "true"]) == 0
     assert Path("imported").exists()

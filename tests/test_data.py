@@ -265,7 +265,7 @@ def test_lacuna_layout_has_other_people_in_public(tmp_path: Path) -> None:
     write_images(tmp_path / "public", ["q0", "q1", "q2"], n=4)
     write_images(tmp_path / "test", ["p0", "p1"], n=3)
     dm = d.LacunaDataModule(root=tmp_path, size=8, val_fraction=0.0)
-    assert (dm.num_classes, dm.public_num_classes) == (2, 3)
+    assert (dm.num_classes, dm.public_dataset.num_classes) == (2, 3)
     assert (len(dm.private_dataset), len(dm.public_dataset), len(dm.test_dataset)) == (16, 12, 6)
     assert len(d.LacunaDataModule(root=tmp_path, part="public", val_fraction=0.0).train_dataset) == 12
 

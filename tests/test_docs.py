@@ -7,13 +7,16 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
 
 import lightning_muter
-from lightning_muter import UnlearnResult, cli
+from lightning_muter import ThreatModel, UnlearnResult, cli, take_snapshot
 from lightning_muter.errors import ArgumentError
 from lightning_muter.study.report import report
 
-from .readme import ROOT, at_work, blocks, words
+from .readme import NO_LOGGER, ROOT, at_work, blocks, words
 
 DOCS = ROOT / "docs"
 PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
@@ -30,12 +33,23 @@ def test_the_code_of_a_page(page: str, tmp_path: Path) -> None:
                 exec(compile(block.text, page, "exec"), names)
 
 
+@NO_LOGGER
 @pytest.mark.slow
-def test_the_commands_of_the_tutorial(tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", ["tutorials/deletion_request.md", "recipes/command_line.md"])
+def test_the_commands_of_a_page(page: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with at_work(tmp_path, size=None):
-        for block in blocks(DOCS / "tutorials" / "deletion_request.md"):
+        for block in blocks(DOCS / page):
             for program, *arguments in map(words, block.lines()):
                 assert not {"muter": cli.main, "muter-report": report.main}[program](arguments), arguments
+    assert "no problems found" in capsys.readouterr().out  # of muter audit
+
+
+def test_pictures_are_there_and_those_of_the_results() -> None:
+    for page in PAGES:
+        for picture in re.findall(r"!\[[^]]+\]\(([^)]+)\)", (DOCS / page).read_text()):
+            assert (DOCS / page).parent.joinpath(picture).exists(), (page, picture)
+    drawn = ROOT / "examples" / "results" / "softmax_l2_main" / "distance.png"
+    assert (DOCS / "pictures" / "distance.png").read_bytes() == drawn.read_bytes(), "run `python docs/pictures.py`"
 
 
 def test_every_page_is_in_the_navigation() -> None:
@@ -53,6 +67,22 @@ def test_every_public_name_is_documented() -> None:
             assert [n for n in own if not inspect.getdoc(getattr(value, n))] == [], name
 
 
+@pytest.mark.parametrize(("kind", "of"), [("linear", "stationarity"), ("network", "gap to the least objective")])
+def test_the_curve_of_a_polish(kind: str, of: str) -> None:
+    torch.manual_seed(0)
+    x = torch.rand(40, 4)
+    rows = TensorDataset(x, (x[:, 0] > 0.5).long())
+    model = nn.Linear(4, 2) if kind == "linear" else nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    model[:-1].requires_grad_(False) if kind == "network" else None
+    threat = ThreatModel("l2", 0.05, None)
+    snapshot = take_snapshot(model, rows, threat_model=threat, weight_decay=1e-2, progress=False)
+    axis, polish = snapshot.plot(), snapshot.figures["polish"]
+    begin = [polish["stationarity_before"]] if kind == "linear" else []
+    assert axis.get_ylabel() == of
+    assert list(axis.lines[0].get_ydata()) == [*begin, *polish["curve"]]
+    assert polish["curve"][-1] < 0.1 * polish["curve"][0]
+
+
 def test_pictures_of_a_request() -> None:
     options = {
         "method": "muter",
@@ -63,8 +93,9 @@ def test_pictures_of_a_request() -> None:
         "step_norm": 0.1,
     }
     measured = {"stationarity_before": 0.1, "stationarity_after": 1e-3, "refine": [1e-2], "bound": 0.5}
+    assert "(3 more)" in str(UnlearnResult(**options, solver={}, **measured | {"refine": [0.1] * 9}))  # type: ignore[arg-type]
     axis = UnlearnResult(**options, solver={}, **measured).plot()  # type: ignore[arg-type]
     assert list(axis.lines[0].get_ydata()) == [0.1, 1e-2, 1e-3]
-    assert "0.5" in axis.get_title()
+    assert "0.5" in axis.get_title("left")
     with pytest.raises(ArgumentError, match="retain=train_dataset"):
         UnlearnResult(**options, solver={}).plot()  # type: ignore[arg-type]

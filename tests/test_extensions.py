@@ -18,7 +18,7 @@ from lightning_muter.adversarial.climb import LossAttack
 from lightning_muter.cli import main
 from lightning_muter.curvature.response.choose import L2Response, NoResponse, Response
 from lightning_muter.errors import ArgumentError, CorruptFileError, UnsuitableError
-from lightning_muter.snapshot.snapshot import KIND
+from lightning_muter.snapshot.stored import KIND
 from lightning_muter.storage.container import read_container, write_container
 
 HERE = Path(__file__).parent

@@ -296,7 +296,6 @@ def test_hostile_pickles_run_nowhere(folder, capsys, monkeypatch, name):
 @pytest.mark.parametrize("limit", [0, 600, 4096, 20_000, 34_000, 60_000])
 def test_a_disk_that_fills_up_anywhere(folder, limit):
     """A limit on the size of files stands in for the disk: every writer meets it, SQLite too."""
-
     read, write = os.pipe()
 
     def work():

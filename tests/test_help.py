@@ -7,9 +7,10 @@ import re
 import pytest
 
 from lightning_muter import cli
+from lightning_muter.deletion.help import arranged
 
 OWN = {
-    "fit": "--weights_only",
+    "fit": "--ckpt_path",
     "check": "",  # all that it takes are Lightning's own
     "snapshot": "--scope",
     "unlearn": "--forget.indices",
@@ -46,9 +47,10 @@ def test_own_options_come_first_with_three_examples(command: str, capsys: pytest
         assert shown.index(OWN[command]) < shown.index("examples:")
 
 
-def test_lists_that_are_cut_say_how_many_more(capsys: pytest.CaptureFixture[str]) -> None:
-    found = re.search(
-        r"known subclasses: torch\.Tensor,[^)]* and (\d+) more\)", _shown("unlearn", "--help", capsys=capsys)
-    )
-    assert found
-    assert int(found[1]) > 1
+def test_lists_that_are_cut_say_how_many_more() -> None:
+    """As parsers write them: which lists there are depends on Python and on what is installed."""
+    names = ", ".join(f"my.loss.L{i}" for i in range(9))
+    text = f"usage: muter unlearn\n\nThe request:\n  --loss LOSS  the loss. (type: Loss, known subclasses: {names})"
+    shown = arranged("unlearn", text)
+    assert "known subclasses: my.loss.L0, my.loss.L1, my.loss.L2, my.loss.L3 and 5 more)" in shown
+    assert "my.loss.L4" not in shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import os
@@ -11,7 +12,7 @@ import struct
 import pytest
 import torch
 
-from lightning_muter.errors import ArgumentError, CorruptFileError
+from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError
 from lightning_muter.storage import fingerprint as identity
 from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
 
@@ -71,12 +72,19 @@ def test_digest_is_hmac_and_tells_samples_apart():
     assert KEY.digest_id("7") != DigestKey(bytes(32)).digest_id("7")
 
 
+def kept_at(path):
+    """The key in this file, a new one where there is none."""
+    with contextlib.suppress(MismatchError):  # another process was first
+        DigestKey.generate().keep(path)
+    return DigestKey.load(path)
+
+
 def test_key_file_is_private_created_once_and_checked(tmp_path):
     path = tmp_path / "a.key"
-    key = DigestKey.load_or_create(path)
+    key = kept_at(path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert path.read_bytes() != bytes(32)
-    assert DigestKey.load_or_create(path).key_id == key.key_id == DigestKey.load(path).key_id
+    assert kept_at(path).key_id == key.key_id == DigestKey.load(path).key_id
     assert os.listdir(tmp_path) == ["a.key"]
     assert path.read_bytes().hex() not in repr(key)
     assert key.key_id != DigestKey.generate().key_id
@@ -86,12 +94,12 @@ def test_key_file_is_private_created_once_and_checked(tmp_path):
     os.chmod(path, 0o600)
     path.write_bytes(b"short")
     with pytest.raises(CorruptFileError, match="5 bytes, not 32"):
-        DigestKey.load_or_create(path)
+        kept_at(path)
     assert path.read_bytes() == b"short"  # never overwritten
     with pytest.raises(ArgumentError, match="--recover_key true"):
         DigestKey.load(tmp_path / "lost.key")
     with pytest.raises(ArgumentError, match="existing folder"):
-        DigestKey.load_or_create(tmp_path / "no" / "a.key")
+        kept_at(tmp_path / "no" / "a.key")
 
 
 def test_two_processes_that_create_a_key_agree(tmp_path):
@@ -99,7 +107,7 @@ def test_two_processes_that_create_a_key_agree(tmp_path):
     for _ in range(6):
         read, write = os.pipe()
         if os.fork() == 0:
-            os.write(write, DigestKey.load_or_create(tmp_path / "a.key").key_id.encode())
+            os.write(write, kept_at(tmp_path / "a.key").key_id.encode())
             os._exit(0)
         os.close(write)
         readers.append(read)

@@ -11,7 +11,7 @@ from contextlib import closing
 import pytest
 
 from lightning_muter.deletion import ledger as ledger_module
-from lightning_muter.deletion import receipts
+from lightning_muter.deletion import ledger_file, receipts
 from lightning_muter.deletion.ledger import Ledger, Switch
 from lightning_muter.errors import CorruptFileError, RequestError
 from lightning_muter.storage.fingerprint import DigestKey
@@ -261,7 +261,7 @@ def test_heads(path):
 
 
 def test_a_ledger_on_a_read_only_disk_can_be_read(path, monkeypatch):
-    monkeypatch.setattr(ledger_module.os, "access", lambda *_: False)
+    monkeypatch.setattr(ledger_file.os, "access", lambda *_: False)
     names = sorted(file.name for file in path.parent.iterdir())
     with Ledger.open(path) as ledger:
         assert len(ledger) == 3
@@ -285,7 +285,7 @@ def test_a_copy_is_complete_and_writers_do_not_wait_forever(path, tmp_path, monk
     with Ledger.open(tmp_path / "copy") as copy:
         assert copy.receipts() == expected
         assert copy.verify(KEY) == []
-    monkeypatch.setattr(ledger_module, "_BUSY_SECONDS", 0.05)
+    monkeypatch.setattr(ledger_file, "_BUSY_SECONDS", 0.05)
     with closing(sqlite3.connect(path, isolation_level=None)) as other, Ledger.open(path) as ledger:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(RequestError, match="cannot be used"):

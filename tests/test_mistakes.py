@@ -17,7 +17,16 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_muter import AdversarialTraining, MUterCallback, Snapshot, ThreatModel, cli, take_snapshot, unlearn
+from lightning_muter import (
+    AdversarialTraining,
+    MUterCallback,
+    Snapshot,
+    ThreatModel,
+    check,
+    cli,
+    take_snapshot,
+    unlearn,
+)
 from lightning_muter.errors import MuterError
 
 from .readme import ROOT
@@ -88,20 +97,25 @@ MISTAKES: dict[str, Callable[[Net, Snapshot], object]] = {
     "no threat model": fitted(weight_decay=1e-2),
     "a loader for a dataset": fitted(DataLoader(ROWS), threat_model=BALL, weight_decay=1e-2),
     "an unknown norm": lambda m, s: ThreatModel("l1", 0.1),
-    "a wide scope of stored sums": fitted(threat_model=BALL, weight_decay=1e-2, scope="body"),
+    "a scope that no parameter has": fitted(threat_model=BALL, weight_decay=1e-2, scope="body"),
     "refine without the rows": asked([1], refine=1),
+    "a request without the data": lambda m, s: unlearn(m, s, [1]),
+    "the path of a snapshot": lambda m, s: unlearn(m, "run/model.muter.snapshot", [1], ROWS),  # type: ignore[arg-type]
+    "the name of a norm as threat model": fitted(threat_model="l2", weight_decay=1e-2),
+    "check of a plain module": lambda m, s: check(nn.Linear(4, 2), DataLoader(ROWS)),  # type: ignore[arg-type]
     "a position beyond the data": asked([30]),
     "a mask for positions": asked(torch.zeros(30).bool()),
     "a row that was forgotten": again,
     "weights of another fit": lambda m, s: unlearn(Net(), s, [1], ROWS),
     "the name of a method": asked([1], method="newton"),
 }
+OTHERS = ("an activation behind the head", "an unknown command", "an unknown model of the study")
 PAGE = (ROOT / "docs" / "faq.md").read_text()
 LISTED = dict(re.findall(r"^\| ([^|]+?) \| `([^`]+)` \|$", PAGE, re.MULTILINE))
 
 
 def test_the_page_lists_these_mistakes() -> None:
-    assert set(LISTED) == {*MISTAKES, "an unknown command", "an unknown model of the study"}
+    assert set(LISTED) == {*MISTAKES, *OTHERS}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -115,6 +129,22 @@ def test_the_message_says_the_fix(mistake: str, trained: tuple[Net, Snapshot]) -
     else:
         with pytest.raises(MuterError, match=fix):
             MISTAKES[mistake](model, snapshot)
+
+
+def test_a_door_called_without_its_arguments_says_how_it_is_called() -> None:
+    with pytest.raises(TypeError, match=r"It is called as take_snapshot\(model, dataset, "):
+        take_snapshot(nn.Linear(4, 2))  # type: ignore[call-arg]
+
+
+@pytest.mark.filterwarnings("ignore:The head is not stationary")
+def test_an_activation_behind_the_head_is_named() -> None:
+    model = Net()
+    model.net = nn.Sequential(nn.Linear(4, 2), nn.ReLU())  # type: ignore[assignment]
+    with pytest.warns(UserWarning, match=LISTED["an activation behind the head"]) as warned:
+        fit(robust(), MUterCallback(), model=model)
+    said = "".join(str(w.message) for w in warned)
+    assert "goes through relu first" in said
+    assert "traced:" not in said
 
 
 def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -163,7 +163,7 @@ def test_a_request_on_what_the_callback_wrote(kind, tmp_path):
 
 
 def test_an_unreadable_file_is_said_before_the_fit_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_muter.callback.plain", lambda value: plain(value) and Broken(value))
+    monkeypatch.setattr("lightning_muter.deletion.own_files.plain", lambda value: plain(value) and Broken(value))
     muter = MUterCallback(threat_model=ThreatModel("l2", 0.05, None), dirpath=tmp_path, verbose=False)
     trainer = L.Trainer(
         max_epochs=1, callbacks=[muter], logger=False, enable_checkpointing=False, enable_progress_bar=False,

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from lightning_muter.curvature.response.choose import NoResponse, Unconstrained
 from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError, MuterError
-from lightning_muter.snapshot.snapshot import KIND, Snapshot, key_path
+from lightning_muter.snapshot.snapshot import Snapshot
+from lightning_muter.snapshot.stored import KIND, key_path
 from lightning_muter.snapshot.take import take_snapshot
 from lightning_muter.storage import atomic as files
 from lightning_muter.storage.container import read_container, write_container
@@ -88,7 +89,7 @@ def test_keys_that_are_lost_or_others(stored, tmp_path):
     loaded = Snapshot.load(lonely)
     with pytest.raises(MismatchError, match=r"key .* not at hand"):
         forget_from(one, loaded, [3])
-    DigestKey.load_or_create(key_path(lonely))
+    DigestKey.generate().keep(key_path(lonely))
     with pytest.raises(MismatchError, match=r"sealed with key .*backup"):
         Snapshot.load(lonely)
     with pytest.raises(MismatchError, match="another key"):
@@ -218,7 +219,7 @@ def test_a_first_save_that_fails_leaves_nothing(stored, tmp_path, monkeypatch):
     def fail(*args: Any) -> Any:
         raise OSError(28, "No space left on device (injected)")
 
-    monkeypatch.setattr("lightning_muter.snapshot.snapshot.atomic_write", fail)
+    monkeypatch.setattr("lightning_muter.snapshot.stored.atomic_write", fail)
     with pytest.raises(OSError, match="injected"):
         snapshot.save(tmp_path / "a.muter.snapshot")
     assert listing(tmp_path) == {}

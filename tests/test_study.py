@@ -184,9 +184,15 @@ def test_finished_jobs_and_failures_come_back(tmp_path: Path) -> None:
     assert failures(tmp_path) == [{"job": "seed=1", "error": "boom, 'quoted'"}, {"job": "seed=2", "error": "again"}]
 
 
-def test_the_progress_bar_counts_what_is_finished(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_progress_bar_counts_what_is_finished(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from lightning_muter.study.hydra.progress import Progress
 
+    with Progress(1) as quiet:
+        quiet.begin("in a log")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with Progress(2) as progress:
         progress.begin("one")
         assert progress.bar.n == 0

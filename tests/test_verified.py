@@ -17,7 +17,8 @@ from lightning_muter.deletion.chain import columns
 from lightning_muter.deletion.files import Places
 from lightning_muter.deletion.ledger import Ledger
 from lightning_muter.errors import CorruptFileError, MismatchError
-from lightning_muter.snapshot.snapshot import KIND, Snapshot
+from lightning_muter.snapshot.snapshot import Snapshot
+from lightning_muter.snapshot.stored import KIND
 from lightning_muter.storage.atomic import file_sha256
 from lightning_muter.storage.container import container_bytes, read_container
 from lightning_muter.storage.fingerprint import DigestKey

@@ -20,13 +20,14 @@ from lightning_muter import (
     ThreatModel,
     WideSnapshot,
     refresh,
+    take_snapshot,
     take_wide_snapshot,
     unlearn,
     unlearn_wide,
 )
 from lightning_muter.adversarial.climb import LossAttack
 from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError, RequestError, UnsuitableError
-from lightning_muter.snapshot.snapshot import KIND
+from lightning_muter.snapshot.stored import KIND
 from lightning_muter.solvers.cg import CG
 from lightning_muter.storage.container import read_container, write_container
 from lightning_muter.storage.fingerprint import weight_fingerprint
@@ -107,6 +108,21 @@ def test_files_keep_everything(tmp_path: Path) -> None:
         write_container(path, KIND, meta | {"fields": meta["fields"] | change}, tensors)
         with pytest.raises(CorruptFileError):
             Snapshot.load(path)
+
+
+def test_one_door_takes_every_scope() -> None:
+    options: dict[str, Any] = {"threat_model": THREAT, "weight_decay": 0.01, "progress": False}
+    model, dataset, wide = stored(["0.*"], polish=1)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        one = take_snapshot(relu_net(), dataset, scope=["0.*"], polish=1, **options)
+        stored(["0.*"])
+    assert (one.patterns, one.fingerprint, one.curvature) == (wide.patterns, wide.fingerprint, "ggn")
+    assert {w.filename for w in said if "The scope leaves" in str(w.message)} == {__file__}
+    with pytest.raises(ArgumentError, match=r"tolerance: got 1\.0; allowed: None beyond the head"):
+        take_snapshot(model, dataset, scope="all", tolerance=1.0, **options)
+    with pytest.raises(ArgumentError, match=r"trades_beta: got 2\.0; allowed: None for a head"):
+        take_snapshot(model, dataset, trades_beta=2.0, **options)
 
 
 def test_other_weights_data_scopes_and_losses_are_refused_and_nothing_changes() -> None:

@@ -49,7 +49,8 @@ def test_chunks_change_nothing(response: Response, monkeypatch: pytest.MonkeyPat
 
 def test_the_truncated_series_tends_to_the_inverse_where_it_converges() -> None:
     """Two features and four classes: d2l/dphi2 = W^T Lambda W has full rank; scaled to eigenvalues in (0, 2), the series of
-    the published response sums to -(d2l/dphi2)^-1, and its indirect part to the exact Schur complement."""
+    the published response sums to -(d2l/dphi2)^-1, and its indirect part to the exact Schur complement.
+    """
     generator = torch.Generator().manual_seed(1)
     x = torch.rand(6, 2, generator=generator, dtype=torch.float64) - 0.5
     y = torch.randint(0, 4, (6,), generator=generator)

@@ -19,6 +19,7 @@ from lightning_muter.adversarial.from_torchattacks import attack_note, build_att
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.errors import ArgumentError, UnsuitableError
 from lightning_muter.model.batches import split_batch
+from lightning_muter.model.loss_identity import in_words
 from lightning_muter.model.losses import Loss, is_cross_entropy, one_logit, per_sample, resolve_loss
 from lightning_muter.model.normalization import Normalization
 from lightning_muter.model.read_step import read_batch
@@ -152,12 +153,13 @@ class Adversary:
             self.why_own = (
                 "the inputs come normalised, and perturbations are of the data"
                 if reading.normalization is not None
-                else f"it raises cross-entropy of forward's output, training_step minimises {reading.identity}"
+                else f"it raises cross-entropy of forward's output, training_step minimises {in_words(reading.identity)}"
             )
 
     def split(self, batch: Any) -> tuple[Tensor, Tensor, Callable[[Tensor], Any]]:
         """Inputs, labels and what puts other inputs in their place, as the step takes a batch (of validation too, where its
-        structure is the same)."""
+        structure is the same).
+        """
         if self.reading is not None and self.reading.layout.fits(batch):
             return self.reading.split(batch)
         return split_batch(batch, self.inputs, self.label)

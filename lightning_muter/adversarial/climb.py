@@ -30,6 +30,11 @@ class LossAttack:
         random_start: start at a random point of the ball (global random generator) where the loss is higher there,
             else at x.
 
+    Raises:
+        ArgumentError: ``steps`` is no whole number above 0, or ``alpha`` is not above 0.
+
+    Source: A. Madry et al., *Towards Deep Learning Models Resistant to Adversarial Attacks*, ICLR 2018.
+
     >>> from torch import nn
     >>> w = torch.tensor([[1.0, -2.0]])
     >>> attack = LossAttack(ThreatModel("linf", 0.1, None), nn.MSELoss(), random_start=False)
@@ -54,12 +59,34 @@ class LossAttack:
         self.alpha = 2.5 * threat.eps / steps if alpha is None else float(alpha)
 
     def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-        """The adversarial inputs for ``x`` with labels ``y``; the modes of ``model`` are the caller's."""
+        """The adversarial inputs for ``x`` with labels ``y``; the modes of ``model`` are the caller's.
+
+        Args:
+            model: inputs (n, ...) -> logits (n, K).
+            x: clean inputs (n, ...), inside the box of the threat model.
+            y: labels (n,), or what the loss takes.
+
+        Returns:
+            inputs of the shape and dtype of ``x``, in B(x); rows are attacked independently.
+
+        Raises:
+            ArgumentError: inputs outside the box.
+            UnsuitableError: the loss has no gradient in the inputs.
+        """
         loss = resolve_loss(self.loss)
         return self.maximise(model, x, lambda logits: per_sample(loss, logits, y))
 
     def maximise(self, model: Callable[[Tensor], Tensor], x: Tensor, objective: Callable[[Tensor], Tensor]) -> Tensor:
-        """Climb ``objective(model(x + delta)) -> (n,)``, summed over independent samples."""
+        """Climb any objective of the outputs instead of the loss.
+
+        Args:
+            model: inputs (n, ...) -> outputs (n, ...).
+            x: clean inputs (n, ...).
+            objective: outputs -> values (n,), one per sample, that depend on that sample's output alone.
+
+        Returns:
+            inputs of the shape and dtype of ``x``.
+        """
         check_box(x, self.threat)
         if x.numel() == 0 or self.threat.eps == 0:
             return x.detach().clone()
@@ -106,9 +133,10 @@ def _value_and_gradient(
 
 @contextmanager
 def asking_gradients() -> Iterator[None]:
-    """
+    """Say in our words where torch says that the loss has no gradient in the inputs.
+
     Raises:
-        UnsuitableError: torch says that the loss has no gradient in the inputs.
+        UnsuitableError: it says so.
     """
     try:
         yield

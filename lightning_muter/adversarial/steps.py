@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from lightning_muter.adversarial.adversary import Adversary, divergence
 from lightning_muter.adversarial.examples import LastExamples
 from lightning_muter.errors import ArgumentError, UnsuitableError
+from lightning_muter.lightning_names import MODULES, is_overridden
 from lightning_muter.model.loss_identity import loss_identity
 from lightning_muter.model.losses import accuracy, mean_loss
 from lightning_muter.model.replay import replaying
@@ -139,7 +141,8 @@ def _batch(step: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Calla
 
 
 def refuse_unwrappable(name: str, step: Any, owner: str) -> None:
-    """
+    """Say which steps cannot be wrapped.
+
     Raises:
         UnsuitableError: ``step`` is no ordinary method, or fetches its own batches.
     """
@@ -166,3 +169,37 @@ def dressed_as(step: Any, call: Callable[..., Any]) -> Any:
 def steps_of(module: Any) -> AdversarialSteps | None:
     """What is done around this module's steps while a run lasts, or None."""
     return vars(module).get(STATE)
+
+
+def checked(module: Any, adversary: Adversary) -> Adversary:
+    """Refuse what would train otherwise than asked."""
+    if (doubt := adversary.threat.doubt()) is not None and not _told_by_callback(module):
+        warnings.warn(doubt, UserWarning, stacklevel=2)
+    if isinstance(module, MODULES):
+        trains = is_overridden("training_step", module)
+        if trains and not getattr(module.training_step, MARK, False) and module._compiler_ctx is None:
+            raise UnsuitableError(
+                "training_step was replaced after the class was made, so that no batch would be attacked; define it in "
+                "the class."
+            )
+        if adversary.model is module and not trains and not is_overridden("forward", module):
+            raise UnsuitableError(
+                "The module has no forward(x) giving logits, which is what an attack attacks; define it."
+            )
+        if adversary.trades_beta is not None and not module.automatic_optimization:
+            raise UnsuitableError(
+                "TRADES adds its term to the loss that training_step returns, which manual optimisation never uses; "
+                "use automatic optimisation, or add the term in training_step yourself and train without trades_beta."
+            )
+    return adversary
+
+
+def _told_by_callback(module: Any) -> bool:
+    """Whether a callback that unlearns inspects everything at fit start."""
+    callbacks = getattr(getattr(module, "_trainer", None), "callbacks", [])
+    return any(has_attribute(c, "unlearn") and has_attribute(c, "snapshot") for c in callbacks)
+
+
+def has_attribute(thing: Any, name: str) -> bool:
+    """Like ``hasattr``, without running a property."""
+    return name in vars(thing) or hasattr(type(thing), name)

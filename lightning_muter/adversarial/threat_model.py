@@ -25,12 +25,16 @@ from lightning_muter.extension import Extensible
 class Ball(Extensible, ABC):
     """The ball of one norm, cut by the box; ``ThreatModel(norm=...)`` finds it by ``name``.
 
-    Tensors hold one flattened sample per row (n, D); lo, hi: range of every coordinate of delta, [-eps, eps] cut to the box.
+    Tensors hold one flattened sample per row (n, D); lo, hi (n, D): range of every coordinate of delta, [-eps, eps] cut to the
+    box. A ball of your own has a ``name`` and the four abstract methods.
 
     Attributes:
         response: name of the :class:`lightning_muter.Response` that knows how its maximisers move; "none": not known.
         separable: it is the product of the ranges lo to hi: maximisers jump between its corners unless they are smoothed.
         euclidean: it is the Euclidean ball of radius eps.
+
+    >>> sorted(Ball.known())[:2], Ball.named("linf")().separable
+    (['l2', 'linf'], True)
     """
 
     response: ClassVar[str] = "none"
@@ -39,23 +43,23 @@ class Ball(Extensible, ABC):
 
     @abstractmethod
     def project(self, v: Tensor, lo: Tensor, hi: Tensor, eps: float) -> Tensor:
-        """The point of B nearest to v."""
+        """The point (n, D) of B, radius ``eps`` and range ``lo`` to ``hi``, nearest to v (n, D), each row for itself."""
 
     def near(self, v: Tensor, lo: Tensor, hi: Tensor, eps: float) -> Tensor:
-        """A point of B near v, in a closed form that never waits for the device; v itself if it is in B."""
+        """A point of B (``lo``, ``hi``, ``eps``) near v, in a closed form that never waits for the device; v itself if it is in B."""
         return self.project(v, lo, hi, eps)
 
     @abstractmethod
     def linear_maximiser(self, g: Tensor, lo: Tensor, hi: Tensor, eps: float) -> Tensor:
-        """argmax over B of <g, delta>; coordinates where g = 0 stay at 0."""
+        """The delta (n, D) of B (``lo``, ``hi``, ``eps``) with the largest <g, delta>; coordinates where g = 0 stay at 0."""
 
     @abstractmethod
     def direction(self, g: Tensor) -> Tensor:
-        """The step of length 1 in this norm along which the gradient g rises most."""
+        """The step (n, D) of length 1 in this norm along which a loss with gradient g (n, D) rises most."""
 
     @abstractmethod
     def sample(self, like: Tensor, eps: float) -> Tensor:
-        """A random point of the ball for every row of ``like`` (global random generator)."""
+        """A random point of the ball of radius ``eps`` for every row of ``like``, (n, D) (global random generator)."""
 
     def length(self, v: Tensor) -> Tensor:
         """How far a step v goes, to be compared with eps, (n, 1)."""
@@ -83,12 +87,14 @@ class L2Ball(Ball):
         return _ball_box(g, lo, hi, eps, at_most_one=False)
 
     def direction(self, g: Tensor) -> Tensor:
+        """The gradient over its length g / ||g||, 0 where it is 0."""
         # scaled first: squares of very large or very small slopes leave the range of float32
         largest = g.abs().amax(1, keepdim=True)
         scaled = torch.where(largest > 0, g / largest, g)
         return torch.where(largest > 0, scaled / scaled.norm(dim=1, keepdim=True), scaled)
 
     def sample(self, like: Tensor, eps: float) -> Tensor:
+        """Any direction alike, the radius uniform up to eps."""
         direction = torch.randn_like(like)
         radius = torch.rand(len(like), 1, dtype=like.dtype, device=like.device) * eps
         return direction / direction.norm(dim=1, keepdim=True) * radius
@@ -102,6 +108,7 @@ class LinfBall(Ball):
     separable = True
 
     def project(self, v: Tensor, lo: Tensor, hi: Tensor, eps: float) -> Tensor:
+        """The nearest point: every coordinate clipped for itself, clip(v, lo, hi)."""
         return torch.minimum(torch.maximum(v, lo), hi)
 
     def linear_maximiser(self, g: Tensor, lo: Tensor, hi: Tensor, eps: float) -> Tensor:
@@ -109,22 +116,30 @@ class LinfBall(Ball):
         return torch.where(g > 0, hi, torch.where(g < 0, lo, torch.zeros_like(g)))
 
     def direction(self, g: Tensor) -> Tensor:
+        """Its signs."""
         return g.sign()
 
     def sample(self, like: Tensor, eps: float) -> Tensor:
+        """Uniform over the cube."""
         return (2 * torch.rand_like(like) - 1) * eps
 
     def length(self, v: Tensor) -> Tensor:
+        """The mean of the coordinates' steps: one that turns over does not stand for all."""
         return v.abs().mean(1, keepdim=True)
 
 
 @dataclass(frozen=True)
 class ThreatModel:
-    """Norm ball of radius ``eps`` around a sample, intersected with the input box (``None``: no box).
+    """Norm ball of radius ``eps`` around a sample, cut by the input box: B(x) = {delta : ||delta|| <= eps, lo <= x + delta <= hi}.
 
     Args:
         norm: "l2", "linf" or the name of a :class:`Ball` of your own.
-        eps: the radius: a number, a NumPy or torch scalar, or text such as "8/255".
+        eps: the radius, in the units of the inputs: a number, a NumPy or torch scalar, or text such as "8/255";
+            0 is standard training.
+        box: (low, high) of every input, None where inputs have no range (tables).
+
+    Raises:
+        ArgumentError: an unknown norm, a radius that is negative or no number, a box that is none.
 
     >>> ThreatModel("linf", eps=8 / 255).box
     (0.0, 1.0)
@@ -153,7 +168,7 @@ class ThreatModel:
             object.__setattr__(self, "box", (lo, hi))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, safe for any file."""
+        """The fields as plain numbers, strings and lists, safe for any file; :meth:`from_dict` reads them."""
         out = asdict(self)
         out["box"] = list(self.box) if self.box is not None else None
         return out
@@ -161,6 +176,9 @@ class ThreatModel:
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> ThreatModel:
         """The threat model with this `norm`, `eps` and `box`, as files hold it.
+
+        Args:
+            state: what :meth:`to_dict` gave.
 
         >>> ThreatModel.from_dict({"norm": "l2", "eps": 0.5, "box": [0.0, 1.0]})
         ThreatModel(norm='l2', eps=0.5, box=(0.0, 1.0))
@@ -192,6 +210,7 @@ class ThreatModel:
 
     @cached_property
     def ball(self) -> Ball:
+        """The set of perturbations, by the name of its norm."""
         made: Ball = Ball.named(self.norm)()
         return made
 
@@ -218,7 +237,14 @@ class ThreatModel:
     # -- geometry, all on flattened samples: x, v (n, D) ----------------------------------------------------------
 
     def bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Elementwise range of delta, (n, D) each: the box as seen from x, cut to [-eps, eps]."""
+        """Elementwise range of delta, (n, D) each: the box as seen from x, cut to [-eps, eps].
+
+        Args:
+            x: samples (n, D), one flattened per row.
+
+        >>> [bound.tolist() for bound in ThreatModel("linf", 0.5).bounds(torch.tensor([[0.0, 0.75]]))]
+        [[[0.0, -0.5]], [[0.5, 0.25]]]
+        """
         lo, hi = torch.full_like(x, -self.eps), torch.full_like(x, self.eps)
         if self.box is not None:
             # a sample outside the box (checked by the callers) may still sit there by rounding: keep 0 admissible
@@ -227,7 +253,11 @@ class ThreatModel:
         return lo, hi
 
     def project(self, v: Tensor, x: Tensor) -> Tensor:
-        """Euclidean projection of v onto B(x).
+        """Euclidean projection of v onto B(x), (n, D).
+
+        Args:
+            v: perturbations (n, D).
+            x: samples (n, D) that they belong to.
 
         >>> t = ThreatModel("l2", 5.0, None)
         >>> t.project(torch.tensor([[6.0, 8.0]]), torch.zeros(1, 2))
@@ -236,7 +266,15 @@ class ThreatModel:
         return self.ball.project(v, *self.bounds(x), self.eps)
 
     def linear_maximiser(self, g: Tensor, x: Tensor) -> Tensor:
-        """argmax over B(x) of <g, delta>; coordinates where g = 0 stay at 0."""
+        """The delta in B(x) with the largest <g, delta>, (n, D); coordinates where g = 0 stay at 0.
+
+        Args:
+            g: directions (n, D), of a gradient in the inputs, say.
+            x: samples (n, D).
+
+        >>> ThreatModel("linf", 0.5).linear_maximiser(torch.tensor([[2.0, -1.0]]), torch.tensor([[0.75, 0.75]]))
+        tensor([[ 0.2500, -0.5000]])
+        """
         return self.ball.linear_maximiser(g, *self.bounds(x), self.eps)
 
 

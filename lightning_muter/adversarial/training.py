@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import types
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +18,9 @@ from lightning_muter.adversarial.steps import (
     STATE,
     STEPS,
     AdversarialSteps,
+    checked,
     dressed_as,
+    has_attribute,
     refuse_unwrappable,
     steps_of,
 )
@@ -42,12 +43,13 @@ class AdversarialTrainingMixin:
     Define ``configure_attack`` (as ``configure_optimizers``; called once per fit) and ``forward`` giving logits; leave
     ``training_step`` as it is, it receives the adversarial batch.
 
-    Class or instance attributes:
+    Attributes:
         threat_model: a ``ThreatModel``, where the attack does not tell (unknown attacks, data outside [0, 1]).
         criterion: the loss that is maximised where ``training_step`` does not tell; default cross-entropy.
         trades_beta: TRADES: ``training_step`` receives the clean batch, and beta KL(clean || adversarial) is added.
         normalization: (mean, std) where the data come normalised: the attack is then in the scale of the data.
-        adversarial_validation, adversarial_test: log ``val/clean_acc``, ``val/robust_acc`` (``test/...``).
+        adversarial_validation: log ``val/clean_acc`` and ``val/robust_acc``, for a regression ``..._loss``.
+        adversarial_test: the same for ``test/...``.
 
     Example::
 
@@ -63,21 +65,35 @@ class AdversarialTrainingMixin:
     adversarial_test: bool = True
 
     def configure_attack(self) -> Any:
-        """The attack: torchattacks, a factory of one, a ``LossAttack``, a ``ThreatModel``; None trains plainly."""
+        """The attack of this fit, asked for once at its start.
+
+        Returns:
+            a torchattacks attack or a factory of one, a ``LossAttack``, a ``ThreatModel``; None trains plainly.
+
+        Raises:
+            UnsuitableError: it was not defined.
+        """
         raise UnsuitableError(
             f"{type(self).__name__} uses AdversarialTrainingMixin but has no configure_attack; define it, e.g. "
             "`def configure_attack(self): return torchattacks.PGD(self, eps=8/255)`, or return None to train plainly."
         )
 
     def unlearn(self, forget: Any, **kwargs: Any) -> Any:
-        """``MUterCallback.unlearn`` of the callback attached to this module's trainer, with this module.
+        """Remove training samples by the ``MUterCallback`` of this module's trainer.
+
+        Args:
+            forget: positions in the training dataset.
+            kwargs: as of :meth:`lightning_muter.MUterCallback.unlearn`.
+
+        Returns:
+            the :class:`lightning_muter.UnlearnResult`.
 
         Raises:
             RequestError: no trainer, or no (single) such callback on it.
         """
         trainer = getattr(self, "_trainer", None)
         callbacks = [] if trainer is None else trainer.callbacks
-        found = [c for c in callbacks if callable(getattr(type(c), "unlearn", None)) and _has(c, "snapshot")]
+        found = [c for c in callbacks if callable(getattr(type(c), "unlearn", None)) and has_attribute(c, "snapshot")]
         if len(found) != 1:
             raise RequestError(
                 f"unlearn needs the trainer that fitted this module, with one MUterCallback; found {len(found)}. Fit "
@@ -159,34 +175,11 @@ def _build_for_mixin(module: Any) -> Adversary | None:
     attack = module.configure_attack()
     if attack is None:
         return None
-    return _checked(module, _adversary_of_mixin(module, attack))
+    return checked(module, _adversary_of_mixin(module, attack))
 
 
 def _adversary_of_mixin(module: Any, attack: Any) -> Adversary:
     return Adversary(module, attack, module.threat_model, None, module.trades_beta, normalization=module.normalization)
-
-
-def _checked(module: Any, adversary: Adversary) -> Adversary:
-    """Refuse what would train otherwise than asked."""
-    if (doubt := adversary.threat.doubt()) is not None and not _told_by_callback(module):
-        warnings.warn(doubt, UserWarning, stacklevel=2)
-    if isinstance(module, MODULES):
-        trains = is_overridden("training_step", module)
-        if trains and not getattr(module.training_step, MARK, False) and module._compiler_ctx is None:
-            raise UnsuitableError(
-                "training_step was replaced after the class was made, so that no batch would be attacked; define it in "
-                "the class."
-            )
-        if adversary.model is module and not trains and not is_overridden("forward", module):
-            raise UnsuitableError(
-                "The module has no forward(x) giving logits, which is what an attack attacks; define it."
-            )
-        if adversary.trades_beta is not None and not module.automatic_optimization:
-            raise UnsuitableError(
-                "TRADES adds its term to the loss that training_step returns, which manual optimisation never uses; "
-                "use automatic optimisation, or add the term in training_step yourself and train without trades_beta."
-            )
-    return adversary
 
 
 class AdversarialTraining(Callback):
@@ -200,14 +193,21 @@ class AdversarialTraining(Callback):
         loss: what is maximised; None: the loss of the module's own ``training_step``, read off its first batch. Where that is not
             the cross-entropy an attack library raises, the attack's eps, step size and steps drive our own climb of the step's loss.
         maximise: "attack" leaves the attack library its own loss, whatever the step minimises.
-        inputs, label: key or position in a batch, where it cannot be told which tensor is the input (or the label).
+        inputs: key or position in a batch, where it cannot be told which tensor is the input.
+        label: the same for the label.
         normalization: (mean, std) where the data come normalised: radius, step size and box are then in the scale of the data.
-        trades_beta: train by TRADES: the step receives the clean batch, and beta KL(clean || adversarial) is added.
-        adversarial_validation, adversarial_test: log ``val/clean_acc`` and ``val/robust_acc`` (``test/...``), for a
-            regression ``..._loss``.
+        trades_beta: train by TRADES: the step receives the clean batch, and beta KL(clean || adversarial) is added
+            (H. Zhang et al., ICML 2019).
+        adversarial_validation: log ``val/clean_acc`` and ``val/robust_acc``, for a regression ``..._loss``.
+        adversarial_test: the same for ``test/...``.
 
     Raises:
         UnsuitableError: at the start of a run: the module has AdversarialTrainingMixin, or cannot be wrapped.
+
+    >>> import functools, torchattacks
+    >>> attack = functools.partial(torchattacks.PGDL2, eps=0.5, alpha=0.1, steps=10)
+    >>> trainer = pl.Trainer(callbacks=[AdversarialTraining(attack)], accelerator="cpu", logger=False,
+    ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     """
 
     def __init__(
@@ -234,6 +234,7 @@ class AdversarialTraining(Callback):
         self._replaced: dict[str, Any] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Wrap the steps of this module for the run."""
         self._restore()
         if isinstance(pl_module, AdversarialTrainingMixin):
             raise UnsuitableError(
@@ -255,13 +256,16 @@ class AdversarialTraining(Callback):
             vars(pl_module)[name] = types.MethodType(dressed_as(getattr(pl_module, name), call), pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        adversary_of(pl_module)  # a bad attack fails here, not at the first batch
+        """Build the attack: a bad one fails here, not at the first batch."""
+        adversary_of(pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the module its own steps back."""
         self._restore()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._restore()  # Lightning calls no teardown hook then
+        """Give the module its own steps back: Lightning calls no teardown hook then."""
+        self._restore()
 
     def _build(self, module: pl.LightningModule) -> Adversary:
         adversary = Adversary(
@@ -275,7 +279,7 @@ class AdversarialTraining(Callback):
             self.label,
             self.normalization,
         )
-        return _checked(module, adversary)
+        return checked(module, adversary)
 
     def _restore(self) -> None:
         if self._module is None:
@@ -297,14 +301,3 @@ def _on_instance(name: str, before: Callable[..., Any] | None) -> Callable[..., 
         return _steps(self).run(self, name, bound, args, kwargs)
 
     return call
-
-
-def _told_by_callback(module: Any) -> bool:
-    """Whether a callback that unlearns inspects everything at fit start."""
-    callbacks = getattr(getattr(module, "_trainer", None), "callbacks", [])
-    return any(_has(c, "unlearn") and _has(c, "snapshot") for c in callbacks)
-
-
-def _has(thing: Any, name: str) -> bool:
-    """Like ``hasattr``, without running a property."""
-    return name in vars(thing) or hasattr(type(thing), name)

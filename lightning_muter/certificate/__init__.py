@@ -1,0 +1,1 @@
+"""How far from the retrained optimum: a bound for linear models."""

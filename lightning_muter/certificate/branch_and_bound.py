@@ -24,7 +24,8 @@ _CHUNK = 2_000_000
 @dataclass
 class GlobalMaxima:
     """The best maximisers known (n, D), an upper bound (n,) of what the loss (plus rho) can rise above them, the cells looked at,
-    and which samples had their work cut off (n,)."""
+    and which samples had their work cut off (n,).
+    """
 
     delta: Tensor
     gap: Tensor
@@ -61,7 +62,8 @@ def global_maxima(dual: Dual, delta: Tensor, *, tolerance: float = 0.0, budget: 
 
 def default_budget(dual: Dual, seconds: float = 60.0) -> int:
     """One cell per sample, and about so many seconds of a processor more (by count: the same everywhere), at most 300 per
-    sample. Most samples take one; where the ball is wide a few take hundreds."""
+    sample. Most samples take one; where the ball is wide a few take hundreds.
+    """
     n, m = dual.z.shape
     each = 3e-4 + 5e-8 * m * max(m * m, dual.x.shape[1])
     return n + min(max(299 * n, 3000), int(seconds / each))
@@ -128,7 +130,8 @@ class _Search:
 
     def _within(self, budget: int, cells: _Cells, cut: Tensor) -> _Cells:
         """All cells, or where that is more than what is left to spend, those of the samples with the fewest for half of it;
-        the others are closed as they are."""
+        the others are closed as they are.
+        """
         if len(cells) <= budget:
             return cells
         count = torch.bincount(cells.sample, minlength=len(cut))

@@ -142,6 +142,7 @@ def _certify(objective: RobustObjective, theta: Tensor, evaluation: Evaluation, 
 
 
 def kappa_of(omega: float) -> float:
+    """The least share of its second-order term by which a loss rises along a line over which the logits range by omega."""
     exact = 1 - omega / 3 if omega < 1e-4 else 2 * (math.expm1(-omega) + omega) / omega**2
     return exact * (1 - 1e-9)
 
@@ -149,7 +150,8 @@ def kappa_of(omega: float) -> float:
 @dataclass
 class Maximised:
     """Maximisers (n, D), their total gap eta, max |phi| at them and their rivals, and the multiple of the range of the logits
-    that bounds the third derivative of the loss by the second (None: not known)."""
+    that bounds the third derivative of the loss by the second (None: not known).
+    """
 
     delta: Tensor
     gap: float

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from lightning_muter.certificate.branch_and_bound import default_budget, global_
 from lightning_muter.certificate.gibbs import as_dual, gibbs_targets
 from lightning_muter.curvature.inner.ascent import Rho
 from lightning_muter.curvature.problem.head import HeadProblem
+from lightning_muter.model.losses import bare
 
 #: Numbers in the rows of the dual problems held at once.
 _ROWS = 20_000_000
@@ -37,8 +37,9 @@ def why_no_bound(loss: Any) -> str | None:
 def line_curvature(problem: HeadProblem, theta: Tensor, x: Tensor, y: Tensor) -> float | None:
     """a such that along any line of logits the loss's third derivative is at most a omega times its second, omega the range of
     the direction: 0 for the square; 1 for log sum exp(z) - <t, z>, where they are the third and the second central moment of
-    the direction under the probabilities. None where not known."""
-    if _bare(problem.loss) in (F.mse_loss, nn.MSELoss):
+    the direction under the probabilities. None where not known.
+    """
+    if bare(problem.loss) in (F.mse_loss, nn.MSELoss):
         return 0.0
     return None if gibbs_targets(problem, problem.logits(theta, problem.backbone(x)), y) is None else 1.0
 
@@ -82,7 +83,7 @@ def _best_of(
         delta, gap, rough = best.delta, best.gap, best.unsettled
     elif problem.n_logits == 1 and c is None:
         return _worst_end(problem, theta, threat, x, y)
-    elif problem.n_logits == 1 and c is not None and _bare(problem.loss) in (F.mse_loss, nn.MSELoss):
+    elif problem.n_logits == 1 and c is not None and bare(problem.loss) in (F.mse_loss, nn.MSELoss):
         return _worst_square(problem, theta, threat, x, y, c)
     else:
         gap, rough = torch.full_like(x[:, 0], torch.inf), torch.ones(len(x), dtype=torch.bool, device=x.device)
@@ -183,13 +184,6 @@ def curvature_gap(
     return linear + (excess.clamp(min=0.0) * reach.square()).sum(1) / 2
 
 
-def _bare(loss: Any) -> Any:
-    loss = getattr(loss, "module", loss)
-    while isinstance(loss, functools.partial):
-        loss = loss.func
-    return type(loss) if isinstance(loss, nn.Module) else loss
-
-
 def _curvature_cap(loss: Any) -> float | None:
     """Largest second derivative of the loss in its logits, where it is known."""
     inner = getattr(loss, "module", loss)
@@ -205,4 +199,4 @@ def _curvature_cap(loss: Any) -> float | None:
         nn.SoftMarginLoss: 0.25,
         F.mse_loss: 2.0,
         nn.MSELoss: 2.0,
-    }.get(_bare(loss))
+    }.get(bare(loss))

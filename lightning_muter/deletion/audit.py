@@ -20,7 +20,7 @@ from lightning_muter.deletion.ledger_access import check_agreement, reading
 from lightning_muter.deletion.receipts import canonical
 from lightning_muter.deletion.request_flow import load_snapshot
 from lightning_muter.errors import ArgumentError, CorruptFileError, MuterError
-from lightning_muter.snapshot.snapshot import Stored
+from lightning_muter.snapshot.stored import Stored
 from lightning_muter.storage.container import parse_json
 from lightning_muter.storage.fingerprint import DigestKey
 from lightning_muter.storage.signing import PublicKey, read_public_keys

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import lightning
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
@@ -19,6 +20,9 @@ from lightning_muter.deletion.checkpoints import load_checkpoint
 from lightning_muter.deletion.help import arranged, asks_for_help
 from lightning_muter.deletion.trainer import MuterTrainer
 from lightning_muter.lightning_names import MODULES, other
+
+#: Lightning 2.6 takes the model's class from a checkpoint; earlier ones do not.
+LIGHTNING_READS_CLASSES = tuple(int(part) for part in lightning.__version__.split(".")[:2]) >= (2, 6)
 
 _REQUESTS = ("check", "snapshot", "unlearn", "refresh")
 
@@ -40,7 +44,7 @@ class _Requests(_Base):
 
     def add_arguments_to_parser(self, parser: Any) -> None:
         super().add_arguments_to_parser(parser)
-        if sys.argv[1:2] and sys.argv[1] not in _REQUESTS:
+        if sys.argv[1:2] and sys.argv[1] not in _REQUESTS and LIGHTNING_READS_CLASSES:
             parser.add_argument(
                 "--model_from_checkpoint",
                 type=bool,

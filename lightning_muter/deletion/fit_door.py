@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
@@ -13,13 +15,80 @@ from lightning_muter.deletion.authority import records_in
 from lightning_muter.deletion.files import Places
 from lightning_muter.errors import MismatchError, MuterError, RequestError
 from lightning_muter.forgotten.digests import sample_digests
-from lightning_muter.forgotten.modules import recalled, refuse_forgotten_rows
-from lightning_muter.forgotten.rows import Forgotten
+from lightning_muter.forgotten.modules import ENTRY, entries_of, recalled, refuse_forgotten_rows, remember
+from lightning_muter.forgotten.rows import Forgotten, known_keys
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.rows import collate_of
-from lightning_muter.snapshot.snapshot import Stored
+from lightning_muter.snapshot.stored import Stored
+from lightning_muter.storage.fingerprint import DigestKey
 
 Collate = Callable[[list[Any]], Any] | None
+
+
+@dataclass
+class Door:
+    """What one callback knows of forgotten rows, from fit to fit, and what it refuses by it.
+
+    Attributes:
+        record: rows once forgotten, kept over later fits.
+        key: of the digests to come; its id goes into every checkpoint of the run, and tells whose it is.
+    """
+
+    record: Forgotten = field(default_factory=Forgotten)
+    key: DigestKey | None = None
+    _resumed: list[Forgotten] = field(default_factory=list)  # the lists in the checkpoint that a run is resumed from
+    _stale: bool = False  # ... which does not list all that is known here
+    _looked_at: Any = None  # the dataset that was searched for forgotten rows
+
+    def opens(self, trainer: Any, module: nn.Module, folders: Sequence[Path], own: DigestKey | None) -> None:
+        """Before a fit: what was forgotten, as callback, module and the folders know it, and the key, ``own`` where there is one.
+
+        Raises:
+            RequestError: the fit would train on forgotten rows, or goes on from before they were forgotten.
+        """
+        records = all_records(self.record, module, folders)
+        refuse_earlier_training(trainer.ckpt_path, self._resumed, records, known_before=self._stale)
+        refuse_forgotten_data(records, trainer.train_dataloader)
+        if trainer.is_global_zero and (doubt := forgotten_nearby(folders, trainer.train_dataloader, records)):
+            rank_zero_warn(doubt)
+        self._looked_at = getattr(trainer.train_dataloader, "dataset", None)
+        for record in records:
+            remember(module, record)
+        self.record = recalled(module)
+        known = known_keys().get(self.record.key_id) if self.record else None
+        self.key = known or own or DigestKey.generate()
+        self._resumed, self._stale = [], False
+
+    def looks_at(self, loader: Any) -> None:
+        """Search data that were loaded again."""
+        if self.record and getattr(loader, "dataset", None) is not self._looked_at:
+            refuse_forgotten_data([self.record], loader)
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return (self.record if self.key is None else replace(self.record, key_id=self.key.key_id)).to_dict()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint; what is known to be forgotten only grows."""
+        loaded = Forgotten.from_dict(state)
+        self._stale = bool(self.record) and not loaded.covers(self.record)
+        self.record |= loaded
+
+    def checkpoint(self, checkpoint: dict[str, Any], *, fits: bool) -> None:
+        """Look at a checkpoint that is loaded, to fit from (``fits``) or for something else.
+
+        Raises:
+            RequestError: a fit cannot be resumed from it.
+        """
+        self._resumed = entries_of(checkpoint, "ckpt_path")
+        listed = Forgotten.from_dict(checkpoint[ENTRY]) if ENTRY in checkpoint else Forgotten()
+        self.record |= listed
+        if listed and fits:
+            raise RequestError(
+                f"ckpt_path: the checkpoint is the result of a deletion request ({listed.count} forgotten rows) and "
+                "holds no optimiser state to resume. Load its weights with load_from_checkpoint and train on "
+                "Snapshot.load(<name>.muter.snapshot).retained(dataset)."
+            )
 
 
 def all_records(own: Forgotten, module: nn.Module, folders: Iterable[Path]) -> list[Forgotten]:

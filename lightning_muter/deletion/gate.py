@@ -27,7 +27,8 @@ from lightning_muter.errors import ArgumentError, MuterError, RequestError
 from lightning_muter.evidence.roc import clopper_pearson
 from lightning_muter.model.batches import split_batch
 from lightning_muter.model.losses import Loss, accuracy, one_logit
-from lightning_muter.snapshot.snapshot import Snapshot, Stored
+from lightning_muter.snapshot.snapshot import Snapshot
+from lightning_muter.snapshot.stored import Stored
 from lightning_muter.unlearning.result import UnlearnResult
 from lightning_muter.unlearning.unlearn import unlearn
 

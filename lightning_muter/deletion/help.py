@@ -54,6 +54,7 @@ EXAMPLES = {
 
 
 def asks_for_help(arguments: Sequence[str]) -> bool:
+    """Whether a command line asks for help."""
     return any(argument in ("-h", "--help") for argument in arguments)
 
 

@@ -19,7 +19,7 @@ from lightning_muter.model.distributed import Shards
 from lightning_muter.model.losses import Loss
 from lightning_muter.scope.head_methods import objective_of
 from lightning_muter.scope.network_objective import Rows, stored_objective
-from lightning_muter.snapshot.reread import read_stored
+from lightning_muter.snapshot.reread import Access
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot
 from lightning_muter.storage.fingerprint import DigestKey
 
@@ -77,7 +77,7 @@ def _check_sums(
     old: AnySnapshot, model: L.LightningModule, data: TrainingData, kept: list[int], loss: Loss | None, batch_size: int
 ) -> None:
     """Compare with what was stored: of the head the sum of gradients, beyond it how stationary the weights were."""
-    reading = read_stored(model, old, data.dataset, kept, loss=loss, collate=data.collate)
+    reading = Access(loss, data.collate).reading(model, old, data.dataset, kept)
     if isinstance(old, Snapshot):
         source = SampleSource(
             data.dataset, collate=data.collate, batch_size=batch_size, device=model.device, readable=kept,

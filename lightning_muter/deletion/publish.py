@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from lightning_muter.deletion.checkpoints import checkpoint_fingerprint, load_ch
 from lightning_muter.deletion.files import Places
 from lightning_muter.deletion.ledger import Ledger
 from lightning_muter.deletion.ledger_access import check_agreement, open_ledger
+from lightning_muter.deletion.receipts import content_of_files
 from lightning_muter.deletion.request_flow import insist_on_snapshot, known_key
 from lightning_muter.deletion.requests import asked_digest, new_request_id
 from lightning_muter.deletion.transactions import commit_request, exclusive
@@ -25,7 +25,7 @@ from lightning_muter.errors import ArgumentError, RequestError
 from lightning_muter.publication.gaussian import composed_epsilon, gaussian_sigma
 from lightning_muter.publication.publish import with_noise
 from lightning_muter.storage.atomic import STAGE, beside, fsync_folder, half_written, write_new
-from lightning_muter.storage.fingerprint import versions, weight_fingerprint
+from lightning_muter.storage.fingerprint import weight_fingerprint
 
 
 def publish_command(
@@ -135,21 +135,10 @@ def _write(
         left.unlink(missing_ok=True)
     try:
         metrics["sha256"] = write_new(half, functools.partial(torch.save, dict(content))).sha256
-        receipt = {
-            "id": new_request_id("publish"),
-            "kind": "publish",
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "method": "gaussian",
-            "scope": last["scope"],
-            "forgotten": [],
-            "users": [],
-            "n_retained": last["n_retained"],
-            "checkpoint": {"fingerprint_before": fingerprint, "fingerprint_after": fingerprint},
-            "snapshot": {},
-            "metrics": metrics,
-            "warnings": warnings,
-            "versions": versions(),
-        }
+        receipt = content_of_files(
+            "publish", new_request_id("publish"), last, metrics, method="gaussian", fingerprints=(fingerprint, fingerprint),
+            warnings=warnings,
+        )  # fmt: skip
         asked = asked_digest("publish", {"fingerprint": metrics["fingerprint"]})
         commit_request(places, ledger, receipt, {}, asked=asked, key=known_key(places, ledger))
         os.replace(half, target)

@@ -7,7 +7,6 @@ between is closed by the next one.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,13 @@ from lightning_muter.deletion.evidence import Finding, find
 from lightning_muter.deletion.files import Places
 from lightning_muter.deletion.ledger import Ledger
 from lightning_muter.deletion.ledger_access import check_agreement, open_ledger
+from lightning_muter.deletion.receipts import content_of_files
 from lightning_muter.deletion.request_flow import known_key
 from lightning_muter.deletion.requests import asked_digest, new_request_id
 from lightning_muter.deletion.transactions import commit_request, exclusive
 from lightning_muter.errors import RequestError
 from lightning_muter.storage.atomic import file_sha256, fsync_folder
-from lightning_muter.storage.fingerprint import DigestKey, versions
+from lightning_muter.storage.fingerprint import DigestKey
 
 
 def purge_command(
@@ -93,20 +93,5 @@ def _entry(places: Places, finding: Finding) -> dict[str, Any]:
 def _enter(places: Places, ledger: Ledger, key: DigestKey, metrics: dict[str, Any]) -> dict[str, Any]:
     last = ledger.last()
     assert last is not None  # something was forgotten
-    fingerprint = last["checkpoint"]["fingerprint_after"]
-    content = {
-        "id": new_request_id("purge"),
-        "kind": "purge",
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "method": "purge",
-        "scope": last["scope"],
-        "forgotten": [],
-        "users": [],
-        "n_retained": last["n_retained"],
-        "checkpoint": {"fingerprint_before": fingerprint, "fingerprint_after": fingerprint},
-        "snapshot": {},
-        "metrics": metrics,
-        "warnings": [],
-        "versions": versions(),
-    }
+    content = content_of_files("purge", new_request_id("purge"), last, metrics)
     return commit_request(places, ledger, content, {}, asked=asked_digest("purge", metrics), key=key)

@@ -1,4 +1,4 @@
-"""Receipts: what one request did, as JSON that is chained by hash to the one before and signed.
+r"""Receipts: what one request did, as JSON that is chained by hash to the one before and signed.
 
 A receipt is a JSON object. Its `sha256` is the hash of the canonical JSON text (UTF-8, sorted keys, no white space between
 tokens) of everything but `sha256` and `signature`; `previous` is the `sha256` of the receipt before (or 64 zeros). So an
@@ -19,12 +19,13 @@ import hashlib
 import json
 import math
 import re
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_muter.errors import CorruptFileError
 from lightning_muter.storage.container import parse_json
-from lightning_muter.storage.fingerprint import DigestKey
+from lightning_muter.storage.fingerprint import DigestKey, versions
 from lightning_muter.storage.signing import PublicKey
 
 FORMAT = "lightning_muter receipt 2"
@@ -71,6 +72,47 @@ def content_sha256(receipt: Mapping[str, Any]) -> str:
     """SHA-256 of a receipt's content (everything but its hash, seal and signature)."""
     content = {key: value for key, value in receipt.items() if key not in _ENVELOPE}
     return hashlib.sha256(canonical(content)).hexdigest()
+
+
+def new_content(
+    kind: str,
+    request_id: str,
+    *,
+    scope: str,
+    n_retained: int,
+    fingerprints: tuple[str, str],
+    metrics: Mapping[str, Any],
+    method: str | None = None,
+    forgotten: Sequence[int] = (),
+    users: Sequence[str] = (),
+    warnings: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The content of a receipt, whatever its kind; `fingerprints` of the weights before and after."""
+    before, after = fingerprints
+    return {
+        "id": request_id,
+        "kind": kind,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "method": method or kind,
+        "scope": scope,
+        "forgotten": [int(index) for index in forgotten],
+        "users": list(users),
+        "n_retained": int(n_retained),
+        "checkpoint": {"fingerprint_before": before, "fingerprint_after": after},
+        "snapshot": {},
+        "metrics": dict(metrics),
+        "warnings": [str(warning) for warning in warnings],
+        "versions": versions(),
+    }
+
+
+def content_of_files(
+    kind: str, request_id: str, last: Mapping[str, Any], metrics: Mapping[str, Any], **more: Any
+) -> dict[str, Any]:
+    """The content of a receipt of what was done to files, after the request whose receipt is `last`: the weights stay."""
+    fingerprint = last["checkpoint"]["fingerprint_after"]
+    of = {"scope": last["scope"], "n_retained": last["n_retained"], "fingerprints": (fingerprint, fingerprint)}
+    return new_content(kind, request_id, metrics=metrics, **(of | more))
 
 
 def make_receipt(content: Mapping[str, Any], number: int, previous: str, key: DigestKey) -> dict[str, Any]:

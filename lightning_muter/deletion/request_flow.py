@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import lightning as L
 from lightning_muter.deletion.checkpoints import checkpoint_fingerprint, checkpoint_writer, load_checkpoint, renewed
 from lightning_muter.deletion.files import Places, receipt_path
 from lightning_muter.deletion.ledger import Ledger
+from lightning_muter.deletion.receipts import new_content
 from lightning_muter.deletion.transactions import commit_request
 from lightning_muter.deletion.verified import check_ledger
 from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError, MuterError, RequestError
@@ -21,13 +21,14 @@ from lightning_muter.forgotten.modules import ENTRY
 from lightning_muter.forgotten.rows import Forgotten
 from lightning_muter.snapshot.snapshot import Snapshot, WideSnapshot
 from lightning_muter.storage.atomic import Writer
-from lightning_muter.storage.fingerprint import DigestKey, versions, weight_fingerprint
+from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
 from lightning_muter.unlearning.result import UnlearnResult
 
 AnySnapshot = Snapshot | WideSnapshot
 
 
 def insist_on_snapshot(places: Places) -> None:
+    """Raise `RequestError` where a checkpoint or its snapshot is missing."""
     if not places.checkpoint.exists() or not places.snapshot.exists():
         missing = places.checkpoint if not places.checkpoint.exists() else places.snapshot
         raise RequestError(
@@ -87,7 +88,8 @@ def vouched(ledger: Ledger | None) -> bool:
 @contextlib.contextmanager
 def snapshot_key(places: Places, ledger: Ledger, find: Callable[[], DigestKey | None]) -> Iterator[DigestKey]:
     """The key of the digests: the one there is, else the one that `find` finds, else a new one; what was not there before
-    goes again when the snapshot fails."""
+    goes again when the snapshot fails.
+    """
     if places.key.exists() or len(ledger):
         yield known_key(places, ledger)  # a ledger without its key says how to go on
         return
@@ -144,24 +146,19 @@ def receipt_content(
     metrics = {name: value for name, value in told.items() if name not in _TOLD_ELSEWHERE}
     if result is None:
         metrics = {**snapshot.figures, "stationarity": snapshot.stationarity}
-    return {
-        "id": request_id,
-        "kind": kind,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "method": str(told.get("method", kind)),
-        "scope": str(told.get("scope", snapshot.scope)),
-        "forgotten": [int(index) for index in told.get("forgotten", [])],
-        "users": list(users),
-        "n_retained": int(snapshot.n_retained),
-        "checkpoint": {
-            "fingerprint_before": before,
-            "fingerprint_after": told.get("fingerprint_after", weight_fingerprint(model.state_dict())),
-        },
-        "snapshot": {},
-        "metrics": metrics,
-        "warnings": [str(warning) for warning in told.get("warnings", snapshot.warnings)],
-        "versions": versions(),
-    }
+    after = told.get("fingerprint_after", weight_fingerprint(model.state_dict()))
+    return new_content(
+        kind,
+        request_id,
+        method=str(told.get("method", kind)),
+        scope=str(told.get("scope", snapshot.scope)),
+        forgotten=told.get("forgotten", []),
+        users=users,
+        n_retained=snapshot.n_retained,
+        fingerprints=(before, after),
+        metrics=metrics,
+        warnings=told.get("warnings", snapshot.warnings),
+    )
 
 
 def commit(
@@ -204,6 +201,7 @@ def commit(
 
 
 def report(places: Places, receipt: Mapping[str, Any], source: Places) -> None:
+    """Print what a request did, and where its files lie."""
     kind, metrics = receipt["kind"], receipt["metrics"]
     if kind == "unlearn":
         print(f"forgotten: {len(receipt['forgotten'])} rows; {receipt['n_retained']} are retained")
@@ -220,6 +218,7 @@ def report(places: Places, receipt: Mapping[str, Any], source: Places) -> None:
 
 
 def report_dry_run(places: Places, content: Mapping[str, Any]) -> None:
+    """Print what a request would do."""
     print(
         f"dry run: nothing was written; {len(content['forgotten'])} rows would be forgotten: {content['forgotten'][:9]}"
     )

@@ -77,6 +77,7 @@ def training_data(
 
 
 def load_into(model: L.LightningModule, checkpoint: dict[str, Any], path: Path) -> None:
+    """Give a model the weights of a checkpoint, or say that they do not fit (`MismatchError`)."""
     model.on_load_checkpoint(checkpoint)
     try:
         model.load_state_dict(checkpoint["state_dict"], strict=True)

@@ -78,7 +78,8 @@ def estimate(attack: Attack, seen: Observed, *, splits: int = 4, draws: int = 10
 
 def difference(one: Estimate, other: Estimate) -> tuple[float, float, float]:
     """AUC of one minus the other's on the same worlds and draws, with its 95 % interval: paired, so that what both have in common
-    cancels."""
+    cancels.
+    """
     value = one.auc - other.auc
     half = norm.ppf(0.5 + CONFIDENCE / 2) * np.sqrt(_variance(one.draws - other.draws))
     return value, float(value - half), float(value + half)
@@ -145,7 +146,8 @@ def _resampled(attack: Attack, seen: Observed, halves: list[Flags], weights: Flo
 
 def weighted_auc(scores: Floats, positive: Flags, weights: Floats) -> Floats:
     """AUC per row where entries count with weights, equal scores half. scores: (rows, n), or (1, n) for all; weights: (rows, n);
-    positive: (n,)."""
+    positive: (n,).
+    """
     order = np.argsort(scores, axis=1, kind="stable")
     s, p = np.take_along_axis(scores, order, 1), positive[order]
     w = np.take_along_axis(weights, np.broadcast_to(order, weights.shape), 1)

@@ -14,7 +14,7 @@ from lightning_muter.model.dataset import SampleSource
 from lightning_muter.storage.fingerprint import DigestKey
 
 if TYPE_CHECKING:
-    from lightning_muter.snapshot.snapshot import Stored
+    from lightning_muter.snapshot.stored import Stored
 
 Collate = Callable[[list[Any]], Any] | None
 
@@ -28,7 +28,8 @@ def content_digests(
     key: DigestKey, dataset: Dataset[Any], positions: Sequence[int], collate: Collate = None
 ) -> list[bytes]:
     """Keyed digests of what samples hold, 16 bytes each: the same in float64 and float32, flat or as an image, and for a
-    label of any integer or floating type."""
+    label of any integer or floating type.
+    """
     samples = SampleSource(dataset, collate=collate, readable=positions) if positions else None
     found = samples.raw_samples(positions) if samples is not None else ()
     return [key.digest(_plain(x, torch.float32), _plain(y, torch.float64)) for _, x, y in found]

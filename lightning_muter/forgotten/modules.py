@@ -20,7 +20,7 @@ from lightning_muter.forgotten.rows import Forgotten
 from lightning_muter.model.rows import collate_of
 
 if TYPE_CHECKING:
-    from lightning_muter.snapshot.snapshot import Stored
+    from lightning_muter.snapshot.stored import Stored
 
 #: Entry of checkpoints, of the metadata of state dicts, and (as a prefix) the attribute of modules.
 ENTRY = "lightning_muter"

@@ -23,7 +23,7 @@ from lightning_muter.forgotten.digests import content_digests
 from lightning_muter.storage.fingerprint import DIGEST_BYTES, DigestKey
 
 if TYPE_CHECKING:
-    from lightning_muter.snapshot.snapshot import Stored
+    from lightning_muter.snapshot.stored import Stored
 
 Collate = Callable[[list[Any]], Any] | None
 _KEYS: dict[str, DigestKey] = {}

@@ -1,0 +1,1 @@
+"""Towards the minimum of the robust objective: polish, refine, the last steps."""

@@ -84,7 +84,8 @@ def best_head(objective: RobustObjective, before: Tensor, done: TrainedOn, *, co
 
 def move_to(objective: RobustObjective, theta: Tensor, *, anchored: bool = False) -> None:
     """Begin anew at another head: smoothing anchored there, unless it is given (nothing is smoothed at a constant one), maximisers
-    from scratch."""
+    from scratch.
+    """
     if anchored:
         pass
     elif not bool(objective.problem.weight(theta).any()):
@@ -117,7 +118,8 @@ def rounding_of(objective: RobustObjective, value: float) -> float:
 
 def constant_head(objective: RobustObjective) -> tuple[Tensor, float]:
     """[0 | b] with the b that minimises sum_i w_i loss(b, y_i) + (n/2) sum lambda b^2, by Newton's method in K dimensions, and F
-    there: no perturbation changes what a constant head answers."""
+    there: no perturbation changes what a constant head answers.
+    """
     problem = objective.problem
     batches = [(batch.y, batch.weight) for batch in objective.source.batches(objective.own)]
     theta = torch.zeros(problem.shape, dtype=problem.dtype, device=problem.device)

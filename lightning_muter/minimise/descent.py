@@ -172,7 +172,8 @@ def _weak_wolfe(
     objective: RobustObjective, theta: Tensor, now: Evaluation, direction: Tensor, slope: float, noise: float
 ) -> tuple[float, Evaluation] | None:
     """Bisection for F(t) <= F + 1e-4 t slope and slope(t) >= 0.9 slope; near the end, where differences of F are rounding,
-    the slopes alone decide (Hager and Zhang's approximate condition)."""
+    the slopes alone decide (Hager and Zhang's approximate condition).
+    """
     low, high, t = 0.0, float("inf"), 1.0
     noise = max(noise, 1e-12 * abs(now.value))
     trials = 25 if objective.reproducible else 8

@@ -27,7 +27,8 @@ _log = logging.getLogger(__name__)
 @dataclass
 class Found:
     """Where a search ended: w, first and last evaluation, the last accepted solve, every trial, and the stationarity after
-    each accepted step."""
+    each accepted step.
+    """
 
     w: Tensor
     first: Evaluation
@@ -129,7 +130,8 @@ class LevenbergMarquardt:
 
     def _farther(self, w: Tensor, trial: Tensor, new: Evaluation) -> tuple[Tensor, Evaluation, float]:
         """Where the model predicts well the step is doubled as long as that falls farther: the losses of classification have
-        exponential tails, along which Newton steps all have the same length."""
+        exponential tails, along which Newton steps all have the same length.
+        """
         reach = 1.0
         while reach < 64:
             ahead = w + 2 * (trial - w)

@@ -173,7 +173,8 @@ class _Rounds:
 
 def metric_of(objective: RobustObjective, sums: Sums, at: Evaluation, damping: float = 0.0) -> tuple[Metric, float]:
     """v -> H^-1 v of the total Hessian in these sums, with weight decay and without the share of kinks, and the shift that made it
-    definite; ``damping``: in units of its mean diagonal."""
+    definite; ``damping``: in units of its mean diagonal.
+    """
     assert sums.hessian is not None
     matrix = sums.hessian.dense()
     matrix.diagonal().add_(objective.total * objective.decay.flatten())

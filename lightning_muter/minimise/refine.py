@@ -123,7 +123,8 @@ def polished(
 
 def _looked_at(objective: RobustObjective, at: Descent) -> Descent:
     """Where a descent along single maxima of a linear model ended, evaluated from scratch; if it stalled, or larger maxima are
-    found, they are weighed from now on."""
+    found, they are weighed from now on.
+    """
     now, status = objective.afresh(at.theta), at.status
     kink = status == "stalled" and now.stationarity > STALLED
     if (kink or jumped(at.evaluation.value, now.value)) and objective.contend():
@@ -135,7 +136,8 @@ def _fresh(
     objective: RobustObjective, at: Descent, response: Response, curvature: Curvature
 ) -> tuple[Metric, Evaluation]:
     """The total Hessian over the retained samples where the descent stands, the share of kinks left out, as a metric; and F_R
-    at its maximisers."""
+    at its maximisers.
+    """
     objective.accept(at.evaluation)
     sums, delta = objective.sums(
         at.theta, response=in_metrics(response), curvature=curvature, explore=not objective.reproducible

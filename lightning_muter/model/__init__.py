@@ -1,0 +1,1 @@
+"""A user's module, loss, batches and rows, as they are read."""

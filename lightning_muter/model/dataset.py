@@ -23,13 +23,28 @@ _CACHE_BYTES = 1 << 30
 @dataclass
 class Samples:
     """Some samples: positions (n,), inputs (n, D) flattened, labels, weights c (n,) or None (each 1), and d (n,) while it is asked
-    for."""
+    for.
+    """
 
     positions: Tensor
     x: Tensor
     y: Tensor
     weight: Tensor | None
     mass: Tensor | None = None
+
+
+def insist_on_positions(dataset: object) -> None:
+    """Refuse what has no rows by position.
+
+    Raises:
+        UnsuitableError: a loader, a data module, an iterable dataset.
+    """
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        raise UnsuitableError(
+            f"{type(dataset).__name__} cannot be read by position, so nothing in it can be named for forgetting. "
+            "Of a DataLoader pass its dataset, loader.dataset. "
+            "Wrap anything else in a map-style dataset (with __getitem__ and __len__)."
+        )
 
 
 class SampleSource:
@@ -60,16 +75,11 @@ class SampleSource:
         readable: Sequence[int] | None = None,
         reading: Reading | None = None,
     ) -> None:
-        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-            raise UnsuitableError(
-                f"{type(dataset).__name__} cannot be read by position, so nothing in it can be named for forgetting. "
-                "Of a DataLoader pass its dataset, loader.dataset. "
-                "Wrap anything else in a map-style dataset (with __getitem__ and __len__)."
-            )
+        insist_on_positions(dataset)
         self.dataset, self.collate = dataset, collate
         self.batch_size, self.num_workers, self.device = batch_size, num_workers, torch.device(device)
         self.threat = threat
-        self.n: int = len(dataset)
+        self.n: int = len(dataset)  # type: ignore[arg-type]
         if self.n == 0:
             raise ArgumentError("dataset", "an empty dataset", "at least one sample")
         if weight is not None:

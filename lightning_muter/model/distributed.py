@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from lightning_muter.errors import MismatchError, UnsuitableError
 
+#: Strategies of Lightning that split parameters over processes.
+SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAStrategy", "XLAFSDPStrategy")
+
 
 @dataclass(frozen=True)
 class Shards:

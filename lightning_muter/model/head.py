@@ -32,7 +32,8 @@ class Head:
 @dataclass
 class HeadCall:
     """What one forward call of a linear layer took (copied, later layers may work in place) and gave, and the version
-    counter of what it gave: it counts later in-place changes, also those that happen to change no value."""
+    counter of what it gave: it counts later in-place changes, also those that happen to change no value.
+    """
 
     name: str
     linear: nn.Linear

@@ -39,6 +39,16 @@ def loss_identity(loss: Any) -> str:
     return f"{loss.__module__}.{name}" + (f"#{inside}" if inside else "")
 
 
+def in_words(identity: str) -> str:
+    """An identity as people read it: a loss without a name is the step's own, known again by the digest of its operations.
+
+    >>> in_words("traced:1758faac5c222a1e"), in_words("my.loss#77aa")
+    ("the step's own, as written (1758faac)", 'my.loss#77aa')
+    """
+    kind, _, digest = identity.partition(":")
+    return f"the step's own, as written ({digest[:8]})" if kind == "traced" else identity
+
+
 def _inside(function: Any) -> str:
     """Digest of the numbers and tensors that a function of one's own holds: constants, defaults, closure, globals; "" for none."""
     if not inspect.isfunction(function) or str(function.__module__).split(".")[0] == "torch":

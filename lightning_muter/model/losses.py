@@ -102,7 +102,7 @@ def aligned(loss: Loss, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Logits and labels in the shapes and dtypes that ``loss`` takes: one logit flat, class indices as int64, the rest as logits."""
     n = logits.shape[0]
     if one_logit(logits):
-        if is_cross_entropy(loss) or _bare(loss) in (F.cross_entropy, nn.CrossEntropyLoss):
+        if is_cross_entropy(loss) or bare(loss) in (F.cross_entropy, nn.CrossEntropyLoss):
             raise ArgumentError(
                 "loss",
                 loss,
@@ -114,7 +114,7 @@ def aligned(loss: Loss, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         if y.numel() != n:
             raise ArgumentError("y", tuple(y.shape), f"one label per sample, ({n},) or ({n}, 1)")
         return logits.reshape(n), y.reshape(n).to(logits.dtype)
-    if _bare(loss) in (F.cross_entropy, nn.CrossEntropyLoss):
+    if bare(loss) in (F.cross_entropy, nn.CrossEntropyLoss):
         if y.dim() == 2 and y.shape[1] == 1:
             y = y[:, 0]
         if y.dim() == 1 and y.dtype != torch.int64:
@@ -199,10 +199,10 @@ def is_cross_entropy(loss: Loss | None) -> bool:
 
 def is_binary(loss: Loss) -> bool:
     """Whether this is a known loss for two classes on one logit (the sign of the logit is the prediction)."""
-    return _bare(loss) in (*_BINARY, *_BINARY_MODULES)
+    return bare(loss) in (*_BINARY, *_BINARY_MODULES)
 
 
-def _bare(loss: Any) -> Any:
+def bare(loss: Any) -> Any:
     """The function behind partials, or the class of a loss module."""
     if isinstance(loss, IgnoresReduction):
         loss = loss.module

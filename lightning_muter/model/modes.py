@@ -120,7 +120,8 @@ def no_second_derivative(error: BaseException) -> str | None:
 
 def calls_own_functions(out: Tensor) -> bool:
     """Whether a ``torch.autograd.Function`` of the user's is behind this. One that is differentiable once does not always say so:
-    its second derivative may look like 0."""
+    its second derivative may look like 0.
+    """
     seen: set[Any] = set()
     todo = [out.grad_fn]
     while todo:

@@ -31,7 +31,8 @@ class Normalization:
 
     @classmethod
     def of(cls, given: Any) -> Normalization | None:
-        """
+        """The normalisation that a user gave, as (mean, std) or as an object.
+
         Raises:
             ArgumentError: no pair, or a standard deviation that is not above 0.
         """

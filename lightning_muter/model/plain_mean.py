@@ -52,6 +52,7 @@ def plain_mean_of(
 
 
 def probe_device(probe: Probe) -> torch.device:
+    """Where the tensors of a batch lie."""
     return next(v.device for v in probe.leaves if isinstance(v, Tensor))
 
 

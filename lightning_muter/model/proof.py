@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_muter.errors import UnsuitableError
 from lightning_muter.model.head import HeadCall
-from lightning_muter.model.loss_identity import loss_identity
+from lightning_muter.model.loss_identity import in_words, loss_identity
 from lightning_muter.model.losses import per_sample
 from lightning_muter.model.own_step import WAY_OUT, OwnStep
 from lightning_muter.model.reading import Reading, algebra
@@ -97,7 +97,7 @@ def verify(own: OwnStep, reading: Reading, call: HeadCall, precision: torch.dtyp
             if not (value <= near * max(abs(float(there)), 1e-3) and gradient <= 10 * near * size + 1e-12):
                 gradient = max(gradient, 0.0) / (size + 1e-30)
                 raise UnsuitableError(
-                    f"The loss that was read off {own.what} ({reading.identity}) differs from the step itself: value "
+                    f"The loss that was read off {own.what} ({in_words(reading.identity)}) differs from the step itself: value "
                     f"{float(here):.6g} instead of {float(there):.6g}, gradient off by {gradient:.1e} of its size. {WAY_OUT}"
                 )
 

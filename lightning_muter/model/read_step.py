@@ -12,10 +12,11 @@ from torch.utils.data import Dataset
 
 from lightning_muter.errors import ArgumentError, MismatchError, UnsuitableError
 from lightning_muter.model.batches import split_batch
+from lightning_muter.model.dataset import insist_on_positions
 from lightning_muter.model.head import eval_mode, find_head
 from lightning_muter.model.known_losses import Known
 from lightning_muter.model.leaves import flatten, rows
-from lightning_muter.model.loss_identity import loss_identity
+from lightning_muter.model.loss_identity import in_words, loss_identity
 from lightning_muter.model.losses import Loss, reduced, resolve_loss
 from lightning_muter.model.normalization import Normalization
 from lightning_muter.model.own_step import WAY_OUT
@@ -48,13 +49,8 @@ def read_objective(
     Raises:
         UnsuitableError: nothing can be read; MismatchError: ``loss`` is not what the step minimises.
     """
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-        raise UnsuitableError(
-            f"{type(dataset).__name__} cannot be read by position, so nothing in it can be named for forgetting. "
-            "Of a DataLoader pass its dataset, loader.dataset. Wrap anything else in a "
-            "map-style dataset (with __getitem__ and __len__)."
-        )
-    readable = range(len(dataset)) if positions is None else positions
+    insist_on_positions(dataset)
+    readable = range(len(dataset)) if positions is None else positions  # type: ignore[arg-type]
     if len(readable) == 0:
         raise ArgumentError("dataset", "an empty dataset", "at least one sample")
     spread = torch.linspace(0, len(readable) - 1, min(_ROWS, len(readable))).long().tolist()
@@ -197,7 +193,8 @@ def _read_given(
 
 
 def _must_agree(given: Reading, own: Reading, batch: Any) -> None:
-    """
+    """Compare a given loss with the step's own.
+
     Raises:
         MismatchError: the given loss is not the one that training_step minimises.
     """
@@ -211,7 +208,7 @@ def _must_agree(given: Reading, own: Reading, batch: Any) -> None:
     off = float((slope - other).abs().max() / other.abs().max().clamp(min=1e-30))
     if off > 1e-4:
         raise MismatchError(
-            f"loss: got {given.identity}, but training_step minimises {own.identity}: {float(one):.5g} against {float(two):.5g} "
-            f"on the same outputs, gradients apart by {off:.2g} of their size. Leave loss= out (the step's own is used), or train "
-            "with this one."
+            f"loss: got {in_words(given.identity)}, but training_step minimises {in_words(own.identity)}: {float(one):.5g} "
+            f"against {float(two):.5g} on the same outputs, gradients apart by {off:.2g} of their size. Leave "
+            "loss= out (the step's own is used), or train with this one."
         )

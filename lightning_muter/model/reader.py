@@ -16,7 +16,7 @@ from lightning_muter.model.batch_losses import Later, Replayed
 from lightning_muter.model.head import Head, HeadCall, unsuitable_head
 from lightning_muter.model.known_losses import Known, recognise
 from lightning_muter.model.leaves import rows
-from lightning_muter.model.loss_identity import loss_identity
+from lightning_muter.model.loss_identity import in_words, loss_identity
 from lightning_muter.model.losses import Loss
 from lightning_muter.model.own_attack import read_own_attack, takes_the_last
 from lightning_muter.model.own_step import WAY_OUT, OwnStep, Run, Seen
@@ -32,7 +32,8 @@ from lightning_muter.model.traced import refuse, storages, trace
 
 class Reader:
     """Reads ``run(batch) -> scalar``, which goes through ``module`` and its head once; ``what``: its name in messages; ``fixed``: the
-    head itself is not asked for, only what follows it (to be climbed): it may be frozen, tied or adapted."""
+    head itself is not asked for, only what follows it (to be climbed): it may be frozen, tied or adapted.
+    """
 
     def __init__(
         self,
@@ -288,9 +289,11 @@ def _notes(reading: Reading) -> list[str]:
             "sum w_i l_i / sum w_i, which batches approach as they grow. Exact: reduction='none' and a mean over the rows."
         )
     if not reading.convex:
+        first = ", ".join(getattr(reading.batch_loss, "first", []))
+        through = f" (it goes through {first} first)" if first else ""
         notes.append(
-            f"The loss ({reading.identity}) is not convex in the head's output: no certificate, and the minimiser that is "
-            "polished to may be one of several."
+            f"The loss ({in_words(reading.identity)}) is not convex in the head's output{through}: no certificate, and the minimiser "
+            "that is polished to may be one of several. An activation behind the last linear layer, if it is not meant, is left out."
         )
     return notes
 

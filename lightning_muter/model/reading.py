@@ -240,4 +240,5 @@ def rounded(values: Tensor) -> Tensor:
 
 
 def algebra(device: torch.device) -> torch.dtype:
+    """The precision of linear algebra on a device: float64 where it has it."""
     return torch.float32 if device.type == "mps" else torch.float64

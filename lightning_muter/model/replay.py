@@ -40,7 +40,8 @@ def has_step(module: Any) -> bool:
 
 def prepared(module: nn.Module, batch: Any) -> Any:
     """The batch as the step receives it: through ``on_before_batch_transfer``, ``transfer_batch_to_device`` and
-    ``on_after_batch_transfer`` of the module, or of the datamodule its trainer has."""
+    ``on_after_batch_transfer`` of the module, or of the datamodule its trainer has.
+    """
     hooks: Any = module
     if not hasattr(hooks, "_apply_batch_transfer_handler"):
         return batch
@@ -89,7 +90,8 @@ def _second(names: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
 @contextmanager
 def undone(module: nn.Module) -> Iterator[None]:
     """Eval mode, gradients on, no autocast; afterwards weights' ``.grad``, buffers, attributes, random states, metrics, loggers
-    and the trainer's own attributes are as they were, also after an exception."""
+    and the trainer's own attributes are as they were, also after an exception.
+    """
     token = replaying.set(True)
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - steps may draw from the global one
     devices = [next(module.parameters()).device] if _on_cuda(module) else []

@@ -188,7 +188,8 @@ def points(n: int, k: int | None, dtype: torch.dtype, device: torch.device, seed
 
 def convex(loss: BatchLoss, probe: Probe, k: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether every row's loss lies below its chords, and its Hessian in z is positive semidefinite, at random points of several
-    sizes (kinks show in chords alone)."""
+    sizes (kinks show in chords alone).
+    """
     if not _below_chords(loss, probe, k, dtype, device):
         return False
     for seed, scale in ((11, 0.5), (12, 2.0), (13, 6.0)):

@@ -50,7 +50,8 @@ def stored_decay(checkpoint: Mapping[str, Any], model: nn.Module) -> dict[str, f
 
 
 def _decay(group: _Group, today: optim.Optimizer | None) -> float:
-    """
+    """The weight decay of one group of an optimiser.
+
     Raises:
         UnsuitableError: decoupled, or of an unknown kind.
     """

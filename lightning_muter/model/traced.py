@@ -52,6 +52,7 @@ class LossGraph:
     Attributes:
         uses: which leaves the loss depends on.
         identity: digest of the operations and of the numbers inside: the same for the same loss.
+        first: what the head's output goes through first, by name.
     """
 
     def __init__(self, graph: GraphModule, dtype: torch.dtype, parameters: dict[int, str], tensors: list[int]) -> None:
@@ -59,6 +60,7 @@ class LossGraph:
         self.dtype, self._tensors = dtype, tensors
         places = [n for n in self._graph.graph.nodes if n.op == "placeholder"]
         self.uses = [i for i, place in zip(tensors, places[1:], strict=True) if place.users]
+        self.first = sorted(_goes_through(places[0]))
         self.constants = constants(self._graph)
         self.parameters = sorted({parameters[p] for p in map(_storage, self.constants.values()) if p in parameters})
         self.random = sorted({str(n.target) for n in self._graph.graph.nodes if _is_random(n)})
@@ -165,7 +167,8 @@ def _squeezed(x: Tensor) -> Tensor:
 
 class _Rewritten(TorchFunctionMode):
     """Looks at values: a number taken out stays a tensor; what is printed, logged or branched on is looked at beside the trace (two
-    traces of other values must agree, and the loss is compared with the step afterwards)."""
+    traces of other values must agree, and the loss is compared with the step afterwards).
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -209,6 +212,15 @@ def constants(graph: GraphModule) -> dict[str, Tensor]:
 def _is_random(node: Node) -> bool:
     name = str(node.target).removeprefix("aten.")
     return node.op == "call_function" and any(name.startswith(r) or f"_{r}" in name for r in _RANDOM)
+
+
+def _goes_through(node: Node) -> set[str]:
+    """The operations that a value meets first, those that leave it as it is aside."""
+    found: set[str] = set()
+    for user in node.users:
+        name = str(user.target).removeprefix("aten.").split(".")[0].strip("_")
+        found |= _goes_through(user) if name in ("clone", "detach", "alias", "view", "to_copy") else {name}
+    return found
 
 
 def _raised(graph: GraphModule, dtype: torch.dtype) -> GraphModule:
@@ -266,7 +278,8 @@ def _aliased(node: Node) -> Iterator[tuple[Node, bool]]:
 
 
 def refuse(graph: LossGraph, head: str, inputs: int) -> None:
-    """
+    """Refuse losses that are no function of one row's logits and label.
+
     Raises:
         UnsuitableError: the traced loss is not a function of the head's output and of labels alone.
     """

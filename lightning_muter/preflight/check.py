@@ -12,19 +12,17 @@ import lightning.pytorch as pl
 import torch
 from rich.console import Console
 from torch import nn
-from torch.utils.data import Subset
 
 from lightning_muter.adversarial.adversary import Adversary
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.adversarial.training import adversary_of
+from lightning_muter.errors import ArgumentError
 from lightning_muter.lightning_names import MODULES, Callback, other
 from lightning_muter.model.rows import collate_of
 from lightning_muter.preflight.checks import inspect_fit
 from lightning_muter.preflight.findings import Finding, as_table
 from lightning_muter.preflight.model import DEFAULT_CAP
-from lightning_muter.scope.wide_taking import take_wide_snapshot
-from lightning_muter.snapshot.snapshot import WIDE_BATCH
-from lightning_muter.snapshot.take import take_snapshot
+from lightning_muter.snapshot.part import snapshot_of_rows
 
 #: Rows of the two trials, and passes over the data that a polish usually takes.
 _FEW, _MORE, _PASSES = 16, 64, 15
@@ -39,6 +37,9 @@ class Check:
         findings: everything, with levels blocks / no snapshot / weaker / note.
         seconds: an estimate of what the end of the fit will take (polish and sums), or None where a trial failed.
         passes: passes over the data that the estimate is for.
+
+    >>> print(Check())
+    Nothing stands against a snapshot.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -81,7 +82,11 @@ def check(
         options: scope, threat_model, response, loss, weight_decay, inputs, label where no ``MUterCallback`` is given.
 
     Returns:
-        a :class:`Check`; ``print`` it.
+        A :class:`Check`; ``print`` it.
+
+    Raises:
+        TypeError: an unknown option.
+        ArgumentError: ``model`` is no LightningModule.
 
     Example::
 
@@ -89,6 +94,9 @@ def check(
     """
     if unknown := set(options) - set(_OPTIONS):
         raise TypeError(f"check: unexpected {sorted(unknown)}; allowed: {', '.join(_OPTIONS)}")
+    if not isinstance(model, MODULES):
+        advice = "Of a plain module only take_snapshot(model, dataset, threat_model=..., weight_decay=...) is needed."
+        raise ArgumentError("model", model, "a LightningModule", advice)
     if trainer is None:
         kind = other.Trainer if isinstance(model, MODULES[1]) and other is not pl else pl.Trainer
         trainer = kind(
@@ -170,17 +178,14 @@ def _trial(
 ) -> tuple[float, int]:
     """Seconds and passes of a snapshot of the first rows, without polishing."""
     threat: ThreatModel | None = options.get("threat_model") or (adversary.threat if adversary is not None else None)
-    scope = options.get("scope", "head")
-    take: Any = take_snapshot if scope == "head" else take_wide_snapshot
-    more: dict[str, Any] = {} if scope == "head" else {"batch_size": WIDE_BATCH}
-    if scope != "head" and adversary is not None:
-        more["trades_beta"] = adversary.trades_beta
     began = time.perf_counter()
-    snapshot = take(
+    snapshot = snapshot_of_rows(
         module,
-        Subset(loader.dataset, range(size)),
+        loader.dataset,
+        range(size),
+        scope=options.get("scope", "head"),
         threat_model=threat,
-        scope=scope,
+        trades_beta=None if adversary is None else adversary.trades_beta,
         response=options.get("response", "auto"),
         loss=options.get("loss"),
         inputs=options.get("inputs"),
@@ -190,7 +195,6 @@ def _trial(
         polish=0,
         collate=collate_of(loader),
         progress=False,
-        **more,
     )
     return time.perf_counter() - began, max(1, int(snapshot.figures["passes"]))
 

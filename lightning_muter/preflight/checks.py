@@ -17,6 +17,7 @@ from lightning_muter.curvature.problem.network import parameters_in
 from lightning_muter.curvature.response.choose import Response, as_response
 from lightning_muter.errors import ArgumentError, MismatchError, UnsuitableError
 from lightning_muter.lightning_names import is_overridden
+from lightning_muter.model.distributed import SHARDED
 from lightning_muter.model.loss_identity import loss_identity, same_loss
 from lightning_muter.model.losses import Loss
 from lightning_muter.model.normalization import Normalization, normalization_in
@@ -30,7 +31,6 @@ from lightning_muter.preflight.optimizers import inspect_optimizers
 from lightning_muter.snapshot.codec import storable
 
 _AVERAGING = ("StochasticWeightAveraging", "WeightAveraging", "EMAWeightAveraging")
-_SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAStrategy", "XLAFSDPStrategy")
 
 
 def inspect_fit(
@@ -110,7 +110,7 @@ def _trained(module: nn.Module, trainer: pl.Trainer) -> Iterator[str]:
 def inspect_trainer(trainer: pl.Trainer, callback: pl.Callback | None = None) -> list[Finding]:
     """Precision, strategy, limits on the data, weight averaging."""
     out = []
-    strategy = next((c.__name__ for c in type(trainer.strategy).__mro__ if c.__name__ in _SHARDED), None)
+    strategy = next((c.__name__ for c in type(trainer.strategy).__mro__ if c.__name__ in SHARDED), None)
     if strategy is not None:
         advice = "Use strategy='ddp' or a single device."
         cli = "--trainer.strategy ddp"

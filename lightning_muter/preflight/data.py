@@ -166,6 +166,7 @@ def _same(a: list[Tensor], b: Sequence[Tensor | None]) -> bool:
 
 @contextmanager
 def same_randomness_afterwards() -> Iterator[None]:
+    """Python, NumPy and torch draw on afterwards as if nothing had been drawn inside."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - datasets may draw from the global one
     with torch.random.fork_rng(devices=[]):
         try:

@@ -135,7 +135,8 @@ class TrainedRows:
         return table
 
     def _compare_with_earlier(self, reached: Tensor) -> None:
-        """
+        """Compare the rows of this run with those of the run that it resumes.
+
         Raises:
             UnsuitableError: the run that is resumed trained on other rows.
         """

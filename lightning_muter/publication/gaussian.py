@@ -22,7 +22,7 @@ from lightning_muter.errors import ArgumentError
 
 
 def delta_of(mu: float, eps: float) -> float:
-    """The smallest delta for this eps and mu = Delta / sigma."""
+    """The smallest delta for this eps and mu = Delta / sigma; both without a unit."""
     if mu <= 0:
         return 0.0
     first, second = norm.logcdf(mu / 2 - eps / mu), eps + norm.logcdf(-mu / 2 - eps / mu)
@@ -31,6 +31,19 @@ def delta_of(mu: float, eps: float) -> float:
 
 def gaussian_sigma(within: float, eps: float, delta: float) -> float:
     """The least sigma that makes outputs within ``within`` of each other (eps, delta)-indistinguishable.
+
+    Args:
+        within: Delta, the largest Euclidean distance of the two outputs.
+        eps: of the promise, above 0.
+        delta: of the promise, between 0 and 1.
+
+    Returns:
+        The standard deviation of the noise, in units of ``within``.
+
+    Raises:
+        ArgumentError: one of them is out of range.
+
+    Source: B. Balle, Y.-X. Wang, *Improving the Gaussian Mechanism for Differential Privacy*, ICML 2018.
 
     >>> round(gaussian_sigma(1.0, 1.0, 1e-5), 2)
     3.73
@@ -44,7 +57,19 @@ def gaussian_sigma(within: float, eps: float, delta: float) -> float:
 
 
 def composed_epsilon(releases: Iterable[tuple[float, float]], delta: float) -> float:
-    """eps at ``delta`` of several releases together, from the (Delta, sigma) of each.
+    """What several releases are worth together: eps at ``delta``.
+
+    Args:
+        releases: (Delta, sigma) of each, also where a later one depends on the earlier ones.
+        delta: of the promise, between 0 and 1.
+
+    Returns:
+        eps of all of them together.
+
+    Raises:
+        ArgumentError: ``delta`` is out of range.
+
+    Source: J. Dong, A. Roth, W. Su, *Gaussian Differential Privacy*, 2019.
 
     >>> once = (1.0, gaussian_sigma(1.0, 1.0, 1e-5))
     >>> round(composed_epsilon([once], 1e-5), 6), round(composed_epsilon([once, once], 1e-5), 2)

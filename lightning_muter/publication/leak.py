@@ -66,7 +66,8 @@ def rebuild(before: Tensor, after: Tensor, public: Tensor, count: int, decay: fl
 @dataclass(frozen=True)
 class Leak:
     """Over many removals of one row each: the mean cosine between the rebuilt features and the row's own, the median rank of the row
-    among all candidates (1: it is the nearest), and the share of labels read."""
+    among all candidates (1: it is the nearest), and the share of labels read.
+    """
 
     cosine: float
     median_rank: float

@@ -30,8 +30,16 @@ class Publication:
     Attributes:
         module: a copy with noise on ``parameters``. Show its ``state_dict()``; the unlearned model, its snapshot and its bound
             stay private, and each further copy of it is a further release.
-        sigma: of the noise, per entry.      eps, delta: what this one release is worth against retraining.
+        sigma: standard deviation of the noise, per entry, in units of the weights.
+        eps: of what this one release is worth against retraining.
+        delta: of the same.
         within: Delta, the certified distance that sigma was made for.
+        parameters: names of those with noise.
+
+    Example::
+
+        shown = publish(model, result)
+        torch.save(shown.module.state_dict(), "shown.pt")
     """
 
     module: nn.Module
@@ -48,14 +56,31 @@ def publish(module: nn.Module, result: UnlearnResult, eps: float = 1.0, delta: f
     Args:
         module: as ``unlearn(..., within=Delta)`` left it.
         result: what that call returned.
-        eps, delta: of this release; sigma is Delta times :func:`~lightning_muter.publication.gaussian.gaussian_sigma` of 1. What
-            several releases are worth together: :func:`~lightning_muter.publication.gaussian.composed_epsilon`.
+        eps: of this release. What several are worth together: :func:`~lightning_muter.publication.gaussian.composed_epsilon`.
+        delta: of this release; sigma is Delta times :func:`~lightning_muter.publication.gaussian.gaussian_sigma` of 1
+            (B. Balle, Y.-X. Wang, *Improving the Gaussian Mechanism for Differential Privacy*, ICML 2018).
+
+    Returns:
+        The copy, with what it is worth; the model that was unlearned is left as it is.
 
     Raises:
         ArgumentError: the request had no ``within``, was a dry run, or eps or delta is out of range.
         MismatchError: the module's weights are not those that the request left.
         UnsuitableError: parameters outside the unlearned ones were trained too; nothing is known of what they keep.
+
+    >>> from torch.utils.data import TensorDataset
+    >>> from lightning_muter import ThreatModel, take_snapshot, unlearn
+    >>> x = torch.rand(30, 4, generator=torch.Generator().manual_seed(0))
+    >>> rows = TensorDataset(x, (x[:, 0] > 0.5).long())
+    >>> model = nn.Linear(4, 2)
+    >>> snapshot = take_snapshot(model, rows, threat_model=ThreatModel("l2", 0.05), weight_decay=1e-2, progress=False)
+    >>> result = unlearn(model, snapshot, [3], rows, retain=rows, within=1e-3, progress=False)
+    >>> shown = publish(model, result, eps=1.0, delta=1e-5)
+    >>> round(shown.sigma, 5), shown.parameters
+    (0.00373, ('weight', 'bias'))
     """
+    if not isinstance(result, UnlearnResult):
+        raise ArgumentError("result", result, "what unlearn(..., within=Delta) returned")
     if result.within is None or result.bound is None or not result.bound <= result.within:
         raise ArgumentError(
             "result", f"within={result.within}, bound={result.bound}", "a request with a bound below a distance fixed beforehand",

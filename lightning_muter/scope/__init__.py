@@ -1,0 +1,1 @@
+"""What may change in a request: the head, or any parameters."""

@@ -26,8 +26,22 @@ class Request:
     """One deletion request: what is to be forgotten, and everything a method may look at. Nothing in it may be changed.
 
     Attributes:
-        source: holds the samples to forget; retained: the others, where retained data was given.
+        problem: the model as a function of its head, theta = [W | b] (K, q).
+        snapshot: the sums, weights and settings before the request.
+        source: holds the samples to forget.
+        forget: their positions in the training dataset.
+        solver: what the user chose for H_R delta = g.
+        retained: the other samples, where retained data was given.
         shards: this process's share of either.
+
+    Example::
+
+        class Cautious(Method):
+            name = "cautious"
+
+            def step(self, request: Request) -> Step:
+                step, now = MUter().step(request), request.problem.read_theta()
+                return dataclasses.replace(step, theta=now + 0.5 * (step.theta - now))
     """
 
     problem: HeadProblem
@@ -40,17 +54,24 @@ class Request:
 
     @property
     def n_retained(self) -> int:
+        """Samples that will be left."""
         return self.snapshot.n_retained - len(self.forget)
 
     @property
     def total(self) -> float:
-        """sum d_i of the samples that will be left: |R| where each counts once."""
+        """Sum of d_i over the samples that will be left: |R| where each counts once."""
         return self.snapshot.total - self.source.total(self.forget)
 
     def objective(
         self, positions: list[int], starts: Tensor | None, source: SampleSource | None = None
     ) -> ShardedObjective:
-        """The robust objective over some positions, its maximisers starting at these of the snapshot's."""
+        """The robust objective sum phi_i over some positions.
+
+        Args:
+            positions: in the training dataset.
+            starts: of the maximisers of all positions, as the snapshot has them; None climbs from scratch.
+            source: what they are read from; None: the rows to forget.
+        """
         return objective_of(self.snapshot, self.problem, source or self.source, positions, starts, self.shards)
 
 
@@ -86,8 +107,16 @@ class Step:
     """What a method proposes: new weights, the solve behind them, and the downdated statistics.
 
     Attributes:
-        hessian: M of the retained samples; gradient: g of the retained samples at the snapshot's theta_base.
-        matrix: H_R = M_R + |R| Lambda_d, dense (refine steps in its metric).
+        theta: the new head [W | b], (K, q).
+        solution: of the system, with status and residual.
+        hessian: M of the retained samples.
+        gradient: g of the retained samples at the snapshot's theta_base, (K, q).
+        matrix: H_R = M_R + |R| Lambda_d, dense (K q, K q); refine steps in its metric.
+
+    Example::
+
+        step = MUter().step(request)
+        step.solution.status  # "converged"
     """
 
     theta: Tensor
@@ -98,26 +127,51 @@ class Step:
 
 
 class Method(Extensible, ABC):
-    """From a request to a :class:`Step`; results and receipts name it by its ``name``."""
+    """From a request to a :class:`Step`; results and receipts name it by its ``name``.
+
+    A method of your own has a ``name``, keeps the arguments of its constructor as attributes, and writes nothing to the model.
+
+    >>> Method.named("muter")()
+    MUter()
+    """
 
     @abstractmethod
     def step(self, request: Request) -> Step:
-        """The step of one request; nothing of it is written to the model. Raises SolveError where the system was not solved."""
+        """The step of one request; nothing of it is written to the model.
+
+        Args:
+            request: what is to be forgotten, and all that may be looked at.
+
+        Raises:
+            SolveError: the system was not solved.
+        """
 
 
 class MUter(Method):
-    """One Newton step for the retained objective in the total Hessian, from stored sums and the forgotten samples alone:
+    """One Newton step for the retained objective in the total Hessian, from stored sums and the forgotten samples alone.
 
         w_u = w - H_R^-1 grad F_R(w),   H_R = M - M_U + |R| Lambda_d,   grad F_R = g - g_U + |R| Lambda_d w
 
     M is the snapshot's: with its ``unconstrained`` response this is the published method (Liu et al., ICCV 2023), with
-    "none" ordinary second-order unlearning, with "l2" and "linf" the constraint-aware one.
+    "none" ordinary second-order unlearning, with "l2" and "linf" the constraint-aware one. Shapes: w and g (K, q), M and H_R
+    (K q, K q); U the forgotten, R the retained samples.
+
+    Example::
+
+        result = unlearn(model, snapshot, [3, 17], train_set, method=MUter())  # the default
     """
 
     name = "muter"
 
     def step(self, request: Request) -> Step:
-        """Subtract the forgotten terms, solve, step."""
+        """Subtract the forgotten terms, solve, step.
+
+        Args:
+            request: what is to be forgotten.
+
+        Raises:
+            SolveError: the system was not solved.
+        """
         snapshot, device = request.snapshot, request.problem.device
         reference, base = snapshot.theta_ref.to(device), snapshot.theta_base.to(device)
         objective = request.objective(request.forget, snapshot.starts)

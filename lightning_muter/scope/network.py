@@ -21,26 +21,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_muter.adversarial.threat_model import ThreatModel
-from lightning_muter.curvature.inner.maximiser import InnerSolver, Smoothing
-from lightning_muter.curvature.objective.network import WideCurvature, WideObjective
+from lightning_muter.called_with import called_with
+from lightning_muter.curvature.objective.network import WideObjective
 from lightning_muter.curvature.problem.network import WideProblem
-from lightning_muter.curvature.response.choose import Response
 from lightning_muter.errors import ArgumentError
 from lightning_muter.forgotten.digests import check_digests
 from lightning_muter.forgotten.modules import check_remembered, recalled, remember
 from lightning_muter.forgotten.rows import Forgotten, barred_after, barred_of, known_keys, remember_key
 from lightning_muter.minimise.levenberg_marquardt import Found, LevenbergMarquardt
 from lightning_muter.model.distributed import Shards
-from lightning_muter.model.losses import Loss
 from lightning_muter.model.modes import full_precision
-from lightning_muter.model.read_step import read_objective
-from lightning_muter.scope.network_objective import Rows, Training, left_outside, stored_objective
+from lightning_muter.scope.asked import Search, UnlearnWide
+from lightning_muter.scope.network_objective import Rows, left_outside, stored_objective
 from lightning_muter.snapshot.ranks import ranks_agree
-from lightning_muter.snapshot.reread import read_stored
+from lightning_muter.snapshot.reread import Access
 from lightning_muter.snapshot.retaken import positions_to_leave_out
-from lightning_muter.snapshot.snapshot import WIDE_BATCH, WideSnapshot
-from lightning_muter.snapshot.trained import Decay, trained_threat
+from lightning_muter.snapshot.snapshot import WideSnapshot
 from lightning_muter.solvers.base import Solver
 from lightning_muter.solvers.cg import CG, TruncatedCG
 from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
@@ -48,95 +44,86 @@ from lightning_muter.unlearning.commit import adopter, commit
 from lightning_muter.unlearning.positions import checked_positions
 from lightning_muter.unlearning.result import UnlearnResult
 
-#: mu at the start, per sample.
-DAMPING = 1e-2
-
 
 @ranks_agree
 @torch.inference_mode(False)
 @full_precision()
-def unlearn_wide(
-    model: nn.Module,
-    forget: Iterable[int],
-    data: Dataset[Any],
-    *,
-    scope: str | Sequence[str] = "all",
-    threat_model: ThreatModel | None = None,
-    attack: Any = None,
-    trades_beta: float | None = None,
-    response: str | Response = "auto",
-    curvature: WideCurvature = "ggn",
-    loss: Loss | None = None,
-    weight_decay: Decay = "auto",
-    optimizers: Iterable[Any] | None = None,
-    forgotten: Iterable[int] = (),
-    steps: int = 5,
-    damping: float = DAMPING,
-    cg: TruncatedCG | None = None,
-    tolerance: float = 1e-6,
-    seconds: float | None = None,
-    smoothing: Smoothing | None = None,
-    inner: InnerSolver | None = None,
-    sample_weight: Tensor | None = None,
-    collate: Callable[[list[Any]], Any] | None = None,
-    batch_size: int = WIDE_BATCH,
-    num_workers: int = 0,
-    inputs: Any = None,
-    label: Any = None,
-    shards: Shards | None = None,
-    dry_run: bool = False,
-    progress: bool = True,
-) -> UnlearnResult:
+@called_with(UnlearnWide)
+def unlearn_wide(asked: UnlearnWide) -> UnlearnResult:
     """Remove samples from all parameters in ``scope``; on success the model holds the new weights, else the old ones.
 
     Args:
-        forget: positions in ``data``, the full training dataset; ``forgotten``: positions removed before, left out too.
+        model: any module that gives logits.
+        forget: positions in ``data``.
+        data: the full training dataset; rows that are forgotten are not read.
         scope: "all" trainable parameters, or patterns over their names (``["layer4.*", "head.*"]``).
+        threat_model: norm, eps, box; read off ``attack`` or the module's adversarial training when not given.
+        attack: what the model was trained against, where no ``threat_model`` is given.
         trades_beta: the model was trained by TRADES with this beta.
+        response: "auto", "none", "unconstrained", "l2", "linf" or a Response.
         curvature: "ggn" (positive semidefinite with the response, the default) or "hessian" (exact).
+        loss: of the training, where it is not read off the module.
         weight_decay: as in :func:`lightning_muter.take_snapshot`; 0 is allowed, damping then carries the solve.
-        steps: accepted steps at most.          damping: mu at the start, per sample.
+        optimizers: those of the training, for ``weight_decay="auto"``.
+        forgotten: positions removed before, left out too.
+        steps: accepted steps at most.
+        damping: mu at the start, per sample.
+        cg: the solver of one step, by products with H_R.
         tolerance: on the stationarity |grad F_R| / sqrt(|R| sum |grad phi_i|^2) (the sum estimated once).
         seconds: no new step is begun after this time.
+        smoothing: of L-infinity switches.
+        inner: how inner maxima are climbed.
+        sample_weight: c_i (n,) of the objective; None: 1 each.
+        collate: the training loader's ``collate_fn``, where it had one of its own.
+        batch_size: samples at a time.
+        num_workers: of the loader that reads the dataset.
+        inputs: key or position in a batch, where it cannot be told which tensor is the input.
+        label: the same for the label.
         shards: this process's share; None asks torch.distributed. Every process gets the same weights.
+        dry_run: compute everything, change nothing.
+        progress: show a bar on a terminal.
 
     Returns:
-        ``solver`` holds the last accepted solve's status and ``steps``, one entry per trial; ``refine`` the
+        What was done: ``solver`` holds the last accepted solve's status and ``steps``, one entry per trial; ``refine`` the
         stationarity after each accepted step.
 
     Raises:
-        ArgumentError, RequestError: bad positions or options; UnsuitableError: FSDP, decoupled weight decay;
-        SolveError: no trial lowered the objective. The model is as it was.
+        ArgumentError: an option out of range, or positions that are none of the dataset.
+        RequestError: positions that were forgotten before, or nothing would be left.
+        UnsuitableError: FSDP, decoupled weight decay.
+        SolveError: no trial lowered the objective. After any error the model is as it was.
+
+    >>> from torch.utils.data import TensorDataset
+    >>> from lightning_muter import ThreatModel
+    >>> x = torch.rand(30, 4, generator=torch.Generator().manual_seed(0))
+    >>> rows = TensorDataset(x, (x[:, 0] > 0.5).long())
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+    >>> result = unlearn_wide(
+    ...     model, [3, 17], rows, threat_model=ThreatModel("l2", 0.05), weight_decay=1e-2, steps=10, progress=False)
+    >>> result.n_retained, result.stationarity_after < result.stationarity_before
+    (28, True)
     """
     began = time.perf_counter()
+    search = Search(asked.steps, asked.damping, asked.cg, asked.tolerance, None, asked.progress)
+    model, data = asked.model, asked.data
     record = recalled(model)
-    before = sorted({*(int(i) for i in forgotten), *positions_to_leave_out(record, data, collate)})
+    before = sorted({*(int(i) for i in asked.forgotten), *positions_to_leave_out(record, data, asked.collate)})
     n_total = len(data)  # type: ignore[arg-type]
     stand_in: Any = SimpleNamespace(n_total=n_total, forgotten=before, absent=[], n_retained=n_total - len(set(before)))
-    positions = checked_positions(forget, stand_in)
+    positions = checked_positions(asked.forget, stand_in)
     gone = {*positions, *before}
     kept = [i for i in range(n_total) if i not in gone]
-    training = Training(
-        scope,
-        trained_threat(model, threat_model, attack),
-        response,
-        curvature,
-        weight_decay,
-        trades_beta,
-        optimizers,
-        smoothing,
-        inner,
-    )
-    reading = read_objective(model, data, loss=loss, collate=collate, positions=kept, inputs=inputs, label=label)
-    rows = Rows(data, kept, reading, collate, batch_size, num_workers, sample_weight, shards)
-    objective = training.objective(model, rows)
-    deadline = None if seconds is None else began + seconds
-    result, new = _carry_out(objective, scope, positions, len(kept), steps, damping, cg, tolerance, deadline, progress)
-    _commit(objective.problem, new, result, dry_run, lambda fingerprint: None)
-    if not dry_run:
+    training = asked.training(model)
+    objective = training.objective(model, asked.rows(data, kept, asked.read(model, data, kept), asked.shards))
+    if asked.seconds is not None:
+        search = replace(search, deadline=began + asked.seconds)
+    result, new = _carry_out(objective, asked.scope, positions, len(kept), search)
+    _commit(objective.problem, new, result, asked.dry_run, lambda fingerprint: None)
+    if not asked.dry_run:
         key = known_keys().get(record.key_id) or DigestKey.generate()
         remember_key(key)
-        barred = barred_of(key, data, positions, [i for i in range(n_total) if i not in gone], collate)
+        barred = barred_of(key, data, positions, kept, asked.collate)
         remember(model, Forgotten(n_total, tuple(sorted(gone)), key.key_id, record.barred | barred))
     result.seconds = time.perf_counter() - began
     return result
@@ -150,16 +137,12 @@ def unlearn_stored(
     forget: Iterable[int],
     data: Dataset[Any],
     *,
+    access: Access,
     retain: Dataset[Any] | None = None,
     refine: int = 0,
     method: object = None,
     solver: str | Solver | TruncatedCG = "auto",
     dry_run: bool = False,
-    loss: Loss | None = None,
-    collate: Callable[[list[Any]], Any] | None = None,
-    batch_size: int = WIDE_BATCH,
-    inputs: Any = None,
-    label: Any = None,
     shards: Shards | None = None,
     progress: bool = True,
 ) -> UnlearnResult:
@@ -189,21 +172,18 @@ def unlearn_stored(
     snapshot.check_parameters(model)
     gone = set(positions)
     kept = [i for i in snapshot.retained_positions if i not in gone]
-    reading = read_stored(
-        model, snapshot, data, sorted([*positions, *kept]), loss=loss, collate=collate, inputs=inputs, label=label
-    )
-    check_digests(snapshot, data, positions, "data", collate)
-    check_digests(snapshot, read, kept, "data" if retain is None else "retain", collate)
-    objective = stored_objective(model, snapshot, Rows(read, kept, reading, collate, batch_size, shards=shards))
-    result, new = _carry_out(
-        objective, snapshot.scope, positions, len(kept), 1 + refine, DAMPING, _as_cg(solver), 1e-6, None, progress
-    )
+    reading = access.reading(model, snapshot, data, sorted([*positions, *kept]))
+    check_digests(snapshot, data, positions, "data", access.collate)
+    check_digests(snapshot, read, kept, "data" if retain is None else "retain", access.collate)
+    objective = stored_objective(model, snapshot, Rows.of(access, read, kept, reading, shards))
+    search = Search(1 + refine, cg=_as_cg(solver), progress=progress)
+    result, new = _carry_out(objective, snapshot.scope, positions, len(kept), search)
     after = replace(
         snapshot,
         forgotten=[*snapshot.forgotten, *positions],
         **{name: _blanked(getattr(snapshot, name), positions) for name in ("digests", "sample_weight", "mass")},
     )
-    after.barred = barred_after(snapshot, data, positions, collate)
+    after.barred = barred_after(snapshot, data, positions, access.collate)
     assert result.stationarity_after is not None
     after.stationarity = result.stationarity_after
 
@@ -223,24 +203,14 @@ def _blanked(rows: Tensor | None, positions: list[int]) -> Any:
 
 
 def _carry_out(
-    objective: WideObjective,
-    scope: str | Sequence[str],
-    positions: list[int],
-    n_retained: int,
-    steps: int,
-    damping: float,
-    cg: TruncatedCG | None,
-    tolerance: float,
-    deadline: float | None,
-    progress: bool,
+    objective: WideObjective, scope: str | Sequence[str], positions: list[int], n_retained: int, search: Search
 ) -> tuple[UnlearnResult, Tensor]:
-    """The search on the retained objective, and the weights it proposes; nothing is changed yet."""
-    if not (isinstance(steps, int) and steps >= 1) or not damping >= 0:
-        raise ArgumentError("steps, damping", (steps, damping), "steps >= 1 and damping >= 0")
+    """What the search finds on the retained objective, and the weights it proposes; nothing is changed yet."""
     problem = objective.problem
     w = problem.read()
-    title = "unlearn" if progress and objective.leads else None
-    found = LevenbergMarquardt(objective, cg or TruncatedCG(), damping, deadline, title).run(w, steps, tolerance)
+    title = "unlearn" if search.progress and objective.leads else None
+    descent = LevenbergMarquardt(objective, search.cg or TruncatedCG(), search.damping, search.deadline, title)
+    found = descent.run(w, search.steps, search.tolerance)
     result = UnlearnResult(
         method="newton-cg",
         response=objective.response.name,

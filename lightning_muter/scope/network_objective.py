@@ -19,6 +19,7 @@ from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards, refuse_sharded_parameters
 from lightning_muter.model.reading import Reading
 from lightning_muter.model.weight_decay import WholeDecay
+from lightning_muter.snapshot.reread import Access
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, WideSnapshot
 from lightning_muter.snapshot.trained import Decay, decay_by_name
 
@@ -31,7 +32,8 @@ class Rows:
     """Where samples are read: ``positions`` of ``data``, as ``reading`` says.
 
     Attributes:
-        weight: w_i of the objective, where the reading has none of its own.        shards: this process's share of them.
+        weight: c_i of the objective, where the reading has none of its own.
+        shards: this process's share of them.
     """
 
     data: Dataset[Any]
@@ -42,6 +44,18 @@ class Rows:
     num_workers: int = 0
     weight: Tensor | None = None
     shards: Shards | None = None
+
+    @classmethod
+    def of(
+        cls,
+        access: Access,
+        data: Dataset[Any],
+        positions: Sequence[int],
+        reading: Reading,
+        shards: Shards | None = None,
+    ) -> Rows:
+        """Of a stored training: its weights are part of the reading."""
+        return cls(data, positions, reading, access.collate, min(access.batch_size, WIDE_BATCH), shards=shards)
 
 
 @dataclass(frozen=True)

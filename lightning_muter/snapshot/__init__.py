@@ -1,0 +1,1 @@
+"""What is stored of a trained model, how it is taken, kept in files and taken anew."""

@@ -13,7 +13,8 @@ _NAMES = {"loss": "loss_name", "head": "head_name", "scope": "patterns"}
 
 def from_format_1(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Version 1 listed settings by hand: head snapshots lack `tracking` and `finish` of the inner solver, others its `rivals`
-    and the smoothing's temperature; these take their defaults, as they did when version 1 was read."""
+    and the smoothing's temperature; these take their defaults, as they did when version 1 was read.
+    """
     fields = {_NAMES.get(name, name): value for name, value in meta.items() if name != "version"}
     kept = {("smoothing.anchor" if name == "anchor" else name): tensor for name, tensor in tensors.items()}
     fields["forgotten"] = kept.pop("forgotten").tolist()

@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from lightning_muter.snapshot.snapshot import Snapshot, WideSnapshot
+from lightning_muter.snapshot.take import take_snapshot
 
 #: Fields with one row per sample.
 _BY_ROW = ("digests", "starts", "base_starts", "sample_weight", "mass")
 
 
+#: What is asked for with one kind of snapshot alone.
+_OF_HEAD = ("budget", "fit", "examples")
+_BEYOND = ("trades_beta",)
+
+
 def snapshot_of_rows(
-    take: Callable[..., Snapshot | WideSnapshot],
     model: nn.Module,
     dataset: Dataset[Any],
     rows: Sequence[int] | None,
+    *,
+    scope: str | Sequence[str],
     **options: Any,
 ) -> Snapshot | WideSnapshot:
-    """``take(model, dataset, **options)`` of these rows alone (None: all); the others become ``absent``: never read."""
+    """A snapshot with this scope of these rows alone (None: all); the others become ``absent``: never read.
+
+    Args:
+        model: as of `take_snapshot`.
+        dataset: the same.
+        rows: positions in it.
+        scope: the same.
+        options: of either; those that the scope has no use for are left out.
+    """
+    useless = _BEYOND if scope == "head" else _OF_HEAD
+    options = {name: value for name, value in options.items() if name not in useless} | {"scope": scope}
     if rows is None:
-        return take(model, dataset, **options)
-    return _counted_in(take(model, Subset(dataset, list(rows)), **options), list(rows), len(dataset))  # type: ignore[arg-type]
+        return take_snapshot(model, dataset, **options)
+    return _counted_in(take_snapshot(model, Subset(dataset, list(rows)), **options), list(rows), len(dataset))  # type: ignore[arg-type]
 
 
 def _counted_in(part: Snapshot | WideSnapshot, rows: list[int], n: int) -> Snapshot | WideSnapshot:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ class Polish:
         best = best_head(objective, theta, done, constants=self.limit == "auto", anchored=self.anchored)
         # cutting sets aim at the objective, not at the gradient
         aim = max(self.aim, AIM[torch.float32]) if done.as_found else self.aim
-        return Polished(problem.rounded(best.theta), response, aim, done, best)
+        return Polished(problem.rounded(best.theta), response, aim, done, best, told.curve)
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,15 @@ class Polished:
     aim: float
     done: TrainedOn | None = None
     best: Best | None = None
+    curve: list[float] = field(default_factory=list)
 
     def figures(self, objective: ShardedObjective, loss: Any, before: Tensor) -> dict[str, Any]:
         if self.done is None or self.best is None:
             return {}
-        return polish_figures(objective, objective.problem, loss, before, self.theta, self.done, self.best)
+        found = polish_figures(objective, objective.problem, loss, before, self.theta, self.done, self.best)
+        found["polish"]["curve"] = [value for value in self.curve if math.isfinite(value)]
+        found["polish"]["curve_of"] = "gap" if self.done.as_found else "stationarity"
+        return found
 
 
 def known_examples(objective: ShardedObjective, examples: Examples) -> Tensor | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -17,16 +17,19 @@ from lightning_muter.watching import watched
 
 @dataclass
 class Told:
-    """What a progress bar is told: accepted steps with their stationarity, or passes with their gap."""
+    """What a progress bar is told: accepted steps with their stationarity, or passes with their gap; kept as the descent's curve."""
 
     line: Any
+    curve: list[float] = field(default_factory=list)
 
     def __call__(self, step: int, now: Evaluation) -> None:
+        self.curve.append(now.stationarity)
         self.line.set_postfix_str(f"step {step}, stationarity {now.stationarity:.1e}")
 
     step = __call__
 
     def gap(self, step: int, gap: float) -> None:
+        self.curve.append(gap)
         self.line.set_postfix_str(f"pass {step}, gap {gap:.1e}")
 
 
@@ -40,9 +43,5 @@ def bar(objective: ShardedObjective, what: str, show: bool, budget: Budget | Non
         total = None  # type: ignore[assignment]
     shown = show and objective.shards.rank == 0
     line = tqdm(total=total, desc=what, unit="samples", unit_scale=True, disable=not watched(shown), leave=False)
-    objective.tick = line.update
-    try:
+    with closing(line), objective.ticking(line.update):
         yield Told(line)
-    finally:
-        objective.tick = None
-        line.close()

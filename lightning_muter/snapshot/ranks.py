@@ -16,12 +16,13 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
+from lightning_muter.called_with import bind
 from lightning_muter.forgotten.digests import sample_digests
 from lightning_muter.forgotten.modules import recalled
 from lightning_muter.forgotten.rows import known_keys, remember_key
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards
-from lightning_muter.snapshot.snapshot import Stored
+from lightning_muter.snapshot.stored import Stored
 from lightning_muter.storage.fingerprint import DigestKey, tensor_bytes, weight_fingerprint
 
 Door = TypeVar("Door", bound=Callable[..., Any])
@@ -40,7 +41,7 @@ def ranks_agree(door: Door) -> Door:
 
     @functools.wraps(door)
     def call(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
+        bound = bind(door.__name__, signature, args, kwargs)
         shards: Shards = bound.arguments.get("shards") or Shards.current()
         if shards.world == 1:
             return door(*args, **kwargs)

@@ -12,10 +12,11 @@ from torch.utils.data import Dataset, Subset
 from lightning_muter.forgotten.digests import check_digests
 from lightning_muter.model.losses import Loss
 from lightning_muter.model.weight_decay import WholeDecay
+from lightning_muter.snapshot.given import check_given
 from lightning_muter.snapshot.ranks import ranks_agree
-from lightning_muter.snapshot.reread import read_stored
+from lightning_muter.snapshot.reread import Access
 from lightning_muter.snapshot.retaken import spread
-from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot
+from lightning_muter.snapshot.snapshot import Snapshot, WideSnapshot
 from lightning_muter.snapshot.take import take_snapshot
 
 
@@ -37,20 +38,37 @@ def refresh(
 
     Args:
         model: with the weights the snapshot belongs to, or trained further on ``snapshot.retained(data)``.
+        snapshot: what stands for the model so far: its objective, its key and who was forgotten are kept.
         data: the full training dataset; positions keep their meaning, forgotten rows are not read.
+        polish: as of :func:`lightning_muter.take_snapshot`.
+        progress: show a bar on a terminal.
+        loss: of the training, where it is not read off the module.
+        collate: the training loader's ``collate_fn``, where it had one of its own.
+        batch_size: samples at a time.
+        inputs: key or position in a batch, where it cannot be told which tensor is the input.
+        label: the same for the label.
 
     Returns:
         The new snapshot; the old one is left as it is.
+
+    Raises:
+        MismatchError: the retained rows of ``data`` are not those of the snapshot.
+
+    Example::
+
+        unlearn(model, snapshot, [3, 17], train_set)
+        snapshot = refresh(model, snapshot, train_set)
+        snapshot.save("model.muter.snapshot")
     """
+    check_given(model, snapshot, data=data)
+    access = Access(loss, collate, batch_size, inputs, label)
     if isinstance(snapshot, WideSnapshot):
         from lightning_muter.scope.wide_taking import refresh_wide
 
-        return refresh_wide(
-            model, snapshot, data, loss=loss, collate=collate, batch_size=min(batch_size, WIDE_BATCH), inputs=inputs, label=label
-        )  # fmt: skip
+        return refresh_wide(model, snapshot, data, access)
     snapshot.check_length(data, "data")
     kept = snapshot.retained_positions
-    reading = read_stored(model, snapshot, data, kept, loss=loss, collate=collate, inputs=inputs, label=label)
+    reading = access.reading(model, snapshot, data, kept)
     check_digests(snapshot, data, kept, "data", collate)
     part = take_snapshot(
         model,

@@ -43,6 +43,7 @@ def head_notes(
 
 
 def constant_note(best: Best, threat: ThreatModel) -> str:
+    """What to say where nothing beats a constant predictor."""
     return (
         f"The robust optimum is a constant predictor: the best head that was found has the objective {best.value:.6g}, one that "
         f"answers the same whatever it is shown {best.constant:.6g}. Balls of eps={threat.eps:g} swamp the classes: at this "

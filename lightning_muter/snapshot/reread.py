@@ -2,36 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch.utils.data import Dataset
 
 from lightning_muter.errors import MismatchError
-from lightning_muter.model.loss_identity import same_loss
+from lightning_muter.model.dataset import SampleSource
+from lightning_muter.model.loss_identity import in_words, same_loss
+from lightning_muter.model.losses import Loss
 from lightning_muter.model.read_step import read_objective
 from lightning_muter.model.reading import Reading, Settled
-from lightning_muter.snapshot.snapshot import Stored
+from lightning_muter.snapshot.stored import Stored
 
 
-def read_stored(
-    model: nn.Module, snapshot: Stored, data: Dataset[Any], positions: Sequence[int], **options: Any
-) -> Reading:
-    """The model's objective, read off these rows, with the weights that the snapshot holds of all rows.
+@dataclass(frozen=True)
+class Access:
+    """How a caller has the rows of a stored training read; explained at :func:`lightning_muter.unlearn`."""
 
-    Raises:
-        MismatchError: its loss is not the one that the snapshot was taken with.
-    """
-    # weights and decay are stored, whatever batches they were of: any size of batch will do to read the loss
-    reading = read_objective(
-        model, data, positions=positions, normalization=snapshot.normalization, rows_per_step=16, **options
-    )
-    reading.rows_per_step = None
-    if not same_loss(reading.identity, snapshot.loss_name):
-        raise MismatchError(
-            f"loss: got {reading.identity}, the snapshot was taken with {snapshot.loss_name}. Pass that loss, or take a new "
-            "snapshot."
+    loss: Loss | None = None
+    collate: Callable[[list[Any]], Any] | None = None
+    batch_size: int = 1024
+    inputs: Any = None
+    label: Any = None
+
+    def reading(self, model: nn.Module, snapshot: Stored, data: Dataset[Any], positions: Sequence[int]) -> Reading:
+        """The model's objective, read off these rows, with the weights that the snapshot holds of all rows.
+
+        Raises:
+            MismatchError: its loss is not the one that the snapshot was taken with.
+        """
+        # weights and decay are stored, whatever batches they were of: any size of batch will do to read the loss
+        reading = read_objective(
+            model,
+            data,
+            positions=positions,
+            normalization=snapshot.normalization,
+            rows_per_step=16,
+            loss=self.loss,
+            collate=self.collate,
+            inputs=self.inputs,
+            label=self.label,
         )
-    reading.settled = Settled(snapshot.sample_weight, snapshot.mass)
-    return reading
+        reading.rows_per_step = None
+        if not same_loss(reading.identity, snapshot.loss_name):
+            raise MismatchError(
+                f"loss: got {in_words(reading.identity)}, the snapshot was taken with {in_words(snapshot.loss_name)}. Pass that "
+                "loss, or take a new snapshot."
+            )
+        reading.settled = Settled(snapshot.sample_weight, snapshot.mass)
+        return reading
+
+    def source(self, reading: Reading, snapshot: Stored, data: Dataset[Any], positions: Sequence[int]) -> SampleSource:
+        """These rows of the data, on the model's device."""
+        return SampleSource(
+            data,
+            collate=self.collate,
+            batch_size=self.batch_size,
+            device=next(reading.module.parameters()).device,
+            threat=snapshot.threat_model,
+            readable=positions,
+            reading=reading,
+        )

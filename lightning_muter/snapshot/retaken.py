@@ -14,7 +14,8 @@ from torch.utils.data import Dataset, Subset
 from lightning_muter.errors import MismatchError, RequestError
 from lightning_muter.forgotten.modules import recalled
 from lightning_muter.forgotten.rows import Forgotten, known_keys, remember_key
-from lightning_muter.snapshot.snapshot import Snapshot, Stored
+from lightning_muter.snapshot.snapshot import Snapshot
+from lightning_muter.snapshot.stored import Stored
 
 Take = TypeVar("Take", bound=Callable[..., Any])
 

@@ -1,4 +1,4 @@
-"""Snapshot: what is stored of a trained model so that samples can be removed later. One record, one file format.
+"""The two kinds of snapshots: what is stored of a trained model so that samples can be removed later.
 
 `Snapshot`      of the head: sums at its weights; a request reads the samples to forget alone
 
@@ -6,249 +6,25 @@
 
 `WideSnapshot`  of any subset of the parameters: nothing of the size p x p is stored; a request reads the retained samples
 
-w_base is w_ref until a refinement moves it. Everything a stored term depends on (threat model, smoothing, tolerances,
-starting points of the maximisers) is frozen here, so that a sample is subtracted exactly as it was added. A field with a
-default may be added: files keep every field, and one that an older file lacks takes its default.
+w_base is w_ref until a refinement moves it. What both share, and the file, is :mod:`lightning_muter.snapshot.stored`'s.
 """
 
 from __future__ import annotations
 
-import os
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
 
-from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.curvature.hessian.direct import Curvature
 from lightning_muter.curvature.hessian.sums import BlockSymmetric
-from lightning_muter.curvature.inner.maximiser import InnerSolver, Smoothing
 from lightning_muter.curvature.objective.network import WideCurvature
 from lightning_muter.curvature.problem.network import parameters_in
-from lightning_muter.curvature.response.choose import Response
-from lightning_muter.errors import CorruptFileError, MismatchError
-from lightning_muter.forgotten.digests import check_digests
-from lightning_muter.forgotten.rows import Barred
-from lightning_muter.model.normalization import Normalization
-from lightning_muter.pictures import stationarity_curve
-from lightning_muter.snapshot import summary
-from lightning_muter.snapshot.codec import decode, encode
-from lightning_muter.snapshot.format_1 import from_format_1
-from lightning_muter.storage.atomic import Writer, atomic_write
-from lightning_muter.storage.container import container_writer, read_container
-from lightning_muter.storage.fingerprint import DigestKey, versions, weight_fingerprint
+from lightning_muter.errors import MismatchError
+from lightning_muter.snapshot.stored import Stored, check_numbers
 
-KIND = "snapshot"
-VERSION = 2
 #: Samples at a time where derivatives of a whole network are taken.
 WIDE_BATCH = 256
-
-
-@dataclass(kw_only=True, repr=False)
-class Stored(ABC):
-    """What every stored state of a trained model shares, whatever it covers: whose it is, of which data, what was forgotten.
-
-    Attributes:
-        forgotten: positions removed so far, in order.     n_total: samples of the dataset that positions count in.
-        absent: positions that were never trained on (the part of a split, say): in no sum, nothing to forget.
-        fingerprint: of the model's whole state dict as it should be now.
-        digests: keyed digest of every sample (n, 16); rows of forgotten samples are zeroed.
-        stationarity: |grad F| / sum |grad phi_i| for the samples at hand when it was measured.
-        normalization: of inputs that the model takes normalised; the threat model is in the scale of the data.
-        loss_name: identity of the loss of a row (function, arguments, content of tensors).
-        sample_weight, mass: c_i and d_i (n,) of F = sum c_i phi_i + (sum d_i / 2) lambda |w|^2; None where all are 1; zeroed for
-            forgotten samples.
-        barred: keyed digests of the content of forgotten rows, those of earlier training sets included.
-    """
-
-    n_total: int
-    forgotten: list[int]
-    threat_model: ThreatModel
-    response: Response
-    loss_name: str
-    input_shape: tuple[int, ...]
-    smoothing: Smoothing
-    inner: InnerSolver
-    digests: Tensor
-    key_id: str
-    fingerprint: str
-    stationarity: float
-    sample_weight: Tensor | None = None
-    mass: Tensor | None = None
-    normalization: Normalization | None = None
-    absent: list[int] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    figures: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=versions)
-    barred: Barred = field(default_factory=Barred)
-    key: DigestKey | None = field(default=None, repr=False, metadata={"stored": False})
-
-    def __repr__(self) -> str:
-        return summary.text(self)
-
-    def summary(self) -> str:
-        """What it is of, which objective, what polish changed, in words: as ``repr``."""
-        return summary.text(self)
-
-    def plot(self, axis: Any = None) -> Any:
-        """Stationarity before and after polish, on matplotlib Axes (None makes a figure); where nothing was polished, as it is."""
-        polish = self.figures.get("polish", {})
-        values = [v for v in (polish.get("stationarity_before"), self.stationarity) if v is not None]
-        names = ["before polish", "snapshot"][-len(values) :]
-        return stationarity_curve(values, names, f"snapshot of {self.scope}", axis)
-
-    @property
-    @abstractmethod
-    def scope(self) -> str:
-        """What may change, as text."""
-
-    @property
-    def n_retained(self) -> int:
-        return self.n_total - len(self.forgotten) - len(self.absent)
-
-    @property
-    def total(self) -> float:
-        """sum d_i of the samples that are left: what weight decay is multiplied by."""
-        return float(self.n_retained) if self.mass is None else float(self.mass[self.retained_positions].sum())
-
-    @property
-    def retained_positions(self) -> list[int]:
-        gone = {*self.forgotten, *self.absent}
-        return [i for i in range(self.n_total) if i not in gone]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the stored tensors."""
-        return sum(t.numel() * t.element_size() for t in self.encoded()[1].values())
-
-    def retained(self, dataset: Dataset[Any], collate: Callable[[list[Any]], Any] | None = None) -> Subset[Any]:
-        """The part of the training dataset that may still be trained on.
-
-        Args:
-            collate: the training loader's ``collate_fn``, where it had one of its own.
-
-        Raises:
-            MismatchError: the dataset is not the one that was trained on, in its order (forgotten rows may hold anything).
-        """
-        self.check_length(dataset, "dataset")
-        if self.forgotten:
-            check_digests(self, dataset, self.retained_positions, "dataset", collate)
-        return Subset(dataset, self.retained_positions)
-
-    def check_length(self, dataset: Dataset[Any], argument: str) -> None:
-        length = len(dataset)  # type: ignore[arg-type]
-        if length != self.n_total:
-            raise MismatchError(
-                f"{argument}: it has {length} samples, the snapshot was taken of {self.n_total}. Pass the full training "
-                "dataset, forgotten rows included (positions are counted in it)."
-            )
-
-    def check_model(self, model: nn.Module) -> None:
-        """Raise `MismatchError` unless the model's weights are the ones this snapshot belongs to."""
-        found = weight_fingerprint(model.state_dict())
-        if found != self.fingerprint:
-            raise MismatchError(
-                f"model: its weights have fingerprint {found[:16]}…, the snapshot belongs to {self.fingerprint[:16]}…. "
-                "Load the weights that were saved with this snapshot (<name>.muter.ckpt), or take a new snapshot of these. (Buffers "
-                "count: one that changes outside training, a counter say, is registered with persistent=False.)"
-            )
-
-    def adopt(self, other: Stored) -> None:
-        """Become `other` (used to switch to the state after a request in one step)."""
-        self.__dict__.update(other.__dict__)
-
-    # -- files -------------------------------------------------------------------------------------------------------
-
-    def encoded(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Every stored field, as JSON values and tensors."""
-        tensors: dict[str, Tensor] = {}
-        return encode(self, "", tensors), tensors
-
-    def writer(self) -> Writer:
-        """Writes the container file (see :mod:`lightning_muter.storage.container`)."""
-        fields, tensors = self.encoded()
-        meta = {"version": VERSION, "record": type(self).__name__, "fields": fields}
-        return container_writer(KIND, meta, tensors, self.key)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the snapshot atomically, and the key of its digests beside it (`<path without suffix>.key`, mode 0600)."""
-        writer = self.writer()
-        key = key_path(path)
-        first = self.key is not None and not key.exists()
-        if self.key is not None:
-            self.key.keep(key)
-        try:
-            atomic_write(path, writer)
-        except BaseException:
-            if first and not Path(path).exists():  # a key without a snapshot is of no use
-                key.unlink(missing_ok=True)
-            raise
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], key: DigestKey | None = None, *, unsealed: bool = False) -> Any:
-        """Read a snapshot, a `Snapshot` or (beyond the head) a `WideSnapshot`; its key is looked for beside it.
-
-        Args:
-            unsealed: take a file without a seal, as releases before seals wrote them: whoever could write to its folder may
-                have made it.
-
-        Raises:
-            CorruptFileError: damaged, altered, without seal or of an unknown version; MismatchError: another key, or a class
-            (of a response, say) that was not imported.
-        """
-        if key is None and os.access(key_path(path), os.R_OK):  # an auditor may not read it
-            key = DigestKey.load(key_path(path))
-        snapshot = cls.read(path, key, unsealed=unsealed)
-        if key is not None and key.key_id != snapshot.key_id:
-            raise MismatchError(
-                f"{path}: its digests were made with key {snapshot.key_id}, the key at hand is {key.key_id}. Restore "
-                f"{key_path(path).name} from a backup."
-            )
-        snapshot.key = key
-        return snapshot
-
-    @classmethod
-    def read(cls, path: str | os.PathLike[str], key: DigestKey | None = None, *, unsealed: bool = False) -> Any:
-        """As :meth:`load`, with no other key than this one (None: neither seal nor samples can be checked)."""
-        meta, tensors = read_container(path, KIND, key, unsealed=unsealed)
-        if meta.get("version") not in (1, VERSION):
-            raise CorruptFileError(
-                f"{path}: snapshot version {meta.get('version')!r}; this release reads versions 1 to {VERSION}. Take a new "
-                "one with `muter snapshot`, or use the release that wrote it."
-            )
-        try:
-            if meta["version"] == 1:
-                meta, tensors = from_format_1(meta, tensors)
-            kind = {k.__name__: k for k in (Snapshot, WideSnapshot)}[meta["record"]]
-            snapshot: Stored = decode(kind, meta["fields"], tensors)
-            if tensors:
-                raise ValueError(f"tensors that no field names: {sorted(tensors)[:3]}")
-            snapshot.check()
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-            raise CorruptFileError(
-                f"{path}: its content does not describe a snapshot ({type(error).__name__}: {error}). Restore it from a "
-                "backup, or take a new one with `muter snapshot`."
-            ) from error
-        return snapshot
-
-    def check(self) -> None:
-        """Raise `ValueError` unless the fields, right in themselves, fit together."""
-        n, gone = self.n_total, [*self.forgotten, *self.absent]
-        if len(set(gone)) != len(gone) or not all(0 <= i < n for i in gone):
-            raise ValueError("forgotten or absent rows are not rows of the dataset")
-        if tuple(self.digests.shape) != (n, 16) or self.digests.dtype != torch.uint8:
-            raise ValueError(f"digests are {tuple(self.digests.shape)} {self.digests.dtype}, not {(n, 16)} bytes")
-        for name in ("sample_weight", "mass"):
-            rows = getattr(self, name)
-            if rows is not None:
-                _check_numbers(name, rows, (n,))
-        if self.smoothing.anchor is not None:
-            _check_numbers("anchor", self.smoothing.anchor)
 
 
 @dataclass(kw_only=True, repr=False)
@@ -256,10 +32,22 @@ class Snapshot(Stored):
     """Statistics of one trained head, tied to its weights, data and threat model.
 
     Attributes:
-        theta_ref: weights [W | b], (K, q), at which ``hessian`` was summed; theta_base: where ``gradient`` was.
-        hessian: M of the samples that are left, without weight decay.     decay: lambda per entry, (K, q).
-        starts, base_starts: where the maximisers at theta_ref and theta_base start, (n, 1 + m, D + 1) in float16: positions in
-            units of eps and weights of the local maxima (nonlinear backbones).
+        theta_ref: weights [W | b], (K, q), at which ``hessian`` was summed.
+        theta_base: where ``gradient`` was.
+        gradient: of the samples that are left, (K, q), without weight decay.
+        hessian: M of the samples that are left, (K q, K q) by blocks, without weight decay.
+        decay: lambda per entry, (K, q).
+        head_name: of the last linear layer in the model.
+        curvature: direct part, "hessian", "ggn" or "fisher".
+        starts: where the maximisers at theta_ref start, (n, 1 + m, D + 1) in float16: positions in units of eps and weights of
+            the local maxima (nonlinear backbones).
+        base_starts: the same at theta_base.
+
+    Example::
+
+        snapshot = Snapshot.load("run/model.muter.snapshot")
+        print(snapshot)  # of what, which objective, how stationary, who was forgotten
+        train_further = snapshot.retained(train_set)
     """
 
     theta_ref: Tensor
@@ -274,24 +62,26 @@ class Snapshot(Stored):
 
     @property
     def scope(self) -> str:
+        """What may change: "head"."""
         return "head"
 
     def check(self) -> None:
+        """Raise `ValueError` unless the fields, right in themselves, fit together."""
         super().check()
         k, q = self.theta_ref.shape
         tensors = {name: getattr(self, name) for name in ("theta_ref", "theta_base", "gradient", "decay")}
         for name, tensor in tensors.items():
-            _check_numbers(name, tensor, (k, q))
+            check_numbers(name, tensor, (k, q))
         blocks = self.hessian.blocks
         if (self.hessian.n_logits, self.hessian.width) != (k, q):
             raise ValueError("hessian is of another head")
-        _check_numbers("hessian", blocks, (k * (k + 1) // 2, q, q))
+        check_numbers("hessian", blocks, (k * (k + 1) // 2, q, q))
         if bool((self.decay < 0).any()):
             raise ValueError("decay is negative")
         for name in ("starts", "base_starts"):
             rows = getattr(self, name)
             if rows is not None:
-                _check_numbers(name, rows, (self.n_total, *rows.shape[1:]), (torch.float16,))
+                check_numbers(name, rows, (self.n_total, *rows.shape[1:]), (torch.float16,))
 
 
 @dataclass(kw_only=True, repr=False)
@@ -299,9 +89,16 @@ class WideSnapshot(Stored):
     """The objective of a training, tied to weights and data; parameters by name instead of sums.
 
     Attributes:
-        patterns: the scope as it was given, ``["all"]`` or patterns over parameter names; parameters: what it covers.
-        decay: lambda by parameter name.       trades_beta: of TRADES, None for plain adversarial training.
+        patterns: the scope as it was given, ``["all"]`` or patterns over parameter names.
+        parameters: the names that it covers.
+        decay: lambda by parameter name.
+        trades_beta: of TRADES, None for plain adversarial training.
         curvature: direct part, "ggn" or "hessian".
+
+    Example::
+
+        snapshot = take_wide_snapshot(model, train_set, scope=["layer4.*", "fc.*"], threat_model=ThreatModel("linf", 8 / 255))
+        unlearn(model, snapshot, [3, 17], train_set, refine=2)
     """
 
     patterns: list[str]
@@ -312,10 +109,11 @@ class WideSnapshot(Stored):
 
     @property
     def scope(self) -> str:
+        """What may change: the patterns, as they were given."""
         return ", ".join(self.patterns)
 
     def check_parameters(self, model: nn.Module) -> None:
-        """Raise `MismatchError` unless the scope means the parameters it meant when the snapshot was taken."""
+        """Raise `MismatchError` unless the scope means the parameters of ``model`` that it meant when the snapshot was taken."""
         found = parameters_in(model, self.patterns)
         if found != self.parameters:
             other = sorted(set(found) ^ set(self.parameters))[:3]
@@ -325,27 +123,9 @@ class WideSnapshot(Stored):
             )
 
     def check(self) -> None:
+        """Raise `ValueError` unless the fields, right in themselves, fit together."""
         super().check()
         if not self.patterns or set(self.decay) != set(self.parameters):
             raise ValueError("scope, parameters and decay do not fit together")
         if not all(0 <= v < float("inf") for v in self.decay.values()):
             raise ValueError("decay is negative or not finite")
-
-
-def _check_numbers(
-    name: str,
-    tensor: Tensor,
-    shape: tuple[int, ...] | None = None,
-    dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32),
-) -> None:
-    if shape is not None and tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {shape}")
-    if tensor.dtype not in dtypes:
-        raise ValueError(f"{name} has dtype {tensor.dtype}")
-    if not bool(torch.isfinite(tensor).all()):
-        raise ValueError(f"{name} is not finite")
-
-
-def key_path(path: str | os.PathLike[str]) -> Path:
-    """Where the key of a snapshot lies: `a.muter.snapshot` -> `a.muter.key`."""
-    return Path(path).with_suffix(".key")

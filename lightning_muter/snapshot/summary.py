@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from lightning_muter.snapshot.snapshot import Stored
+from lightning_muter.model.loss_identity import in_words
 
-_WIDTH = 110
+if TYPE_CHECKING:
+    from lightning_muter.snapshot.stored import Stored
+
+_WIDTH = 100
 
 
 def decay_text(snapshot: Any) -> str:
@@ -64,7 +66,7 @@ def objective_text(snapshot: Any) -> str:
     box = "no box" if threat.box is None else f"box [{threat.box[0]:g}, {threat.box[1]:g}]"
     read = snapshot.figures.get("weight_decay_read")
     decay = f"weight decay {decay_text(snapshot)}" + (f" ({read})" if read else "")
-    return f"{snapshot.loss_name}; {threat.norm}, eps={threat.eps:g}, {box}; {decay}"
+    return f"loss {in_words(snapshot.loss_name)}; {threat.norm}, eps={threat.eps:g}, {box}; {decay}"
 
 
 def samples_text(snapshot: Stored) -> str:
@@ -101,3 +103,17 @@ def shown(title: str, lines: Mapping[str, str | None], warnings: list[str]) -> s
                 what, _WIDTH, initial_indent=first, subsequent_indent=rest, max_lines=2, placeholder=" …"
             )
     return "\n".join(out)
+
+
+def logged(snapshot: Stored) -> dict[str, float]:
+    """The figures that go to a run's loggers."""
+    figures: dict[str, float] = {
+        "muter/stationarity": snapshot.stationarity,
+        "muter/seconds": float(snapshot.figures["seconds"]),
+        "muter/bytes": float(snapshot.nbytes),
+        "muter/passes": float(snapshot.figures["passes"]),
+    }
+    for name, value in snapshot.figures.get("polish", {}).items():
+        if isinstance(value, (int, float)):
+            figures[f"muter/polish_{name}"] = float(value)
+    return figures

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings as warning_module
-from collections.abc import Callable, Iterable
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +25,40 @@ from lightning_muter.model.losses import Loss
 from lightning_muter.model.modes import full_precision
 from lightning_muter.model.read_step import read_objective
 from lightning_muter.model.reading import Reading
+from lightning_muter.scope.asked import TakeWide
+from lightning_muter.scope.wide_taking import wide_snapshot
 from lightning_muter.snapshot.polishing import AIM, Examples, Polish, Polished
 from lightning_muter.snapshot.progress import bar
 from lightning_muter.snapshot.ranks import ranks_agree
 from lightning_muter.snapshot.resume import Resumable
 from lightning_muter.snapshot.retaken import leaves_out_forgotten
-from lightning_muter.snapshot.snapshot import Snapshot
+from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot
 from lightning_muter.snapshot.taken import Taken
 from lightning_muter.snapshot.trained import Decay, head_decay, trained_threat
 from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from lightning_muter.snapshot.take_options import Options
+
+
+@overload
+def take_snapshot(
+    model: nn.Module, dataset: Dataset[Any], *, scope: Literal["head"] = "head", **options: Unpack[Options]
+) -> Snapshot: ...
+
+
+@overload
+def take_snapshot(
+    model: nn.Module, dataset: Dataset[Any], *, scope: Literal["all"] | list[str], **options: Unpack[Options]
+) -> WideSnapshot: ...
+
+
+@overload
+def take_snapshot(
+    model: nn.Module, dataset: Dataset[Any], *, scope: str | Sequence[str], **options: Unpack[Options]
+) -> Snapshot | WideSnapshot: ...
 
 
 @ranks_agree
@@ -47,9 +71,10 @@ def take_snapshot(
     *,
     threat_model: ThreatModel | None = None,
     attack: Any = None,
-    scope: str = "head",
+    scope: str | Sequence[str] = "head",
+    trades_beta: float | None = None,
     response: str | Response = "auto",
-    curvature: Curvature = "hessian",
+    curvature: Curvature | None = None,
     loss: Loss | None = None,
     weight_decay: Decay = "auto",
     optimizers: Iterable[Any] | None = None,
@@ -73,46 +98,85 @@ def take_snapshot(
     normalization: Any = None,
     reading: Reading | None = None,
     progress: bool = True,
-) -> Snapshot:
+) -> Snapshot | WideSnapshot:
     """Statistics of a trained model's head, from which samples of ``dataset`` can be unlearned later.
+
+    Of the robust objective F = sum_i c_i phi_i(theta) + n (lambda / 2) |theta|^2, with phi_i the loss at sample i's worst
+    perturbation, it stores the total Hessian M = sum D2 phi_i (K q, K q) and the gradient sum d phi_i (K, q) at the polished
+    head theta = [W | b] (K, q): the maximisers move with theta, which M counts (J. Liu et al., *MUter*, ICCV 2023).
 
     Args:
         model: any module whose last ``nn.Linear`` gives the logits; its head is polished in place unless ``polish=0``.
         dataset: the full training dataset (map-style); positions to forget are counted in it.
         threat_model: norm, eps, box; read off ``attack`` or the module's adversarial training when not given.
             ``ThreatModel("l2", 0.0)`` for standard training.
+        attack: what the model was trained against, where no ``threat_model`` is given: as of ``ThreatModel.from_attack``.
+        scope: what requests will change. "head": sums are stored, of which this page tells. "all" or patterns over parameter names:
+            nothing of size p x p is stored, and requests read the retained rows (`WideSnapshot`).
+        trades_beta: beyond the head, the model was trained by TRADES with this beta.
         response: "auto", "none", "unconstrained", "l2", "linf" or a Response.
+        curvature: direct part of M: "hessian", "ggn" or "fisher"; None: "hessian" for the head, "ggn" beyond it.
         loss: None reads it off the module's own ``training_step``; a plain module has its ``criterion``, else cross-entropy, or
             what is given: ``callable(logits, y, reduction="none")``. A given one must be the step's, where there is a step.
-        inputs, label: key or position in a batch, where it cannot be told which tensor is the input (or the label).
+        inputs: key or position in a batch, where it cannot be told which tensor is the input.
+        label: the same for the label.
         normalization: (mean, std) where the dataset gives normalised inputs; threat model and box are then in the scale of the
             data (``ThreatModel("linf", 8 / 255)``).
         reading: what :func:`lightning_muter.model.read_step.read_objective` gave, if it was read before.
         weight_decay: lambda (one number, or by parameter name); "auto" reads it off ``optimizers`` or
             ``configure_optimizers()``. An L2 penalty that the training step adds by itself is added to it.
+        optimizers: those of the training, for ``weight_decay="auto"``.
         polish: "auto" minimises until stationary (1e-6 in float64; networks in float32: until the objective is within a
-            thousandth of the least), a number limits the passes over the data, 0 leaves the weights as they are.
+            thousandth of the least), a number limits the passes over the data, 0 leaves the weights as they are. Beyond the head
+            a number of Newton-CG steps; "auto" takes none.
         budget: of polish and snapshot together, in gradients per sample: "auto" is the larger of a tenth of the fit and three
             of its epochs, a number a share of the fit, None no limit. What stopped polish is in ``figures["polish"]``.
         fit: what the fit cost (:class:`lightning_muter.minimise.budget.Fit`); by default epochs of PGD-10 are counted.
         examples: inputs (n, ...) -> perturbations (n, D) and which are known (n,): adversarial examples of the training, from
             which the polish of a network starts.
+        tolerance: on the stationarity |grad F| / sum |grad phi_i| that polish aims at; None: by dtype, as above.
         smoothing: of L-infinity switches, by default :meth:`Smoothing.of` the model; given with an anchor it is taken as it is
             (to compare models on one objective).
-        sample_weight: w_i (n,) of an objective sum_i w_i phi_i.
+        inner: how inner maxima are climbed (:class:`lightning_muter.curvature.inner.maximiser.InnerSolver`).
+        sample_weight: c_i (n,) of the objective; None: 1 each.
+        collate: the training loader's ``collate_fn``, where it had one of its own.
+        batch_size: samples at a time (beyond the head at most 256).
+        num_workers: of the loader that reads the dataset.
+        device: where the model goes before; None leaves it.
         key: of the samples' digests; a new one when not given.
         like: another snapshot of the same weights and data: its maximisers' starting points and smoothing are used.
-
         resume: keep partial sums in a file, and go on from it after an interruption (polishing is done again).
+        progress: show a bar on a terminal.
 
     Returns:
-        The snapshot; ``snapshot.fingerprint`` is the polished model's.
+        The snapshot (beyond the head a `WideSnapshot`); ``snapshot.fingerprint`` is the polished model's.
 
     Raises:
-        UnsuitableError: model, data, loss or weight decay cannot be handled; MismatchError: ``like`` is of other weights.
+        ArgumentError: an option out of range, or no threat model.
+        UnsuitableError: model, data, loss or weight decay cannot be handled.
+        MismatchError: ``like`` is of other weights.
+
+    >>> import torch
+    >>> from torch.utils.data import TensorDataset
+    >>> x = torch.rand(30, 4, generator=torch.Generator().manual_seed(0))
+    >>> rows = TensorDataset(x, (x[:, 0] > 0.5).long())
+    >>> model = torch.nn.Linear(4, 2)  # of any script
+    >>> snapshot = take_snapshot(model, rows, threat_model=ThreatModel("l2", 0.05), weight_decay=1e-2, progress=False)
+    >>> snapshot.theta_ref.shape, snapshot.hessian.dense().shape, snapshot.stationarity < 1e-4
+    (torch.Size([2, 5]), torch.Size([10, 10]), True)
     """
+    if scope != "head":
+        return _beyond_head(
+            scope, {"budget": budget, "fit": fit, "examples": examples, "tolerance": tolerance, "like": like, "resume": resume},
+            model=model, dataset=dataset, threat_model=threat_model, attack=attack, trades_beta=trades_beta,
+            response=response, curvature=curvature or "ggn", loss=loss, weight_decay=weight_decay, optimizers=optimizers,
+            polish=polish, smoothing=smoothing, inner=inner, sample_weight=sample_weight, collate=collate,
+            batch_size=min(batch_size, WIDE_BATCH), num_workers=num_workers, device=device, key=key, inputs=inputs, label=label,
+            normalization=normalization, reading=reading, progress=progress,
+        )  # fmt: skip
     began = time.perf_counter()
-    _check_options(scope, polish)
+    curvature = curvature or "hessian"
+    _check_options(polish, trades_beta)
     if device is not None:
         model.to(device)
     threat = trained_threat(model, threat_model, attack)
@@ -122,15 +186,9 @@ def take_snapshot(
         )
     parameter = next(model.parameters())
     source = SampleSource(
-        dataset,
-        collate=collate,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        device=parameter.device,
-        weight=sample_weight,
-        threat=threat,
-        reading=reading,
-    ).settle()
+        dataset, collate=collate, batch_size=batch_size, num_workers=num_workers, device=parameter.device, weight=sample_weight,
+        threat=threat, reading=reading,
+    ).settle()  # fmt: skip
     problem = HeadProblem(model, reading.loss, source.examples(), reading)
     decay = head_decay(problem, model, weight_decay, optimizers, reading.penalty)
     inner = inner or (like.inner if like is not None else InnerSolver())
@@ -169,10 +227,17 @@ def take_snapshot(
     )
 
 
-def _check_options(scope: str, polish: str | int) -> None:
-    if scope != "head":
+def _beyond_head(scope: str | Sequence[str], of_head: Mapping[str, Any], **options: Any) -> WideSnapshot:
+    for name, value in of_head.items():
+        if value is not None:
+            raise ArgumentError(name, value, "None beyond the head", "It is of stored sums.")
+    return wide_snapshot(TakeWide(scope=scope, **options))
+
+
+def _check_options(polish: str | int, trades_beta: float | None) -> None:
+    if trades_beta is not None:
         raise ArgumentError(
-            "scope", scope, "'head' for stored sums", "Other scopes: lightning_muter.take_wide_snapshot."
+            "trades_beta", trades_beta, "None for a head", "TRADES is a scope of its own: 'all' or patterns."
         )
     if polish != "auto" and not (isinstance(polish, int) and polish >= 0):
         raise ArgumentError("polish", polish, "'auto', 0 or a number of passes")
@@ -193,7 +258,8 @@ def _anchor(objective: ShardedObjective, model: nn.Module, smoothing: Smoothing 
 
 
 def _digests(source: SampleSource, key: DigestKey, like: Snapshot | None) -> Tensor:
-    """
+    """Keyed digests of all samples.
+
     Raises:
         MismatchError: ``like`` is of other rows.
     """
@@ -214,7 +280,7 @@ def _take(
     """The sums at a polished head, at the very maximisers that it was trained on."""
     done = polished.done
     as_found = done.as_found if done is not None else like is not None and like.inner.as_found
-    objective.inner = replace(objective.inner, as_found=as_found)
+    objective.starts_as_found(as_found)
     if objective.delta is None and not objective.reproducible:
         objective.accept(objective.evaluate(polished.theta, explore=True))
     starts = objective.stored_starts()

@@ -23,8 +23,15 @@ def trained_threat(model: nn.Module, threat_model: ThreatModel | None, attack: A
     Raises:
         ArgumentError: none of them is known.
     """
-    if threat_model is not None:
+    if isinstance(threat_model, ThreatModel):
         return threat_model
+    if threat_model is not None:
+        advice = (
+            f"Attacks go to attack=; of a norm: ThreatModel({threat_model!r}, eps)."
+            if isinstance(threat_model, str)
+            else ("Attacks go to attack=.")
+        )
+        raise ArgumentError("threat_model", threat_model, "a ThreatModel(norm, eps, box)", advice)
     if attack is not None:
         return ThreatModel.from_attack(attack)
     from lightning_muter.adversarial.training import adversary_of

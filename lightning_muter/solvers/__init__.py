@@ -1,0 +1,1 @@
+"""Ways to solve H delta = g, each with a status."""

@@ -32,9 +32,14 @@ class Solution:
     """What a solver found.
 
     Attributes:
-        value: delta, flattened.         residual: |H delta - g| / |g|.
+        value: delta, flattened (m,).
+        residual: |H delta - g| / |g|.
+        iterations: that it took.
         status: "converged", "capped", "negative curvature", "diverged", "not finite" or "inaccurate".
         accepted: the caller asked for this status to be accepted (published baselines that stop early, say).
+
+    >>> Solution(torch.ones(2), "converged", residual=1e-12, iterations=1).ok
+    True
     """
 
     value: Tensor
@@ -45,10 +50,14 @@ class Solution:
 
     @property
     def ok(self) -> bool:
+        """Whether it may be used: converged or accepted, and finite."""
         return (self.status == "converged" or self.accepted) and bool(torch.isfinite(self.value).all())
 
     def require(self, solver: object) -> Solution:
         """Itself, if it may be used.
+
+        Args:
+            solver: what is named in the error.
 
         Raises:
             SolveError: with status, residual and the way out.
@@ -61,26 +70,54 @@ class Solution:
         )
 
     def to_dict(self) -> dict[str, str | float | int]:
+        """Status, residual and iterations, for results and receipts."""
         return {"status": self.status, "residual": self.residual, "iterations": self.iterations}
 
 
 @dataclass(frozen=True)
 class Border:
-    """The last forgotten sample's indirect part, U diag(gamma) U^T, kept out of the matrix: U (p, m), gamma (m,) != 0."""
+    """The last forgotten sample's indirect part, U diag(gamma) U^T, kept out of the matrix.
+
+    Attributes:
+        u: U (p, m).
+        gamma: (m,), none of them 0.
+
+    >>> border = Border(torch.ones(2, 1), torch.tensor([3.0]))
+    >>> (border.u * border.gamma) @ border.u.T
+    tensor([[3., 3.],
+            [3., 3.]])
+    """
 
     u: Tensor
     gamma: Tensor
 
 
 class Solver(Extensible, ABC):
-    """Solves H delta = g for a symmetric H given as a dense matrix. Extend by subclassing; ``solver=`` takes an object or a name."""
+    """Solves H delta = g for a symmetric H given as a dense matrix. Extend by subclassing; ``solver=`` takes an object or a name.
 
-    #: The system comes with the last forgotten sample as a border (see :class:`Schur`).
+    Attributes:
+        bordered: the system comes with the last forgotten sample as a border (see :class:`lightning_muter.solvers.dense.Schur`).
+
+    >>> from lightning_muter.solvers.choose import as_solver
+    >>> found = as_solver("cholesky").solve(torch.diag(torch.tensor([2.0, 4.0])), torch.tensor([2.0, 2.0]))
+    >>> found.value.tolist(), found.status
+    ([1.0, 0.5], 'converged')
+    """
+
     bordered = False
 
     @abstractmethod
     def solve(self, matrix: Tensor, rhs: Tensor, border: Border | None = None) -> Solution:
-        """x of ``matrix x = rhs`` (m, m), (m,) with status and relative residual; never raises for a bad system, says so."""
+        """Solve ``matrix x = rhs``; never raises for a bad system, says so in the status.
+
+        Args:
+            matrix: H (m, m), symmetric.
+            rhs: g (m,).
+            border: for solvers that are ``bordered``.
+
+        Returns:
+            x (m,) with status and relative residual.
+        """
 
 
 def finished(

@@ -1,0 +1,1 @@
+"""Files: atomic, sealed, without code."""

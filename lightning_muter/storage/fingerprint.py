@@ -108,14 +108,6 @@ class DigestKey:
                 raise CorruptFileError(f"{path}: others may read this key (mode {mode:04o}). Run `chmod 600 {path}`.")
             return cls(file.read())
 
-    @classmethod
-    def load_or_create(cls, path: str | os.PathLike[str]) -> DigestKey:
-        """Read the key file, or create it with a fresh key (mode 0600, never over an existing file)."""
-        path = Path(path)
-        if not path.exists():
-            _write_secret(path, secrets.token_bytes(KEY_BYTES))
-        return cls.load(path)
-
     def write(self, file: BinaryIO) -> None:
         """Write this key to an open file; whoever opened it saw to it that nobody else may read it."""
         file.write(self._secret)

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+torch.serialization.add_safe_globals([set])  # releases of torch before 2.6 do not know that it is harmless
+
 _AS_THEY_ARE = (
     bool,
     int,
@@ -50,7 +52,8 @@ class Plain:
 
 
 def plain(value: Mapping[Any, Any]) -> Plain:
-    """
+    """A nested mapping with what a checkpoint may hold; what was left out or changed is named.
+
     >>> from pathlib import Path
     >>> plain({"root": Path("/data"), "net": {"act": torch.relu, "rates": np.arange(2)}})
     Plain(value={'root': '/data', 'net': {'rates': tensor([0, 1])}}, left_out={'net.act': 'builtin_function_or_method'}, changed={'net.rates': 'ndarray'})
@@ -72,7 +75,8 @@ def _mapping(value: Mapping[Any, Any], name: str, out: Plain) -> dict[Any, Any]:
 
 
 def _plain(value: Any, name: str, out: Plain) -> Any:
-    """
+    """The value as it may be kept, noting what was left out or changed.
+
     Raises:
         _NotPlain: nothing of it can be kept.
     """

@@ -27,10 +27,6 @@ def stacked(data: torch.utils.data.Dataset[Sample], dtype: torch.dtype, position
     return torch.stack([x for x, _ in items]).to(dtype), torch.stack([y for _, y in items])
 
 
-def dtype_of(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
-
-
 class Evaluation(ABC):
     """An attack for testing, stronger than the one trained with and always started from the same random state.
 

@@ -36,7 +36,8 @@ class Part:
 @dataclass
 class Reference:
     """The model retrained without the forgotten samples, and what it predicts; ``bound``: its own certified distance to the
-    minimiser (NaN: not known)."""
+    minimiser (NaN: not known).
+    """
 
     model: nn.Module
     vector: Tensor

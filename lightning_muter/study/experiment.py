@@ -160,6 +160,7 @@ def show(rows: Sequence[Row], folder: Path) -> None:
 
 @hydra.main(version_base="1.3", config_path=config_dir(), config_name="config")
 def app(config: DictConfig) -> Any:
+    """One job of `muter-experiment`; of a sweep also one that fails, whose error is kept."""
     state = HydraConfig.get()
     folder, sweep = Path(state.runtime.output_dir), state.mode == RunMode.MULTIRUN
     try:

@@ -57,6 +57,7 @@ def share(fraction: float, n: int) -> int:
 
 
 def percent_label(fraction: float) -> str:
+    """A share in words: 0.05 is "5 %"."""
     return f"{100 * fraction:g} %"
 
 

@@ -1,0 +1,1 @@
+"""One request: checked, carried out, measured, committed."""

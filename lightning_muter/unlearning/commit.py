@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from lightning_muter.snapshot.snapshot import Stored
+from lightning_muter.snapshot.stored import Stored
 from lightning_muter.storage.fingerprint import weight_fingerprint
 from lightning_muter.unlearning.result import UnlearnResult
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from lightning_muter.errors import ArgumentError, RequestError
-from lightning_muter.snapshot.snapshot import Stored
+from lightning_muter.snapshot.stored import Stored
 
 
 def checked_positions(forget: Iterable[int], snapshot: Stored) -> list[int]:

@@ -25,10 +25,11 @@ from lightning_muter.model.modes import full_precision
 from lightning_muter.model.reading import Reading
 from lightning_muter.scope.head_methods import Method, MUter, Request, Step
 from lightning_muter.scope.network import unlearn_stored
+from lightning_muter.snapshot.given import check_given
 from lightning_muter.snapshot.ranks import ranks_agree
 from lightning_muter.snapshot.remarks import outside_head
-from lightning_muter.snapshot.reread import read_stored
-from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot
+from lightning_muter.snapshot.reread import Access
+from lightning_muter.snapshot.snapshot import Snapshot, WideSnapshot
 from lightning_muter.solvers.base import Solver
 from lightning_muter.solvers.choose import as_solver
 from lightning_muter.unlearning.commit import adopter, commit
@@ -55,7 +56,7 @@ def unlearn(
     model: nn.Module,
     snapshot: Snapshot | WideSnapshot,
     forget: Iterable[int],
-    data: Dataset[Any],
+    data: Dataset[Any] | None = None,
     *,
     method: Method | None = None,
     solver: str | Solver = "auto",
@@ -81,13 +82,14 @@ def unlearn(
 
     Args:
         model: with the weights the snapshot belongs to.
+        snapshot: of this model; it too holds the state after the request.
         forget: positions in the training dataset.
-        data: the training dataset (the rows to forget are read, and a few others to recognise the model's form).
+        data: the training dataset (the rows to forget are read, and a few others to recognise the model's form); None takes
+            ``retain``.
         method: default :class:`lightning_muter.scope.head_methods.MUter`.
         solver: "auto", "cholesky", "cg", "neumann", "schur" or a Solver.
         retain: the full training dataset again: allows ``refine``, stationarity and the certificate. Rows forgotten now
             or before are not read.
-        loss, inputs, label: as in :func:`lightning_muter.take_snapshot`.
         refine: accepted steps of L-BFGS on the retained objective in the metric of the total Hessian, which is taken anew
             where the request went too far for the stored one (a whole class).
         within: refine until the certified distance to retraining is below this, else refuse. For
@@ -97,21 +99,44 @@ def unlearn(
         accept: "worse" takes the step even where it raises the robust objective of the retained rows (known with ``retain``), or
             where most of it is owed to a snapshot that could not be made stationary. None refuses it.
         dry_run: compute everything, change nothing.
+        loss: of the training, where it is not read off the module; as in :func:`lightning_muter.take_snapshot`.
+        collate: the training loader's ``collate_fn``, where it had one of its own.
+        batch_size: samples at a time.
+        inputs: key or position in a batch, where it cannot be told which tensor is the input.
+        label: the same for the label.
         shards: this process's share of the samples; None asks torch.distributed. Every process of the group makes the same
             call and gets the same weights; ``Shards()``: this one works alone.
+        progress: show a bar on a terminal.
+
+    Returns:
+        What was done, and how near it is: ``print`` it.
 
     Raises:
-        ArgumentError, RequestError: bad positions; MismatchError: model, data or loss are not the snapshot's;
+        ArgumentError: an option out of range, or positions that are none of the dataset.
+        RequestError: positions that were forgotten before, or nothing would be left.
+        MismatchError: model, data or loss are not the snapshot's.
         SolveError: the system was not solved, ``within`` was not reached, or the step makes the model worse.
-        Model and snapshot are as they were.
+            After any error model and snapshot are as they were.
+
+    >>> from torch.utils.data import TensorDataset
+    >>> from lightning_muter import ThreatModel, take_snapshot
+    >>> x = torch.rand(30, 4, generator=torch.Generator().manual_seed(0))
+    >>> rows = TensorDataset(x, (x[:, 0] > 0.5).long())
+    >>> model = nn.Linear(4, 2)
+    >>> snapshot = take_snapshot(model, rows, threat_model=ThreatModel("l2", 0.05), weight_decay=1e-2, progress=False)
+    >>> result = unlearn(model, snapshot, [3, 17], rows, retain=rows, refine=2, progress=False)
+    >>> snapshot.forgotten, result.n_retained, result.bound < 1e-3
+    ([3, 17], 28, True)
     """
+    data = _training_data(data, retain)
+    check_given(model, snapshot, data=data, retain=retain)
+    access = Access(loss, collate, batch_size, inputs, label)
     if isinstance(snapshot, WideSnapshot):
         if within is not None:
             raise ArgumentError("within", within, "None beyond the head", "Only linear models have a certificate.")
         return unlearn_stored(
-            model, snapshot, forget, data, retain=retain, refine=refine, method=method, solver=solver, dry_run=dry_run,
-            loss=loss, collate=collate, batch_size=min(batch_size, WIDE_BATCH), inputs=inputs, label=label, shards=shards,
-            progress=progress,
+            model, snapshot, forget, data, access=access, retain=retain, refine=refine, method=method, solver=solver,
+            dry_run=dry_run, shards=shards, progress=progress,
         )  # fmt: skip
     began = time.perf_counter()
     positions = checked_positions(forget, snapshot)
@@ -125,16 +150,14 @@ def unlearn(
     check_remembered(model, snapshot)
     gone = set(positions)
     kept = [i for i in snapshot.retained_positions if i not in gone]
-    reading = read_stored(
-        model, snapshot, data, sorted([*positions, *kept]), loss=loss, collate=collate, inputs=inputs, label=label
-    )
+    reading = access.reading(model, snapshot, data, sorted([*positions, *kept]))
     check_digests(snapshot, data, positions, "data", collate)
-    source = _source(reading, snapshot, data, sorted([*positions, *kept]), collate, batch_size)
+    source = access.source(reading, snapshot, data, sorted([*positions, *kept]))
     retained = None
     if retain is not None:  # forgotten rows are read from `data` alone: in `retain` they may be blank
         snapshot.check_length(retain, "retain")
         check_digests(snapshot, retain, kept, "retain", collate)
-        retained = _source(reading, snapshot, retain, kept, collate, batch_size)
+        retained = access.source(reading, snapshot, retain, kept)
     problem = _problem(model, snapshot, source, reading)
     request = Request(problem, snapshot, source, positions, chosen_solver, retained, shards or Shards.current())
     now = problem.read_theta()
@@ -166,6 +189,14 @@ def unlearn(
     return result
 
 
+def _training_data(data: Dataset[Any] | None, retain: Dataset[Any] | None) -> Dataset[Any]:
+    found = retain if data is None else data
+    if found is None:
+        advice = "The rows to forget are read from it: unlearn(model, snapshot, forget, train_dataset)."
+        raise ArgumentError("data", None, "the training dataset", advice)
+    return found
+
+
 def _method(given: object) -> Method:
     if given is None:
         return MUter()
@@ -183,28 +214,9 @@ def _check_refine(refine: int, retain: object) -> None:
         raise ArgumentError("refine", refine, "0 without retained data", "Pass retain=train_dataset as well.")
 
 
-def _source(
-    reading: Reading,
-    snapshot: Snapshot,
-    dataset: Dataset[Any],
-    readable: list[int],
-    collate: Callable[[list[Any]], Any] | None,
-    batch_size: int,
-) -> SampleSource:
-    device, threat = next(reading.module.parameters()).device, snapshot.threat_model
-    return SampleSource(
-        dataset,
-        collate=collate,
-        batch_size=batch_size,
-        device=device,
-        threat=threat,
-        readable=readable,
-        reading=reading,
-    )
-
-
 def _problem(model: nn.Module, snapshot: Snapshot, source: SampleSource, reading: Reading) -> HeadProblem:
-    """
+    """The model as a function of its head.
+
     Raises:
         MismatchError: the model's head is another one than the snapshot's.
     """

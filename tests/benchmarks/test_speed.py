@@ -54,7 +54,8 @@ def _quiet() -> Iterator[None]:
 def test_a_snapshot_per_epoch(benchmark: Any, name: str) -> None:
     """What a snapshot takes beside the inner maximisation, / one PGD-10 training epoch, in all and part by part; and the
     maximisation itself, in PGD-20 attacks on the same samples: tracked (a fit's polish, or the attack, has been there), as short
-    as the attack and by default; and from scratch, where every class is tried as a start (the CNN alone)."""
+    as the attack and by default; and from scratch, where every class is tried as a start (the CNN alone).
+    """
     work = WORKLOADS[name]()
     rounds = 3 if name == "cnn" else 1
     epoch, attack = (workloads.seconds(run, rounds) for run in (work.epoch, lambda: work.attacked(20)))
@@ -135,7 +136,8 @@ def test_a_step_of_sketched_sums(benchmark: Any) -> None:
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_b_request_per_retraining(benchmark: Any, name: str) -> None:
     """A request for 1 % / retraining to the stationarity it reaches: cold, and warm (from the weights at hand and their
-    maximisers, in the metric of the stored curvature: as fast as retraining can be made)."""
+    maximisers, in the metric of the stored curvature: as fast as retraining can be made).
+    """
     work = WORKLOADS[name]()
     data, n = work.dataset, len(work.dataset)
     # a pass over the large network is dear, so all sides take short ones there
@@ -221,7 +223,8 @@ def test_c_unconstrained_per_published(benchmark: Any) -> None:
 @pytest.mark.parametrize("response", [NoResponse(), Unconstrained(3)], ids=["direct", "unconstrained"])
 def test_d_dense_sums_per_gemm(benchmark: Any, response: Any) -> None:
     """Arithmetic of the direct part's products per second of the dense sums, / the machine's own rate for products of these
-    sizes. (The unconstrained part works in K dimensions and has next to none of its own.)"""
+    sizes. (The unconstrained part works in K dimensions and has next to none of its own.)
+    """
     n, f, k = 1000, 640, 10
     data, model = workloads.features(n, f, k)
     phi = torch.rand(n, f + 1, dtype=torch.float64)

@@ -133,7 +133,8 @@ def peak_bytes() -> int:
 
 def published_sums(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, terms: int) -> Tensor:
     """The unconstrained sum as published: per-sample second derivatives by autodiff, the series by dense products,
-    a dense sum; vectorised over the samples of a batch."""
+    a dense sum; vectorised over the samples of a batch.
+    """
     from torch.func import hessian, vmap
 
     f, k = x.shape[1], len(bias)

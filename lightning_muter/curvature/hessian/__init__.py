@@ -1,0 +1,1 @@
+"""Hessians: their direct parts and sums."""

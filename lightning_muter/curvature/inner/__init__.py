@@ -1,0 +1,1 @@
+"""The inner maximum of every sample."""

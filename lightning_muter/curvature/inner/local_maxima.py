@@ -30,7 +30,8 @@ def close(a: Tensor, b: Tensor) -> Tensor:
 
 def ranked(deltas: Tensor, values: Tensor, rivals: int) -> tuple[Tensor, Tensor]:
     """Of candidates (m, n, D) with values (m, n) the best, an earlier one unless a later one wins clearly, and up to ``rivals``
-    next best ones that are elsewhere: (1 + rivals, n, D), values (-inf where there is none)."""
+    next best ones that are elsewhere: (1 + rivals, n, D), values (-inf where there is none).
+    """
     best = torch.zeros_like(values[0], dtype=torch.long)
     top, rounding = values[0], 1e-9 if deltas.dtype == torch.float64 else 1e-6
     for j in range(1, len(values)):  # equal maxima up to rounding may not change places

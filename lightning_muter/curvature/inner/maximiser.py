@@ -37,10 +37,13 @@ class Smoothing:
         strength: s, multiple of the largest input curvature at the anchor; 1 makes the inner problem concave there.
         bandwidth: tau, relative to the mean input gradient of the sample.
         anchor: theta at which both are evaluated (``None``: no smoothing).
-        temperature: T of the soft maximum over local maxima (`curvature.contest`; smooth nonlinear backbones), in units of the loss;
-            0: the largest alone.
+        temperature: T of the soft maximum over local maxima (smooth nonlinear backbones), in units of the loss; 0: the largest
+            alone.
         directions: of the logits' curvature that lambda_max is looked for in, the leading ones, a pass over the backbone each;
             None: all.
+
+    >>> Smoothing(bandwidth=0.01)
+    Smoothing(strength=1.0, bandwidth=0.01, anchor=None, temperature=0.005, directions=None)
     """
 
     strength: float = 1.0
@@ -51,12 +54,28 @@ class Smoothing:
 
     @classmethod
     def of(cls, problem: HeadProblem) -> Smoothing:
-        """The default. A linear model gets a quarter more than keeps its inner problem concave at the anchor, so that it stays
-        so at the weights to which a removal leads."""
+        """The default of a model.
+
+        A linear model gets a quarter more than keeps its inner problem concave at the anchor, so that it stays so at the weights
+        to which a removal leads.
+
+        Args:
+            problem: the model as a function of its head.
+        """
         return cls(strength=1.25) if problem.backbone.affine else cls()
 
     def coefficients(self, problem: HeadProblem, threat: ThreatModel, x: Tensor, y: Tensor) -> Tensor | None:
-        """c_ij (n, D), or ``None`` where nothing is smoothed; depends on the sample and the anchor alone."""
+        """c_ij = s lambda_max(d2l/dx2) + tau mean_j|g_ij| / h_ij at the anchor; depends on the sample and the anchor alone.
+
+        Args:
+            problem: the model as a function of its head.
+            threat: the set of perturbations, with half-widths h_ij.
+            x: samples (n, D).
+            y: their labels.
+
+        Returns:
+            c (n, D), or ``None`` where nothing is smoothed.
+        """
         if self.anchor is None or not threat.jumps or not (self.strength or self.bandwidth):
             return None
         z = problem.logits(self.anchor, problem.backbone(x).detach())
@@ -100,6 +119,7 @@ class InnerSolver:
     as_found: bool = False
 
     def tolerance_for(self, dtype: torch.dtype) -> float:
+        """On the residual, in this precision."""
         if self.tolerance is not None:
             return self.tolerance
         return 1e-9 if dtype == torch.float64 else 1e-5
@@ -118,9 +138,11 @@ class InnerSolver:
         explore: bool = False,
         margin: float = 0.0,
     ) -> Maximisers:
-        """Maximise from ``start`` (n, D) and ``rivals`` (m, n, D); or from scratch: the result then depends on the sample and
-        theta alone. ``explore``: from both. Rivals within ``margin`` of the best are maximised as it is; ``prior`` (1 + m, n)
-        goes along with the tracked ones."""
+        """Maximise from ``start`` (n, D) and ``rivals`` (m, n, D), or from scratch.
+
+        From scratch the result depends on the sample and theta alone. ``explore``: from both. Rivals within ``margin`` of the best
+        are maximised as it is; ``prior`` (1 + m, n) goes along with the tracked ones.
+        """
         x = x.to(problem.backbone.exact_dtype)
         tol = self.tolerance_for(x.dtype)
         if threat.eps == 0:
@@ -188,8 +210,11 @@ class InnerSolver:
         return one.short(delta, 0 if alone else 3 if one.problem.backbone.affine else 4)
 
     def _starts(self, one: Inner) -> list[Tensor]:
-        """0, and the ball's furthest points towards the most likely other classes (a single logit: both ways), then, for want of
-        classes, in directions that are the same for every sample."""
+        """Where ascents from scratch begin.
+
+        0, and the ball's furthest points towards the most likely other classes (a single logit: both ways), then, for want of
+        classes, in directions that are the same for every sample.
+        """
         problem, x = one.problem, one.x
         zero = torch.zeros_like(x)
         if not self.starts or problem.n_logits == 2:

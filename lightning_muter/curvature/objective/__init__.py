@@ -1,0 +1,1 @@
+"""The robust objective: values, gradients, sums, products."""

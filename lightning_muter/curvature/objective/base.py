@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -10,10 +11,11 @@ from torch import Tensor
 from lightning_muter.curvature.objective.soft_maximum import Kinks
 
 
-@dataclass
+@dataclass(frozen=True)
 class Evaluation:
     """F, its gradient, sum |d phi_i|, the maximisers found (n, D) and the fraction that converged; for samples with several
-    maxima also those (see `curvature.contest`), ``contested`` where there are such samples."""
+    maxima also those (see `curvature.contest`), ``contested`` where there are such samples.
+    """
 
     value: float
     gradient: Tensor
@@ -40,6 +42,28 @@ class Evaluation:
     def unsettled(self) -> float:
         """The stationarity, or the gap where that is more."""
         return max(self.stationarity, self.gap)
+
+    def reweighed(self, temperature: float, places_of: Callable[[Kinks], tuple[Tensor, Tensor]]) -> Evaluation:
+        """The evaluation with every local maximum weighed by its share here, q <- p."""
+        share, kinks = self.share, self.kinks
+        if kinks is None:
+            return self
+        new = kinks.reweighed(temperature)
+        shares = new.shares()
+        moved = (new.gradient(shares) - kinks.gradient(kinks.shares())).reshape(self.gradient.shape)
+        weights = share
+        if share is not None:
+            weights = share.clone()
+            which, rows = places_of(new)
+            weights[: shares.shape[1], rows] = shares[which, : len(weights)].T.to(weights)
+        return replace(
+            self,
+            value=self.value + float(new.total() - kinks.total()),
+            gradient=self.gradient + moved,
+            prior=share if share is not None else self.prior,
+            share=weights,
+            kinks=new,
+        )
 
 
 @dataclass

@@ -22,6 +22,7 @@ from lightning_muter.curvature.hessian.direct import Curvature
 from lightning_muter.curvature.hessian.sums import Sums, add_gradient, add_hessian
 from lightning_muter.curvature.inner.ascent import Maximisers, Rho
 from lightning_muter.curvature.inner.maximiser import InnerSolver, Smoothing
+from lightning_muter.curvature.inner.tracked import Tracked
 from lightning_muter.curvature.objective.base import Evaluation, Met
 from lightning_muter.curvature.objective.soft_maximum import Contest, Kinks
 from lightning_muter.curvature.problem.head import HeadProblem
@@ -97,20 +98,25 @@ class RobustObjective:
 
     def part(self, at: slice) -> RobustObjective:
         """The objective of some of ``own`` alone, from the tracked maximisers."""
-        return RobustObjective(
-            self.problem,
-            self.threat,
-            self.source,
-            self.decay,
-            self.inner,
-            self.smoothing,
-            self.own[at],
-            None if self.delta is None else self.delta[at],
-            self.tick,
-            rivals=None if self.rivals is None else self.rivals[:, at],
-            prior=None if self.prior is None else self.prior[:, at],
+        tracked = self.tracked.at(at) if self.tracked is not None else None
+        part = RobustObjective(
+            self.problem, self.threat, self.source, self.decay, self.inner, self.smoothing, self.own[at], tick=self.tick,
             contended=self.contended,
-        )
+        )  # fmt: skip
+        part.follow(tracked)
+        return part
+
+    @property
+    def tracked(self) -> Tracked | None:
+        """The local maxima that the next pass starts from."""
+        return None if self.delta is None else Tracked(self.delta, self.rivals, self.prior)
+
+    def follow(self, tracked: Tracked | None) -> None:
+        """Start from these."""
+        if tracked is None:
+            self.delta = self.rivals = self.prior = None
+        else:
+            self.delta, self.rivals, self.prior = tracked.delta, tracked.rivals, tracked.prior
 
     @property
     def reproducible(self) -> bool:
@@ -120,7 +126,8 @@ class RobustObjective:
     @property
     def temperature(self) -> float:
         """Of the soft maximum over local maxima. A linear model that is not contended takes the largest, which is a function of
-        theta alone; on the kinks of a piecewise-linear network maxima cannot be told apart."""
+        theta alone; on the kinks of a piecewise-linear network maxima cannot be told apart.
+        """
         return self._warmest * self.cooling
 
     @property
@@ -140,7 +147,7 @@ class RobustObjective:
     def restart(self) -> None:
         """Forget the tracked maximisers of a linear model."""
         if self.reproducible:
-            self.delta = self.rivals = self.prior = None
+            self.follow(None)
 
     def set_smoothing(self, smoothing: Smoothing) -> None:
         self.smoothing = smoothing
@@ -174,16 +181,9 @@ class RobustObjective:
             found = self._maximise(theta, x, batch.y, c, slice(done, done + n), settle, explore, sums.counts)
             contest = Contest.of(found, self.temperature)
             for which, rows, delta, share, frozen in contest.points():
-                local = LocalPoint(
-                    problem,
-                    theta,
-                    self.threat,
-                    x[rows],
-                    batch.y[rows],
-                    delta[rows],
-                    None if c is None else c[rows],
-                    batch.positions[rows.cpu()] if isinstance(rows, Tensor) else batch.positions,
-                )
+                part = None if c is None else c[rows]
+                positions = batch.positions[rows.cpu()] if isinstance(rows, Tensor) else batch.positions
+                local = LocalPoint(problem, theta, self.threat, x[rows], batch.y[rows], delta[rows], part, positions)
                 weight = batch.weight if batch.weight is None else batch.weight[rows]
                 if share is not None:
                     weight = share if weight is None else share * weight
@@ -197,8 +197,7 @@ class RobustObjective:
                     add_hessian(sums, local, NoResponse() if frozen else response, curvature, weight)
                 contest.saw(which, rows, local)
             kinks = contest.close(sums, batch.weight)
-            delta = found.delta
-            kept.append(delta)
+            kept.append(found.delta)
             met.append(Met(found.rivals, found.prior, contest.share, [] if kinks is None else [(done, kinks)]))
             done += n
             if self.tick is not None:
@@ -219,32 +218,19 @@ class RobustObjective:
         explore: bool,
         counts: Counter[str],
     ) -> Maximisers:
-        start = None if self.delta is None else self.delta[rows]
-        rivals = None if self.rivals is None else self.rivals[:, rows]
-        prior = None if self.prior is None else self.prior[:, rows]
-        if not settle and start is not None:
-            return self._as_they_are(theta, x, y, start, rivals, prior)
-        found = self.inner.solve(
-            self.problem,
-            theta,
-            self.threat,
-            x,
-            y,
-            c,
-            start,
-            rivals,
-            prior,
-            explore,
-            100 * self._warmest,
-        )
+        tracked = self.tracked.at(rows) if self.tracked is not None else None
+        if not settle and tracked is not None:
+            return self._as_they_are(theta, x, y, tracked)
+        start, rivals, prior = (None, None, None) if tracked is None else (tracked.delta, tracked.rivals, tracked.prior)
+        warm = 100 * self._warmest
+        found = self.inner.solve(self.problem, theta, self.threat, x, y, c, start, rivals, prior, explore, warm)
         counts["samples"] += len(x)
         counts["maximisers converged"] += int(found.converged.sum())
         return found
 
-    def _as_they_are(
-        self, theta: Tensor, x: Tensor, y: Tensor, start: Tensor, rivals: Tensor | None, prior: Tensor | None
-    ) -> Maximisers:
-        delta = self.threat.project(start.to(x), x)
+    def _as_they_are(self, theta: Tensor, x: Tensor, y: Tensor, tracked: Tracked) -> Maximisers:
+        rivals, prior = tracked.rivals, tracked.prior
+        delta = self.threat.project(tracked.delta.to(x), x)
         zero = torch.zeros_like(x[:, 0])
         if rivals is None or prior is None or not self.temperature:
             return Maximisers(delta, zero, zero, 0, 0.0)
@@ -297,18 +283,11 @@ class RobustObjective:
         penalty = self.total * self.decay
         value = sums.value + (penalty * theta.square()).sum() / 2
         total = max(sums.counts["samples"], 1)
+        met, converged = self.met, sums.counts["maximisers converged"] / total
         return Evaluation(
-            float(value),
-            sums.gradient + penalty * theta,
-            float(sums.gradient_scale),
-            delta,
-            sums.counts["maximisers converged"] / total,
-            self.met.rivals,
-            self.met.prior,
-            self.met.share,
-            Kinks.joined(self.met.kinks),
-            sums.counts["contested"] > 0,
-        )
+            float(value), sums.gradient + penalty * theta, float(sums.gradient_scale), delta, converged, met.rivals, met.prior,
+            met.share, Kinks.joined(met.kinks), sums.counts["contested"] > 0,
+        )  # fmt: skip
 
     def accept(self, evaluation: Evaluation) -> None:
         """Track these maximisers from now on."""
@@ -317,27 +296,9 @@ class RobustObjective:
     def weigh(self, evaluation: Evaluation) -> Evaluation:
         """Weigh local maxima by the shares they had here, q <- p; the evaluation under the new weights."""
         self.accept(evaluation)
-        share, kinks = evaluation.share, evaluation.kinks
-        if share is not None:
-            self.prior = share
-        if kinks is None:
-            return evaluation
-        new = kinks.reweighed(self.temperature)
-        shares = new.shares()
-        moved = (new.gradient(shares) - kinks.gradient(kinks.shares())).reshape(evaluation.gradient.shape)
-        weights = share
-        if share is not None:
-            weights = share.clone()
-            which, rows = self.places_of(new)
-            weights[: shares.shape[1], rows] = shares[which, : len(weights)].T.to(weights)
-        return replace(
-            evaluation,
-            value=evaluation.value + float(new.total() - kinks.total()),
-            gradient=evaluation.gradient + moved,
-            prior=share if share is not None else evaluation.prior,
-            share=weights,
-            kinks=new,
-        )
+        if evaluation.share is not None:
+            self.prior = evaluation.share
+        return evaluation.reweighed(self.temperature, self.places_of)
 
     def stored_starts(self) -> Tensor | None:
         """Where the maximisers start from now on, to be kept with a snapshot: (n, 1 + m, D + 1) in half precision, for each local
@@ -345,23 +306,13 @@ class RobustObjective:
 
         The objective is left tracking the rounded points, so that its next sums are those anybody can repeat from the file.
         """
-        if (self.reproducible and self.prior is None) or self.threat.eps == 0 or self.delta is None:
-            self.delta = self.rivals = self.prior = None
+        tracked = self.tracked
+        if (self.reproducible and self.prior is None) or self.threat.eps == 0 or tracked is None:
+            self.follow(None)
             return None
-        places, prior = self.delta[None], torch.ones_like(self.delta[:, 0])[None]
-        if self.rivals is not None and self.prior is not None:
-            places, prior = torch.cat([places, self.rivals]), self.prior
-        top = prior.new_zeros(1 + self.inner.rivals)
-        if prior.shape[1]:
-            top[: len(prior)] = prior.amax(1)
-        keep = self.largest(top) > _STORED  # the same for every process
+        keep = self.largest(tracked.heaviest(1 + self.inner.rivals)) > _STORED  # the same for every process
         keep[0] = True
-        missing = len(keep) - len(places)
-        places = torch.cat([places, self.delta.expand(missing, *self.delta.shape)])[keep]
-        prior = torch.cat([prior, prior.new_zeros(missing, prior.shape[1])])[keep]
-        # in units of eps: half precision keeps three digits of any radius
-        rows = torch.cat([places / self.threat.eps, prior[:, :, None].to(places)], 2).movedim(0, 1)
-        stored = rows.to(torch.float16).cpu()
+        stored = tracked.rows(self.threat.eps, keep)
         self._track(stored)
         return stored
 
@@ -371,9 +322,5 @@ class RobustObjective:
 
     def _track(self, stored: Tensor) -> None:
         self.contended = self.problem.backbone.affine
-        rows = stored.to(self.problem.device, self.problem.backbone.exact_dtype).movedim(1, 0)
-        places, prior = rows[:, :, :-1] * self.threat.eps, rows[:, :, -1]
-        self.delta = places[0]
-        alone = len(places) == 1
-        self.rivals = None if alone else places[1:]
-        self.prior = None if alone else prior / prior.sum(0).clamp(min=1e-12)
+        device, dtype = self.problem.device, self.problem.backbone.exact_dtype
+        self.follow(Tracked.of_rows(stored, self.threat.eps, device, dtype))

@@ -264,4 +264,5 @@ class WideObjective:
 
 
 def problem_parts(problem: WideProblem, w: Tensor) -> Parameters:
+    """The weights that may change, by name, from one flat vector w (p,)."""
     return {n: t.detach() for n, t in problem.split(w).items()}

@@ -128,7 +128,8 @@ class Backbone:
 
     def _moves(self, x: Tensor, *, own: bool = False) -> bool:
         """Whether J changes from place to place; ``own``: asked only where a function of the user's makes second derivatives
-        doubtful."""
+        doubtful.
+        """
         if own:
             with derivatives():
                 if not calls_own_functions(self._forward(x.clone().requires_grad_(True))):
@@ -142,7 +143,8 @@ class Backbone:
 
     def jacobian(self, x: Tensor) -> Tensor:
         """J (n, f, D) at flattened inputs (a view of the one matrix for affine maps): f reverse passes, or D forward ones, which
-        are cheaper each."""
+        are cheaper each.
+        """
         if self.identity:
             return torch.eye(self.width, dtype=self.algebra, device=self.device).expand(len(x), -1, -1)
         if self.matrix is not None:

@@ -1,0 +1,1 @@
+"""How maximisers move with the weights."""

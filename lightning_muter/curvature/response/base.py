@@ -24,10 +24,17 @@ from lightning_muter.extension import Extensible
 
 
 class Response(Extensible, ABC):
-    """How the maximisers move with the weights. ``counts`` collects what happened.
+    """How the maximisers move with the weights: K (D, D) with d delta* / dw = K d2l/dxdw, delta* (D,) the maximiser of a sample.
 
     Extend by subclassing, with a ``name`` of its own and every argument of its constructor kept as an attribute: snapshots store
     both, and whoever loads one imports the module of the subclass first.
+
+    Attributes:
+        uses_gradient: input gradients are asked for.
+        norm: the norm whose constraint it knows; None: it knows of none.
+
+    >>> sorted(Response.known())
+    ['l2', 'linf', 'none', 'unconstrained']
     """
 
     @property
@@ -37,19 +44,38 @@ class Response(Extensible, ABC):
 
     @abstractmethod
     def gram(self, local: LocalPoint, counts: Counter[str]) -> Gram | None:
-        """The Gram of these samples, `None` if no maximiser moves."""
+        """G = J K J^T (f, f) of every sample, J = d phi/dx (f, D): what the head's total Hessian needs.
+
+        Args:
+            local: samples, their maximisers and the derivatives of the loss there.
+            counts: what happened, by name: free and bound coordinates, systems that were singular, ...
+
+        Returns:
+            The Gram of these samples, `None` if no maximiser moves.
+        """
 
     @abstractmethod
     def motion(self, local: LocalPoint, counts: Counter[str]) -> Motion | None:
-        """K itself, as an operator on inputs: what scopes beyond the head need."""
+        """K itself, as an operator on inputs: what scopes beyond the head need.
+
+        Args:
+            local: samples, their maximisers and the derivatives of the loss there.
+            counts: what happened, by name.
+
+        Returns:
+            (n, D) -> (n, D), `None` if no maximiser moves.
+        """
 
     def resolved(self, backbone: Backbone, count: int) -> Response:
-        """With every choice made that depends on the number of samples: what is stored with their sums."""
+        """With every choice made that depends on the number of samples: what is stored with their sums.
+
+        Args:
+            backbone: of the model.
+            count: samples.
+        """
         return self
 
-    #: Input gradients are asked for.
     uses_gradient: ClassVar[bool] = False
-    #: The norm whose constraint it knows; None: it knows of none.
     norm: ClassVar[str | None] = None
 
 
@@ -60,10 +86,13 @@ class NoResponse(Response):
 
     @property
     def forms_squares(self) -> bool:
+        """It holds nothing."""
         return False
 
     def gram(self, local: LocalPoint, counts: Counter[str]) -> Gram | None:
+        """None: nothing moves."""
         return None
 
     def motion(self, local: LocalPoint, counts: Counter[str]) -> Motion | None:
+        """None: nothing moves."""
         return None

@@ -162,7 +162,8 @@ def _inverse_root(mask: Tensor, a: Tensor) -> Tensor:
 
 def first_order(local: LocalPoint, mask: Tensor, a: Tensor, normal: Tensor | None, omega: Tensor) -> Tensor:
     """G = G_0 + G_0 X G_0 + ..., X = W^T Lambda W and G_0 = J Pi A^-1 Pi J^T, to first order in X and without bias, from the columns
-    u_j = J Pi A^-1/2 omega_j alone:  (1/m) sum_j u_j u_j^T + 1/(m (m - 1)) sum_{j != l} u_j (u_j^T X u_l) u_l^T."""
+    u_j = J Pi A^-1/2 omega_j alone:  (1/m) sum_j u_j u_j^T + 1/(m (m - 1)) sum_{j != l} u_j (u_j^T X u_l) u_l^T.
+    """
     m = omega.shape[2]
     directions = omega.to(a)
     if normal is not None:

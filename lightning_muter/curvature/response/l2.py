@@ -23,7 +23,8 @@ class L2Response(Boundary):
 
     def small_curvature(self, local: LocalPoint, a: Tensor) -> Tensor:
         """The eigenvalues b of d2l/dx2 / mu, root mean square, as if J were a multiple of an isometry: its scale is the one by
-        which it takes W^T r to the input gradient. Second order in b is left out where that is small."""
+        which it takes W^T r to the input gradient. Second order in b is left out where that is small.
+        """
         if local.c is not None:
             return super().small_curvature(local, a)
         square = local.weight @ local.weight.T

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import csv
-import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from lightning_muter.evidence.laws import forget_quality_epsilon, kl_of_margins,
 from lightning_muter.evidence.observed import REMOVED, Floats, Observed
 from lightning_muter.storage.atomic import atomic_write
 from lightning_muter.study.audit.worlds import BEFORE, Plan
-from lightning_muter.study.report.rows import REFERENCE
+from lightning_muter.study.report.rows import REFERENCE, csv_text
 from lightning_muter.study.setup.cache import Cache
 
 ATTACKS_FILE, LAWS_FILE, ROC_FILE = "audit.csv", "audit_laws.csv", "audit_roc.csv"
@@ -56,7 +55,8 @@ class AuditRow:
 @dataclass(frozen=True)
 class LawRow:
     """A distance between the laws of a method's and of retraining's models: median and 95 % over the removed samples, and the
-    floor, which retraining scores against itself, one half of the worlds against the other."""
+    floor, which retraining scores against itself, one half of the worlds against the other.
+    """
 
     method: str
     measure: str
@@ -74,6 +74,8 @@ Entry = tuple[dict[str, Any], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Results:
+    """Everything an audit measured: attacks, distances of laws, ROC curves."""
+
     attacks: list[AuditRow]
     laws: list[LawRow]
     curves: list[dict[str, Any]]
@@ -84,7 +86,7 @@ class Results:
             (LAWS_FILE, [asdict(r) for r in self.laws]),
             (ROC_FILE, self.curves),
         ):
-            text = to_csv(rows)
+            text = csv_text(list(rows[0]) if rows else [], rows)
             atomic_write(folder / name, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
 
 
@@ -217,22 +219,6 @@ def _law(label: str, name: str, inputs: str, values: Floats, floor: Floats, prob
 
 
 # -- files -------------------------------------------------------------------------------------------------------------------
-
-
-def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """CSV text with a header; what was not measured is an empty cell, numbers have six significant digits."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: _cell(value) for name, value in row.items()})
-    return buffer.getvalue()
-
-
-def _cell(value: Any) -> Any:
-    if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:.6g}"
-    return value
 
 
 def read_audit(folder: Path) -> tuple[list[AuditRow], list[LawRow], list[dict[str, str]]]:

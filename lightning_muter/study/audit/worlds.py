@@ -25,8 +25,7 @@ from lightning_muter.study.attacks import stacked
 from lightning_muter.study.compare import STATIONARY
 from lightning_muter.study.methods.base import Competitor, Outcome
 from lightning_muter.study.metrics import class_logits, correct_predictions
-from lightning_muter.study.report.closest import NOTHING
-from lightning_muter.study.report.rows import REFERENCE
+from lightning_muter.study.report.rows import NOTHING, REFERENCE
 from lightning_muter.study.setup.cache import Cache, Entry, digest
 from lightning_muter.study.setup.problem import World
 
@@ -107,7 +106,8 @@ def missing(plan: Plan, cache: Cache, index: int) -> list[str]:
 
 def make_world(plan: Plan, cache: Cache, index: int) -> None:
     """Train one world and put everything that is missing of it into the cache. Nothing else of it is kept, so that a world begun
-    anew after an interruption goes the same way as one that was not."""
+    anew after an interruption goes the same way as one that was not.
+    """
     wanted = missing(plan, cache, index)
     if not wanted:
         return

@@ -23,7 +23,7 @@ class ImageFolderDataModule(SplitDataModule):
         root/<class>/*.png                               split by public_fraction / val_fraction / test_fraction
         root/{private,public,test}/<class>/*.png         as given; public and test are optional
 
-    The public part may have classes of its own (Lacuna-100 beside Lacuna-10): ``public_num_classes`` counts them.
+    The public part may have classes of its own (Lacuna-100 beside Lacuna-10): ``public_dataset.num_classes`` counts them.
     Sample ids are the paths relative to the private folder, so that a person's pictures can be named.
 
     Args:
@@ -71,10 +71,6 @@ class ImageFolderDataModule(SplitDataModule):
             self._parts["public"] = self._array(public)
             if self.part == "all":
                 raise ArgumentError("part", "all", "'private' or 'public' where the parts are given as folders")
-
-    @property
-    def public_num_classes(self) -> int:
-        return self.public_dataset.num_classes
 
     def _array(self, folder: Path, classes: list[str] | None = None) -> ArrayDataset:
         source = self._source(folder)

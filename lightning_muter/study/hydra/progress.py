@@ -7,6 +7,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from lightning_muter.watching import watched
+
 BAR = "{desc} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
 
 
@@ -15,11 +17,11 @@ class Progress:
 
     Args:
         total: number of steps known so far.
-        shown: False for no bar.
+        shown: False for no bar; in logs there is none in any case.
     """
 
     def __init__(self, total: int, *, shown: bool = True) -> None:
-        self.bar = tqdm(total=total, disable=not shown, bar_format=BAR, mininterval=0)
+        self.bar = tqdm(total=total, disable=not watched(shown), bar_format=BAR, mininterval=0)
         self._running = False
         self.began = time.perf_counter()
 

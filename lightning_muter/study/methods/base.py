@@ -72,4 +72,5 @@ class Competitor(ABC):
 
 
 def head_outcome(model: Classifier, **figures: Any) -> Outcome:
+    """The outcome of a method that changed the head alone."""
     return Outcome(model, math.nan, parameters=head_vector(model), **figures)

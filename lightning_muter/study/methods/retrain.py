@@ -6,13 +6,14 @@ import torch
 
 from lightning_muter.study.methods.base import Competitor, Outcome, State, head_outcome
 from lightning_muter.study.models.base import Classifier
+from lightning_muter.study.report.rows import FLOORS, NOTHING
 from lightning_muter.study.setup.problem import head_vector
 
 
 class Nothing(Competitor):
     """Keep the model: w_u = w. Relative distance 1 by definition."""
 
-    default_label = "doing nothing"
+    default_label = NOTHING
 
     def answer(self, state: State, request: list[int], forgotten: list[int]) -> Outcome:
         outcome = head_outcome(state.world.model, status="")
@@ -22,9 +23,10 @@ class Nothing(Competitor):
 
 class RetrainCold(Competitor):
     """Retraining on the retained samples from a random head: beside the reference (from a zero head) it shows how far
-    apart two retrainings are, the noise floor of every distance."""
+    apart two retrainings are, the noise floor of every distance.
+    """
 
-    default_label = "retraining, random start"
+    default_label = FLOORS[0]
 
     def answer(self, state: State, request: list[int], forgotten: list[int]) -> Outcome:
         start = state.world.copy_model()
@@ -39,7 +41,7 @@ class RetrainCold(Competitor):
 class RetrainWarm(Competitor):
     """Retraining on the retained samples from the current head: the fastest honest competitor."""
 
-    default_label = "retraining, warm start"
+    default_label = FLOORS[1]
 
     def answer(self, state: State, request: list[int], forgotten: list[int]) -> Outcome:
         assert isinstance(state.model, Classifier)

@@ -82,6 +82,7 @@ def last_linear(network: nn.Module) -> tuple[str, nn.Linear]:
 
 
 def replace_module(network: nn.Module, name: str, new: nn.Module) -> None:
+    """Put another module in the place of the one of this dotted name."""
     parent, _, child = name.rpartition(".")
     setattr(network.get_submodule(parent), child, new)
 

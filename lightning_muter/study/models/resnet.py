@@ -17,7 +17,8 @@ from lightning_muter.study.models.base import Classifier
 
 class PreActBlock(nn.Module):
     """``x + conv(relu(bn(conv(relu(bn(x))))))``; where the shape changes, a 1x1 convolution of the first activation
-    replaces the identity."""
+    replaces the identity.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()

@@ -11,10 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lightning_muter.study.report import tables
-from lightning_muter.study.report.rows import REFERENCE, Row, attack_name, group, summarise
+from lightning_muter.study.report.rows import NOTHING, REFERENCE, Row, attack_name, group, summarise
 
 OURS = "constraint-aware"
-NOTHING = "doing nothing"
 GAP = 0.5  # points: as good as retraining
 
 
@@ -37,6 +36,7 @@ class Case:
 
 
 def is_ours(row: Row) -> bool:
+    """Whether the row is of this package's method."""
     return row.method.startswith(OURS)
 
 

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_muter.study.audit.tables import ATTACKS_FILE, LAWS_FILE, AuditRow, LawRow, read_audit
-from lightning_muter.study.report.closest import NOTHING
 from lightning_muter.study.report.figures import Figure, figures_markdown, link, points
-from lightning_muter.study.report.rows import FILE, FLOORS, REFERENCE, Row, group, summarise
+from lightning_muter.study.report.rows import FILE, FLOORS, NOTHING, REFERENCE, Row, group, summarise
 from lightning_muter.study.report.tables import markdown_table, number
 
 STRONGEST = "U-LiRA"

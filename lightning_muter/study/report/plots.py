@@ -15,8 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from lightning_muter.study.report.closest import NOTHING
-from lightning_muter.study.report.rows import REFERENCE, Row, attack_name, group, summarise
+from lightning_muter.study.report.rows import NOTHING, REFERENCE, Row, attack_name, group, summarise
 
 # Okabe and Ito's palette, black last; the markers repeat the information
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#000000")
@@ -71,11 +70,27 @@ def _settings(rows: Sequence[Row]) -> list[str]:
     return list(group(rows, lambda r: r.setting))
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def _save(figure: Figure, title: str, path: Path) -> Path:
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)
     return path
+
+
+def _mark(axis: Axes, y: float, look: Mapping[str, Any], low: float, middle: float, high: float) -> None:
+    """A dot with a bar from the least to the largest value."""
+    axis.errorbar(middle, y, xerr=[[middle - low], [high - middle]], linestyle="", capsize=2, markersize=6, **look)
+
+
+def _line_at(axis: Axes, x: float, name: str = "") -> None:
+    """What methods are compared with."""
+    axis.axvline(x, color="#444444", linewidth=1, linestyle="--", zorder=1)
+    if name:
+        axis.annotate(
+            name, (x, 1.0), xycoords=("data", "axes fraction"), xytext=(-3, 2), fontsize=8,
+            textcoords="offset points", ha="right", va="bottom", color="#444444", annotation_clip=False,
+        )  # fmt: skip
 
 
 def _where(rows: Sequence[Row]) -> str:
@@ -119,8 +134,7 @@ def _dots(
         handles, labels = panels[0][0].get_legend_handles_labels()
         if len(series) > 1:
             figure.legend(handles, labels, loc="outside lower center", ncols=min(len(series), 6), frameon=False)
-        figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-        return _save(figure, path)
+        return _save(figure, title, path)
 
 
 def plot_distance(rows: Sequence[Row], path: Path) -> Path | None:
@@ -131,16 +145,11 @@ def plot_distance(rows: Sequence[Row], path: Path) -> Path | None:
 
     def draw(axis: Axes, found: list[Row], y: float, look: dict[str, Any], name: str) -> None:
         s = summarise(found, "distance")
-        low, middle, high = (max(v, SMALLEST) for v in (s.min, s.median, s.max))
-        axis.errorbar(middle, y, xerr=[[middle - low], [high - middle]], linestyle="", capsize=2, markersize=6, **look)
+        _mark(axis, y, look, *(max(v, SMALLEST) for v in (s.min, s.median, s.max)))
 
     def decorate(axis: Axes, same: list[Row]) -> None:
         axis.set_xscale("log")
-        axis.axvline(1.0, color="#444444", linewidth=1, linestyle="--", zorder=1)
-        axis.annotate(
-            "doing nothing", (1.0, 1.0), xycoords=("data", "axes fraction"), xytext=(-3, 2), fontsize=8,
-            textcoords="offset points", ha="right", va="bottom", color="#444444", annotation_clip=False,
-        )  # fmt: skip
+        _line_at(axis, 1.0, "doing nothing")
         axis.set_xlabel("distance to retraining, relative to doing nothing (left is better)")
 
     series = _settings(rows)
@@ -162,12 +171,10 @@ def plot_gaps(rows: Sequence[Row], path: Path, setting: str | None = None) -> Pa
     def draw(axis: Axes, found: list[Row], y: float, look: dict[str, Any], name: str) -> None:
         s = summarise(found, columns[name])
         if s.n:
-            axis.errorbar(
-                s.mean, y, xerr=[[s.mean - s.min], [s.max - s.mean]], linestyle="", capsize=2, markersize=6, **look
-            )
+            _mark(axis, y, look, s.min, s.mean, s.max)
 
     def decorate(axis: Axes, same: list[Row]) -> None:
-        axis.axvline(0, color="#444444", linewidth=1, linestyle="--", zorder=1)
+        _line_at(axis, 0)
         low, high = axis.get_xlim()
         axis.set_xlim(min(low, -1), max(high, 1))
         axis.set_xlabel("points above (right) or below (left) retraining")
@@ -184,20 +191,14 @@ def plot_times(rows: Sequence[Row], path: Path) -> Path | None:
 
     def draw(axis: Axes, found: list[Row], y: float, look: dict[str, Any], name: str) -> None:
         s = summarise(found, "seconds_request")
-        axis.errorbar(
-            s.median, y, xerr=[[s.median - s.min], [s.max - s.median]], linestyle="", capsize=2, markersize=6, **look
-        )
+        _mark(axis, y, look, s.min, s.median, s.max)
 
     def decorate(axis: Axes, same: list[Row]) -> None:
         axis.set_xscale("log")
         retrain = summarise(same, "seconds_retrain")
         if retrain.n:
             axis.axvspan(retrain.min, retrain.max, color="#bbbbbb", alpha=0.5, linewidth=0, zorder=0)
-            axis.axvline(retrain.median, color="#444444", linewidth=1, linestyle="--", zorder=1)
-            axis.annotate(
-                "retraining", (retrain.median, 1.0), xycoords=("data", "axes fraction"), xytext=(-3, 2), fontsize=8,
-                textcoords="offset points", ha="right", va="bottom", color="#444444", annotation_clip=False,
-            )  # fmt: skip
+            _line_at(axis, retrain.median, "retraining")
         axis.set_xlabel("seconds per request (left is faster)")
 
     title = f"Time of one request: {_where(rows)}"
@@ -240,8 +241,7 @@ def plot_distance_map(rows: Sequence[Row], path: Path) -> Path | None:
             for spine in axis.spines.values():
                 spine.set_visible(False)
         title = f"Distance to retraining (dark: close; 1: as doing nothing): {_where(rows)}"
-        figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-        return _save(figure, path)
+        return _save(figure, title, path)
 
 
 def _best_median(rows: Sequence[Row]) -> float:
@@ -251,7 +251,8 @@ def _best_median(rows: Sequence[Row]) -> float:
 
 def plot_distance_by_size(rows: Sequence[Row], path: Path) -> Path | None:
     """Distance against the share removed at random (a class or a person's records are no matter of size), one line per method,
-    for studies with at least three sizes."""
+    for studies with at least three sizes.
+    """
     rows = [r for r in rows if not math.isnan(r.distance) and r.percent > 0 and r.setting[:1].isdigit()]
     if len({round(r.percent, 1) for r in rows}) < 3:
         return None
@@ -285,8 +286,7 @@ def plot_distance_by_size(rows: Sequence[Row], path: Path) -> Path | None:
             panels[line][0].set_ylabel("relative distance to retraining")
         handles, labels = panels[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-        figure.suptitle(f"Distance against removal size: {_where(rows)}", x=0.01, ha="left", fontweight="bold")
-        return _save(figure, path)
+        return _save(figure, f"Distance against removal size: {_where(rows)}", path)
 
 
 def plot_roc(curves: Sequence[Mapping[str, str]], path: Path, attack: str = "U-LiRA") -> Path | None:
@@ -313,13 +313,7 @@ def plot_roc(curves: Sequence[Mapping[str, str]], path: Path, attack: str = "U-L
         axes[0].set_ylabel("removed, called removed")
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8.5)
-        figure.suptitle(
-            f"Can the attack {shown[0]['attack']} tell? (the diagonal is guessing)",
-            x=0.01,
-            ha="left",
-            fontweight="bold",
-        )
-        return _save(figure, path)
+        return _save(figure, f"Can the attack {shown[0]['attack']} tell? (the diagonal is guessing)", path)
 
 
 def plot_all(rows: Sequence[Row], folder: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """One page for a person who decides: ``muter-report FOLDER`` reads every ``results.csv`` and ``audit.csv`` below it and writes
-``report.md``, ``report.html`` (one file, pictures inside) and the pictures; ``muter-report CHECKPOINT`` reads its ledger."""
+``report.md``, ``report.html`` (one file, pictures inside) and the pictures; ``muter-report CHECKPOINT`` reads its ledger.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +70,8 @@ def cost_markdown(rows: Sequence[Row]) -> str:
 
 def certificate_markdown(rows: Sequence[Row]) -> str:
     """Certified bounds over measured distances, per method; and how many distances are within the method's bound and the
-    reference's own, as every one must be. Empty without bounds."""
+    reference's own, as every one must be. Empty without bounds.
+    """
     own = {_removal(r): r.bound for r in rows if r.method == REFERENCE}
     body = []
     for method, same in group(rows, lambda r: r.method).items():
@@ -152,7 +154,7 @@ def compose(
 def wide_console() -> Console:
     """The terminal; a pipe or a log file gets 120 columns."""
     console = Console()
-    return console if console.is_terminal else Console(width=120)
+    return console if console.is_terminal else Console(width=100)
 
 
 def write_report(folder: Path, out: Path | None = None, *, heading: str = "Unlearning study") -> Path:
@@ -192,6 +194,7 @@ def write_checkpoint_report(path: Path, out: Path | None = None) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The command `muter-report`; 0 where a page was written."""
     parser = argparse.ArgumentParser(
         prog="muter-report",
         description="One page for a person who decides: of a folder of muter-experiment runs, or of a checkpoint that requests have "

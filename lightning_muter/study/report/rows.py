@@ -10,7 +10,7 @@ import csv
 import io
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -24,6 +24,7 @@ NAN = math.nan
 FILE = "results.csv"
 PARTS = ("forget", "retain", "test")
 REFERENCE = "retraining"  # the method's name in the rows of the reference itself
+NOTHING = "doing nothing"  # the method that keeps the model as it is
 #: Methods that are retraining too, from another start: their distance is the noise floor.
 FLOORS = ("retraining, random start", "retraining, warm start")
 
@@ -98,22 +99,30 @@ _TYPES: dict[str, Callable[[str], Any]] = {
 
 
 def attack_name(row: Row) -> str:
+    """The attack with its radius, where it has one."""
     return row.attack if math.isnan(row.eps) or row.eps == 0 else f"{row.attack} eps={row.eps:.3g}"
 
 
 def to_csv(rows: Iterable[Row], *, header: bool = True) -> str:
+    """Rows as CSV text, one line each."""
+    return csv_text(COLUMNS, map(asdict, rows), header=header)
+
+
+def csv_text(columns: Sequence[str], lines: Iterable[Mapping[str, Any]], *, header: bool = True) -> str:
+    """CSV text; what was not measured is an empty cell, numbers have six significant digits."""
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
     if header:
         writer.writeheader()
-    for row in rows:
-        cells = asdict(row)
-        writer.writerow({k: "" if isinstance(v, float) and math.isnan(v) else _cell(v) for k, v in cells.items()})
+    for line in lines:
+        writer.writerow({name: _cell(value) for name, value in line.items()})
     return buffer.getvalue()
 
 
 def _cell(value: Any) -> Any:
-    return f"{value:.6g}" if isinstance(value, float) else value
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.6g}"
+    return value
 
 
 def from_csv(text: str, *, origin: str = "results.csv") -> list[Row]:
@@ -152,6 +161,7 @@ def append_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows as CSV, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, lambda file: file.write(to_csv(rows).encode()))
 

@@ -127,7 +127,8 @@ def lines(rows: Sequence[Row]) -> list[list[Row]]:
 
 def terminal_table(rows: Sequence[Row]) -> Table:
     """A rich table of one problem, readable from 80 columns on: words wrap, figures do not; medians and means only,
-    the largest distance in a column of its own where there are repetitions."""
+    the largest distance in a column of its own where there are repetitions.
+    """
     repeated = len({(r.seed, r.forget_seed) for r in rows}) > 1
     caption = noise_floor(rows) or None
     table = Table(
@@ -166,12 +167,12 @@ def terminal_table(rows: Sequence[Row]) -> Table:
 
 
 def markdown_table(headers: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; bars inside cells are escaped.
+    r"""A Markdown table; bars inside cells are escaped.
 
     >>> print(markdown_table(["a"], [["x|y"]]))
     | a |
     | --- |
-    | x\\|y |
+    | x\|y |
     """
     rendered = ["| " + " | ".join(headers) + " |", "| " + " | ".join("---" for _ in headers) + " |"]
     rendered += ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in body]

@@ -1,5 +1,6 @@
 """Results that are dear and do not change: trained backbones and retrained references, kept by the hash of what they
-depend on, so that methods, jobs and interrupted sweeps share them."""
+depend on, so that methods, jobs and interrupted sweeps share them.
+"""
 
 from __future__ import annotations
 

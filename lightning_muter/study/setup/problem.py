@@ -178,6 +178,7 @@ def head_vector(model: Classifier) -> Tensor:
 
 @torch.no_grad()
 def set_head(model: Classifier, vector: Tensor) -> None:
+    """Write [W | b], flattened, into the head."""
     weight, bias = model.head.weight, model.head.bias
     cut = weight.numel()
     weight.copy_(vector[:cut].reshape(weight.shape))

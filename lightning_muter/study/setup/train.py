@@ -1,5 +1,6 @@
 """From configuration to a :class:`~lightning_muter.study.setup.problem.World`: train the backbone on the public part, the head on the
-private part, both adversarially, and leave the head where its objective is stationary."""
+private part, both adversarially, and leave the head where its objective is stationary.
+"""
 
 from __future__ import annotations
 
@@ -63,9 +64,11 @@ class Recipe:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Lightning's remarks on a trainer that is used for a minute, off for a while."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    # remarks come by the loggers of either package, whichever was imported
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "pytorch_lightning", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The .*dataloader. does not have many workers")
@@ -75,7 +78,8 @@ def quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def threat_of(attack: Any, box: tuple[float, float] | None) -> ThreatModel | None:
@@ -118,6 +122,7 @@ def trained_backbone(recipe: Recipe, cache: Cache) -> dict[str, torch.Tensor]:
 def fit(
     model: Classifier, loader: DataLoader[Any], make_trainer: TrainerFactory, epochs: int, callbacks: list[L.Callback]
 ) -> None:
+    """Train in silence; the model comes back on the CPU."""
     with quiet():
         make_trainer(max_epochs=epochs, callbacks=callbacks).fit(model, loader)
     model.cpu()
