@@ -201,7 +201,8 @@ def affordable(
 
 def cost_of_sums(objective: RobustObjective, response: Response) -> float:
     """Gradients per sample that the total Hessian's sums take beside the maximisation, as if every pass were as dear as it can be,
-    and every sample had all the local maxima that are weighed."""
+    and every sample had all the local maxima that are weighed.
+    """
     backbone, logits = objective.problem.backbone, objective.problem.n_logits
     smoothing = 2 * FORWARD + PULL * min(logits, objective.smoothing.directions or logits)
     smoothing = smoothing if objective.threat.jumps else 0.0
