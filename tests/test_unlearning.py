@@ -345,7 +345,7 @@ def test_inputs_outside_the_box_give_no_snapshot():
         ({"weight_decay": -1.0}, ArgumentError, ["weight_decay", "-1.0", "0 or larger"]),
         ({"weight_decay": "auto"}, ArgumentError, ["weight_decay", "configure_optimizers"]),
         ({"threat_model": None}, ArgumentError, ["threat_model", "ThreatModel('l2', 0.0)"]),
-        ({"scope": "all"}, ArgumentError, ["scope", "all", "head"]),
+        ({"scope": "body"}, ArgumentError, ["scope", "body", "patterns of trainable parameters"]),
         ({"polish": -1}, ArgumentError, ["polish", "-1", "auto"]),
         ({"curvature": "kfac"}, ArgumentError, ["curvature", "kfac", "ggn"]),
         ({"response": "linf"}, ArgumentError, ["response", "linf", "l2"]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,9 +43,5 @@ def bar(objective: ShardedObjective, what: str, show: bool, budget: Budget | Non
         total = None  # type: ignore[assignment]
     shown = show and objective.shards.rank == 0
     line = tqdm(total=total, desc=what, unit="samples", unit_scale=True, disable=not watched(shown), leave=False)
-    objective.tick = line.update
-    try:
+    with closing(line), objective.ticking(line.update):
         yield Told(line)
-    finally:
-        objective.tick = None
-        line.close()

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from lightning_muter.curvature.hessian.direct import Curvature
 from lightning_muter.curvature.hessian.sums import BlockSymmetric, Sums
-from lightning_muter.curvature.objective.base import Met
 from lightning_muter.curvature.objective.sharded import ShardedObjective
 from lightning_muter.curvature.response.choose import Response
 from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError
@@ -85,10 +84,8 @@ class Resumable:
             if done < len(positions):
                 seen.append(sample_digests(key, objective.source, positions[at]))
                 _write(path, identity, done, _hash(seen), total, torch.cat(deltas))
-        objective.passes += 1
-        objective.met = Met()
         path.unlink(missing_ok=True)
-        return objective.reduced(total), torch.cat(deltas)
+        return objective.joined(total), torch.cat(deltas)
 
 
 def _add(total: Sums, part: Sums) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import warnings as warning_module
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -281,7 +280,7 @@ def _take(
     """The sums at a polished head, at the very maximisers that it was trained on."""
     done = polished.done
     as_found = done.as_found if done is not None else like is not None and like.inner.as_found
-    objective.inner = replace(objective.inner, as_found=as_found)
+    objective.starts_as_found(as_found)
     if objective.delta is None and not objective.reproducible:
         objective.accept(objective.evaluate(polished.theta, explore=True))
     starts = objective.stored_starts()

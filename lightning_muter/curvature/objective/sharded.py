@@ -7,7 +7,8 @@ same steps everywhere without further communication.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lightning_muter.curvature.hessian.sums import Sums
-from lightning_muter.curvature.objective.head import RobustObjective
+from lightning_muter.curvature.objective.base import Met
+from lightning_muter.curvature.objective.head import RobustObjective, Tick
 from lightning_muter.curvature.objective.soft_maximum import MOST, Kinks
 from lightning_muter.model.distributed import Shards
 
@@ -45,6 +47,25 @@ class ShardedObjective(RobustObjective):
     def places_of(self, kinks: Kinks) -> tuple[Tensor, Tensor]:
         which = (kinks.rows % self.shards.world == self.shards.rank).nonzero()[:, 0]
         return which, kinks.rows[which] // self.shards.world
+
+    @contextmanager
+    def ticking(self, tick: Tick) -> Iterator[None]:
+        """Tell of samples as they are read."""
+        self.tick = tick
+        try:
+            yield
+        finally:
+            self.tick = None
+
+    def starts_as_found(self, as_found: bool) -> None:
+        """Whether maximisers are taken as polish left them."""
+        self.inner = replace(self.inner, as_found=as_found)
+
+    def joined(self, total: Sums) -> Sums:
+        """Sums of parts as those of one pass; what local maxima it met is not kept."""
+        self.passes += 1
+        self.met = Met()
+        return self.reduced(total)
 
     def sums(self, theta: Tensor, **options: Any) -> tuple[Sums, Tensor]:
         sums, delta = super().sums(theta, **options)
