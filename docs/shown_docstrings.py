@@ -14,6 +14,9 @@ def shown(text: str) -> str:
     """A docstring with what readers of the source know in the words of the site's parser."""
     text = re.sub(r":(?:class|func|meth|mod|attr):`~?([^`]+)`", r"`\1`", text)
     text = re.sub(r"^Example::$", "**Example**", text, flags=re.MULTILINE)
+    text = re.sub(
+        r"^\S.*$", lambda line: re.sub(r"(?<=\w)\*(?=[\s,.:/|)]|$)", r"\\*", line[0]), text, flags=re.MULTILINE
+    )  # delta*
     parts = re.split(r"\n\n(?=>>> )", text, maxsplit=1)
     if len(parts) == 1:
         return text

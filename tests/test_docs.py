@@ -66,7 +66,10 @@ def test_docstrings_are_shown_in_the_words_of_the_site() -> None:
 
 
 def test_every_page_is_in_the_navigation() -> None:
-    assert set(PAGES) == set(re.findall(r": ([\w/]+\.md)", (ROOT / "mkdocs.yml").read_text()))
+    settings = (ROOT / "mkdocs.yml").read_text()
+    assert set(PAGES) == set(re.findall(r": ([\w/]+\.md)", settings))
+    keys = re.findall(r"^ +\w+:", settings, re.MULTILINE)
+    assert len(keys) == len(set(keys))  # of two alike YAML takes the last
 
 
 def test_every_public_name_is_documented() -> None:
