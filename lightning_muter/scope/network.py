@@ -177,11 +177,7 @@ def unlearn_stored(
     objective = Training.of(snapshot, access).objective(model, read, kept, reading, shards)
     search = Search(1 + refine, cg=_as_cg(solver), progress=progress)
     result, new = _carry_out(objective, snapshot.scope, positions, len(kept), search)
-    after = replace(
-        snapshot,
-        forgotten=[*snapshot.forgotten, *positions],
-        **{name: _blanked(getattr(snapshot, name), positions) for name in ("digests", "sample_weight", "mass")},
-    )
+    after = snapshot.without(positions)
     after.barred = barred_after(snapshot, data, positions, access.collate)
     assert result.stationarity_after is not None
     after.stationarity = result.stationarity_after
@@ -191,14 +187,6 @@ def unlearn_stored(
         remember(model, Forgotten.of(snapshot))
     result.seconds = time.perf_counter() - began
     return result
-
-
-def _blanked(rows: Tensor | None, positions: list[int]) -> Any:
-    if rows is None:
-        return None
-    rows = rows.clone()
-    rows[torch.tensor(positions)] = 0
-    return rows
 
 
 def _carry_out(
