@@ -63,14 +63,14 @@ def distances() -> str:
     near = [f"{float(r['distance']):.2g}" for r in (linear, linear_refined, net, net_refined)]
     floors = [f"{float(r['distance']):.2g}" for r in (linear_floor, net_floor)]
     lines = [
-        f"| {gone} of {total} digits removed, two cores | softmax regression | distance | head of a CNN | distance |",
+        f"| {gone} of {total} digits removed | softmax | distance | CNN's head | distance |",
         "| --- | --- | --- | --- | --- |",
         f"| end of the fit, once | {_seconds(linear['seconds_snapshot'])} | | {_seconds(net['seconds_snapshot'])} | |",
         f"| one step | {_seconds(linear['seconds_request'])} | {near[0]} | {_seconds(net['seconds_request'])} | {near[2]} |",
-        f"| two refine steps (linear: certified) | {_seconds(linear_refined['seconds_request'])} | {near[1]} "
+        f"| two refine steps | {_seconds(linear_refined['seconds_request'])} | {near[1]} "
         f"| {_seconds(net_refined['seconds_request'])} | {near[3]} |",
         f"| retraining | {_seconds(linear_again['seconds_retrain'])} | 0 | {_seconds(net_again['seconds_retrain'])} | 0 |",
-        f"| a second retraining: the noise floor | {_seconds(linear_floor['seconds_request'])} | {floors[0]} "
+        f"| a second retraining | {_seconds(linear_floor['seconds_request'])} | {floors[0]} "
         f"| {_seconds(net_floor['seconds_request'])} | {floors[1]} |",
     ]
     return "\n".join([*lines, "", "Sources: `softmax_l2_main` and `main_job` in `examples/results`.", ""])

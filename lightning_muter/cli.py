@@ -25,38 +25,40 @@ _REQUESTS = ("check", "snapshot", "unlearn", "refresh")
 _FILES = ("audit", "purge", "publish")
 
 HELP = """\
-usage: muter COMMAND [--config FILE] [options]        (muter COMMAND --help explains each command)
+usage: muter COMMAND [--config FILE] [options]     (muter COMMAND --help explains each command)
 
-Train with Lightning, then honour deletion requests on the checkpoint in seconds instead of retraining.
+Train with Lightning, then honour deletion requests in seconds instead of retraining.
 
-training, as in any LightningCLI (add the unlearning callback with --trainer.callbacks+=lightning_muter.MUterCallback):
-  fit, validate, test, predict
-  check                                        say in seconds whether a fit would end with a snapshot, and how long that takes
+training, as in any LightningCLI:
+  fit, validate, test, predict       add --trainer.callbacks+=lightning_muter.MUterCallback
+  check                              in seconds: will a fit end with a snapshot, and how long will
+                                     that take?
 
 deletion requests (need the model, the training data and a checkpoint):
-  snapshot  --ckpt_path CKPT                   store what unlearning needs to know, for a checkpoint trained by anyone
+  snapshot  --ckpt_path CKPT         store what unlearning needs, for a checkpoint trained by anyone
   unlearn   --ckpt_path CKPT --forget.indices [3,17]
             --ckpt_path CKPT --forget.ids users.txt --forget.table ids.csv
-                                               remove rows of the training data from the model; --dry_run tries it
-  refresh   --ckpt_path CKPT                   a new snapshot of the retained data: nothing of the old weights stays
+                                     remove rows of the training data; --dry_run tries it
+  refresh   --ckpt_path CKPT         a new snapshot of the retained data: nothing of the old weights
+                                     stays
 
 files (need neither model nor data):
-  audit     --ckpt_path CKPT [--verify]        state of a checkpoint; with --verify the chain of receipts is checked
-            --ckpt_path CKPT --expect HEAD     whether a head that was printed earlier is still in the history
-  purge     --ckpt_path CKPT [--yes]           list (delete) what still holds removed influence
-  publish   --ckpt_path CKPT --out FILE        weights with noise, which hardly tell unlearning from retraining
+  audit     --ckpt_path CKPT [--verify]      state of a checkpoint; with --verify also the receipts
+            --ckpt_path CKPT --expect HEAD   is a head that was printed earlier in the history?
+  purge     --ckpt_path CKPT [--yes]         list (delete) what still holds removed influence
+  publish   --ckpt_path CKPT --out FILE      weights with noise, hardly told from retraining
 
 example:
   muter snapshot --config config.yaml --ckpt_path last.ckpt
   muter unlearn  --config config.yaml --ckpt_path last.ckpt --forget.indices [3,17]
   muter audit    --ckpt_path last.ckpt --verify
 
-Files beside last.ckpt: last.muter.ckpt (the checkpoint that requests change), last.muter.snapshot, last.muter.ledger,
-last.muter.receipts/, last.muter.pub (give it to auditors), last.muter.key (mode 0600; keep a copy elsewhere: without it
-samples cannot be recognised).
+Files beside last.ckpt: last.muter.ckpt (the checkpoint that requests change), last.muter.snapshot,
+last.muter.ledger, last.muter.receipts/, last.muter.pub (give it to auditors), last.muter.key (mode
+0600; keep a copy elsewhere: without it samples cannot be recognised).
 exit codes: 0 done, 1 refused with a reason (nothing was changed unless it says so), 2 wrong usage
-environment: MUTER_TRACEBACK=1 shows the Python traceback of a refusal too; MUTER_WITNESS names a command that is told every new
-head of the ledger (in place of {head}, and on its standard input)
+environment: MUTER_TRACEBACK=1 shows the Python traceback of a refusal too; MUTER_WITNESS names a
+command that is told every new head of the ledger (in place of {head}, and on its standard input)
 """
 
 

@@ -90,6 +90,9 @@ def test_a_study_begins_with_what_a_decision_needs(tmp_path: Path, capsys: pytes
 
 
 def test_numbers_stay_whole_and_links_are_left_alone(tmp_path: Path) -> None:
+    page = to_html("# A study\n\n| a | b & c |\n| --- | ---: |\n| 1 | 2 |\n", tmp_path)
+    assert '<td data-label="a">1</td>' in page  # named, for on a phone each row is a list
+    assert '<td data-label="b &amp; c" style="text-align:right">2</td>' in page
     page = to_html("# A study\n\n1.2e-07 of [3e-4](3e-4.csv)\n", tmp_path)
     assert "<span>1.2e-07</span>" in page
     assert 'href="3e-4.csv"' in page

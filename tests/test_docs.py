@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -52,8 +53,23 @@ def test_pictures_are_there_and_those_of_the_results() -> None:
     assert (DOCS / "pictures" / "distance.png").read_bytes() == drawn.read_bytes(), "run `python docs/pictures.py`"
 
 
+def test_docstrings_are_shown_in_the_words_of_the_site() -> None:
+    spec = importlib.util.spec_from_file_location("shown_docstrings", DOCS / "shown_docstrings.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.shown("Twice :class:`a.B`.\n\n>>> 1 + 1\n2\n\nMore.") == (
+        "Twice `a.B`.\n\nMore.\n\nExamples:\n    >>> 1 + 1\n    2"
+    )
+    assert "\nExamples:\n    >>> t = ThreatModel" in module.shown(inspect.getdoc(ThreatModel.project))
+
+
 def test_every_page_is_in_the_navigation() -> None:
-    assert set(PAGES) == set(re.findall(r": ([\w/]+\.md)", (ROOT / "mkdocs.yml").read_text()))
+    settings = (ROOT / "mkdocs.yml").read_text()
+    assert set(PAGES) == set(re.findall(r": ([\w/]+\.md)", settings))
+    keys = re.findall(r"^ +\w+:", settings, re.MULTILINE)
+    assert len(keys) == len(set(keys))  # of two alike YAML takes the last
 
 
 def test_every_public_name_is_documented() -> None:

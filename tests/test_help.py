@@ -47,6 +47,13 @@ def test_own_options_come_first_with_three_examples(command: str, capsys: pytest
         assert shown.index(OWN[command]) < shown.index("examples:")
 
 
+@pytest.mark.parametrize("command", [[], *([name] for name in OWN)], ids=str)
+def test_help_fits_a_hundred_columns(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Command lines to be copied aside."""
+    lines = _shown(*command, "--help", capsys=capsys).splitlines()
+    assert [line for line in lines if len(line.rstrip()) > 100 and not line.startswith("  muter ")] == []
+
+
 def test_lists_that_are_cut_say_how_many_more() -> None:
     """As parsers write them: which lists there are depends on Python and on what is installed."""
     names = ", ".join(f"my.loss.L{i}" for i in range(9))

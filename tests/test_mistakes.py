@@ -98,6 +98,7 @@ MISTAKES: dict[str, Callable[[Net, Snapshot], object]] = {
     "a loader for a dataset": fitted(DataLoader(ROWS), threat_model=BALL, weight_decay=1e-2),
     "an unknown norm": lambda m, s: ThreatModel("l1", 0.1),
     "a scope that no parameter has": fitted(threat_model=BALL, weight_decay=1e-2, scope="body"),
+    "a norm in capitals": lambda m, s: ThreatModel("Linf", 8 / 255),
     "refine without the rows": asked([1], refine=1),
     "a request without the data": lambda m, s: unlearn(m, s, [1]),
     "the path of a snapshot": lambda m, s: unlearn(m, "run/model.muter.snapshot", [1], ROWS),  # type: ignore[arg-type]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import configparser
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +30,16 @@ def test_public_names_have_homes_and_types():
         for alias in node.names
     }
     assert typed == {(name, f"lightning_muter.{home}") for name, home in lightning_muter._HOME.items()}
+
+
+def test_every_dependency_has_a_lowest_version():
+    """Which `.ci/versions lowest` installs and tests."""
+    config = configparser.ConfigParser()
+    config.read(Path(__file__).parents[1] / "setup.cfg")
+    declared = config["options"]["install_requires"] + config["options.extras_require"]["test"]
+    names = [line for line in declared.splitlines() if line]
+    assert len(names) > 20
+    assert [line for line in names if not re.match(r"[\w-]+(\[\w+\])?>=[\d.]+", line)] == []
 
 
 def test_importing_the_package_imports_neither_torch_nor_lightning():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -152,7 +153,9 @@ class ThreatModel:
     def __post_init__(self) -> None:
         if self.norm not in Ball.known():
             known = ", ".join(map(repr, sorted(Ball.known())))
-            advice = "Other norms: subclass lightning_muter.adversarial.threat_model.Ball and import it first."
+            alike = get_close_matches(str(self.norm).lower(), Ball.known(), n=1, cutoff=0.8)
+            advice = f"Write {alike[0]!r}. " if alike else ""
+            advice += "Other norms: subclass lightning_muter.adversarial.threat_model.Ball and import it first."
             raise ArgumentError("norm", self.norm, known, advice)
         eps = as_number(self.eps)
         if eps is None or not (math.isfinite(eps) and eps >= 0):

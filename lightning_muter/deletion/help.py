@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Sequence
 
 _LIGHTNINGS = ("trainer", "model", "data", "optimizer", "lr_scheduler")
@@ -63,7 +64,7 @@ def arranged(command: str, text: str) -> str:
 
     Of Lightning's options only the number of lines is said, and how to see them.
     """
-    groups = [_cut(group) for group in re.split(r"\n\n(?=\S)", text.strip())]
+    groups = [_cut(_wrapped(group)) for group in re.split(r"\n\n(?=\S)", text.strip())]
     own: list[str] = []
     general: list[str] = []
     others: list[str] = []
@@ -79,9 +80,15 @@ def arranged(command: str, text: str) -> str:
         *own,
         f"examples:\n{examples}",
         *general,
-        f"Options of {', '.join(_LIGHTNINGS)} are Lightning's: {hidden} more lines, by `muter {command} --help all`.",
+        f"Options of {', '.join(_LIGHTNINGS)} are Lightning's:\n{hidden} more lines, by `muter {command} --help all`.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _wrapped(group: str) -> str:
+    """A group whose heading is the first sentence of a method: on a terminal's lines."""
+    heading, _, rest = group.partition("\n")
+    return "\n".join([textwrap.fill(heading, 98), *([rest] if rest else [])])
 
 
 def _cut(text: str) -> str:

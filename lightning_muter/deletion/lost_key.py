@@ -18,9 +18,9 @@ from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards
 from lightning_muter.model.losses import Loss
 from lightning_muter.scope.head_methods import objective_of
-from lightning_muter.scope.network_objective import Rows, stored_objective
+from lightning_muter.scope.network_objective import Training
 from lightning_muter.snapshot.reread import Access
-from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot
+from lightning_muter.snapshot.snapshot import Snapshot
 from lightning_muter.storage.fingerprint import DigestKey
 
 #: Of |sum of gradients - stored sum| / sum of |gradients|, by dtype: rounding, far below the share of one row.
@@ -77,12 +77,10 @@ def _check_sums(
     old: AnySnapshot, model: L.LightningModule, data: TrainingData, kept: list[int], loss: Loss | None, batch_size: int
 ) -> None:
     """Compare with what was stored: of the head the sum of gradients, beyond it how stationary the weights were."""
-    reading = Access(loss, data.collate).reading(model, old, data.dataset, kept)
+    access = Access(loss, data.collate, batch_size)
+    reading = access.reading(model, old, data.dataset, kept)
     if isinstance(old, Snapshot):
-        source = SampleSource(
-            data.dataset, collate=data.collate, batch_size=batch_size, device=model.device, readable=kept,
-            threat=old.threat_model, reading=reading,
-        )  # fmt: skip
+        source = access.source(reading, old, data.dataset, kept)
         problem = HeadProblem(model, reading.loss, source.examples(), reading)
         starts = old.base_starts if old.base_starts is not None else old.starts
         objective = objective_of(old, problem, source, kept, starts, Shards())
@@ -90,9 +88,7 @@ def _check_sums(
         error = float((sums.gradient.cpu() - old.gradient).norm() / sums.gradient_scale.cpu())
         limit = _SAME.get(old.gradient.dtype, _ELSE)
     else:
-        wide = stored_objective(
-            model, old, Rows(data.dataset, kept, reading, data.collate, min(batch_size, WIDE_BATCH))
-        )
+        wide = Training.of(old, access).objective(model, data.dataset, kept, reading)
         found = wide.evaluate(wide.problem.read()).stationarity
         error, limit = abs(found - old.stationarity) / max(found, old.stationarity, 1e-12), 0.05
     if not error <= limit:

@@ -32,7 +32,7 @@ from lightning_muter.minimise.levenberg_marquardt import Found, LevenbergMarquar
 from lightning_muter.model.distributed import Shards
 from lightning_muter.model.modes import full_precision
 from lightning_muter.scope.asked import Search, UnlearnWide
-from lightning_muter.scope.network_objective import Rows, left_outside, stored_objective
+from lightning_muter.scope.network_objective import Training, left_outside
 from lightning_muter.snapshot.ranks import ranks_agree
 from lightning_muter.snapshot.reread import Access
 from lightning_muter.snapshot.retaken import positions_to_leave_out
@@ -114,8 +114,7 @@ def unlearn_wide(asked: UnlearnWide) -> UnlearnResult:
     positions = checked_positions(asked.forget, stand_in)
     gone = {*positions, *before}
     kept = [i for i in range(n_total) if i not in gone]
-    training = asked.training(model)
-    objective = training.objective(model, asked.rows(data, kept, asked.read(model, data, kept), asked.shards))
+    objective = asked.objective(model, data, kept, asked.read(model, data, kept), asked.shards)
     if asked.seconds is not None:
         search = replace(search, deadline=began + asked.seconds)
     result, new = _carry_out(objective, asked.scope, positions, len(kept), search)
@@ -175,14 +174,10 @@ def unlearn_stored(
     reading = access.reading(model, snapshot, data, sorted([*positions, *kept]))
     check_digests(snapshot, data, positions, "data", access.collate)
     check_digests(snapshot, read, kept, "data" if retain is None else "retain", access.collate)
-    objective = stored_objective(model, snapshot, Rows.of(access, read, kept, reading, shards))
+    objective = Training.of(snapshot, access).objective(model, read, kept, reading, shards)
     search = Search(1 + refine, cg=_as_cg(solver), progress=progress)
     result, new = _carry_out(objective, snapshot.scope, positions, len(kept), search)
-    after = replace(
-        snapshot,
-        forgotten=[*snapshot.forgotten, *positions],
-        **{name: _blanked(getattr(snapshot, name), positions) for name in ("digests", "sample_weight", "mass")},
-    )
+    after = snapshot.without(positions)
     after.barred = barred_after(snapshot, data, positions, access.collate)
     assert result.stationarity_after is not None
     after.stationarity = result.stationarity_after
@@ -192,14 +187,6 @@ def unlearn_stored(
         remember(model, Forgotten.of(snapshot))
     result.seconds = time.perf_counter() - began
     return result
-
-
-def _blanked(rows: Tensor | None, positions: list[int]) -> Any:
-    if rows is None:
-        return None
-    rows = rows.clone()
-    rows[torch.tensor(positions)] = 0
-    return rows
 
 
 def _carry_out(

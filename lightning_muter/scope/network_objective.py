@@ -17,129 +17,127 @@ from lightning_muter.curvature.problem.network import WideProblem
 from lightning_muter.curvature.response.choose import Response, as_response
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards, refuse_sharded_parameters
+from lightning_muter.model.losses import Loss
+from lightning_muter.model.read_step import read_objective
 from lightning_muter.model.reading import Reading
 from lightning_muter.model.weight_decay import WholeDecay
 from lightning_muter.snapshot.reread import Access
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, WideSnapshot
-from lightning_muter.snapshot.trained import Decay, decay_by_name
+from lightning_muter.snapshot.trained import Decay, decay_by_name, trained_threat
 
 #: Inner maxima of ReLU networks sit on kinks: followed by a few steps per evaluation, they settle as the search goes on.
 _KINKED = InnerSolver(tolerance=1e-3, max_iter=8, tracking=4, finish=1)
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Where samples are read: ``positions`` of ``data``, as ``reading`` says.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Training:
+    """What was minimised, and how its rows are read; the fields are explained at :func:`lightning_muter.take_wide_snapshot`."""
 
-    Attributes:
-        weight: c_i of the objective, where the reading has none of its own.
-        shards: this process's share of them.
-    """
-
-    data: Dataset[Any]
-    positions: Sequence[int]
-    reading: Reading
+    scope: str | Sequence[str] = "all"
+    threat_model: ThreatModel | None = None
+    attack: Any = None
+    trades_beta: float | None = None
+    response: str | Response = "auto"
+    curvature: WideCurvature = "ggn"
+    loss: Loss | None = None
+    weight_decay: Decay = "auto"
+    optimizers: Iterable[Any] | None = None
+    smoothing: Smoothing | None = None
+    inner: InnerSolver | None = None
+    sample_weight: Tensor | None = None
     collate: Callable[[list[Any]], Any] | None = None
     batch_size: int = WIDE_BATCH
     num_workers: int = 0
-    weight: Tensor | None = None
-    shards: Shards | None = None
+    inputs: Any = None
+    label: Any = None
+    progress: bool = True
 
     @classmethod
-    def of(
-        cls,
-        access: Access,
+    def of(cls, snapshot: WideSnapshot, access: Access) -> Training:
+        """The one that a snapshot was taken of; weights of rows are part of the reading."""
+        return cls(
+            scope=snapshot.patterns,
+            threat_model=snapshot.threat_model,
+            response=snapshot.response,
+            curvature=snapshot.curvature,
+            weight_decay=WholeDecay(snapshot.decay),
+            trades_beta=snapshot.trades_beta,
+            smoothing=snapshot.smoothing,
+            inner=snapshot.inner,
+            collate=access.collate,
+            batch_size=min(access.batch_size, WIDE_BATCH),
+        )
+
+    def read(
+        self, model: nn.Module, data: Dataset[Any], positions: Sequence[int] | None = None, normalization: Any = None
+    ) -> Reading:
+        """The loss of these rows of the data (None: all)."""
+        return read_objective(
+            model,
+            data,
+            loss=self.loss,
+            collate=self.collate,
+            positions=positions,
+            inputs=self.inputs,
+            label=self.label,
+            normalization=normalization,
+        )
+
+    def objective(
+        self,
+        model: nn.Module,
         data: Dataset[Any],
         positions: Sequence[int],
         reading: Reading,
         shards: Shards | None = None,
-    ) -> Rows:
-        """Of a stored training: its weights are part of the reading."""
-        return cls(data, positions, reading, access.collate, min(access.batch_size, WIDE_BATCH), shards=shards)
-
-
-@dataclass(frozen=True)
-class Training:
-    """What was minimised, over the parameters in ``scope``.
-
-    Attributes:
-        decay: lambda, as in :func:`lightning_muter.take_snapshot`; optimizers: where "auto" reads it.
-        smoothing, inner: None for the defaults.
-    """
-
-    scope: str | Sequence[str]
-    threat: ThreatModel
-    response: str | Response
-    curvature: WideCurvature
-    decay: Decay
-    trades_beta: float | None = None
-    optimizers: Iterable[Any] | None = None
-    smoothing: Smoothing | None = None
-    inner: InnerSolver | None = None
-
-    @classmethod
-    def of(cls, snapshot: WideSnapshot) -> Training:
-        return cls(
-            scope=snapshot.patterns,
-            threat=snapshot.threat_model,
-            response=snapshot.response,
-            curvature=snapshot.curvature,
-            decay=WholeDecay(snapshot.decay),
-            trades_beta=snapshot.trades_beta,
-            smoothing=snapshot.smoothing,
-            inner=snapshot.inner,
-        )
-
-    def objective(self, model: nn.Module, rows: Rows) -> WideObjective:
-        """The robust objective over these rows, anchored at the weights at hand.
+    ) -> WideObjective:
+        """The robust objective over these rows of the data, of which ``shards`` is this process's share; anchored at the weights
+        at hand.
 
         Raises:
+            ArgumentError: no threat model is given or found.
             UnsuitableError: sharded parameters, or a weight decay that is not known.
         """
         refuse_sharded_parameters(model)
-        shards = rows.shards or Shards.current()
+        threat = trained_threat(model, self.threat_model, self.attack)
+        shards = shards or Shards.current()
         source = SampleSource(
-            rows.data,
-            collate=rows.collate,
-            batch_size=rows.batch_size,
-            num_workers=rows.num_workers,
+            data,
+            collate=self.collate,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
             device=next(model.parameters()).device,
-            weight=rows.weight,
-            threat=self.threat,
-            readable=rows.positions,
-            reading=rows.reading,
+            weight=self.sample_weight,
+            threat=threat,
+            readable=positions,
+            reading=reading,
         ).settle()
-        problem = WideProblem(model, rows.reading.loss, self.scope, source.examples(), self.trades_beta, rows.reading)
+        problem = WideProblem(model, reading.loss, self.scope, source.examples(), self.trades_beta, reading)
         return WideObjective(
             problem,
-            self.threat,
+            threat,
             source,
-            self.decay_of(model, problem, rows.reading.penalty),
-            as_response(self.response, self.threat),
-            shards.share(rows.positions),
-            source.total(rows.positions),
+            self.decay_of(model, problem, reading.penalty),
+            as_response(self.response, threat),
+            shards.share(positions),
+            source.total(positions),
             self.curvature,
             self.inner or (_KINKED if problem.backbone.piecewise_linear else InnerSolver(max_iter=50)),
             self.smoothing or Smoothing(),
-            anchor=problem.read() if self.threat.jumps else None,
+            anchor=problem.read() if threat.jumps else None,
             reduce=shards.sum_,
             leads=shards.rank == 0,
         )
 
     def decay_by_name(self, model: nn.Module, names: Sequence[str], penalty: Mapping[str, float]) -> dict[str, float]:
         """lambda by parameter name."""
-        return decay_by_name(names, model, self.decay, self.optimizers, penalty)
+        return decay_by_name(names, model, self.weight_decay, self.optimizers, penalty)
 
     def decay_of(self, model: nn.Module, problem: WideProblem, penalty: Mapping[str, float]) -> Tensor:
         """lambda per entry of w, (p,)."""
         values = self.decay_by_name(model, problem.names, penalty)
         found = torch.tensor([values[n] for n in problem.names], dtype=problem.dtype, device=problem.device)
         return torch.repeat_interleave(found, torch.tensor(problem.sizes, device=problem.device))
-
-
-def stored_objective(model: nn.Module, snapshot: WideSnapshot, rows: Rows) -> WideObjective:
-    """The objective that a `WideSnapshot` describes, over some rows."""
-    return Training.of(snapshot).objective(model, rows)
 
 
 def left_outside(model: nn.Module, names: Iterable[str]) -> str | None:

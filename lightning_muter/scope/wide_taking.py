@@ -20,7 +20,7 @@ from lightning_muter.minimise.levenberg_marquardt import LevenbergMarquardt
 from lightning_muter.model.modes import full_precision
 from lightning_muter.model.reading import Reading
 from lightning_muter.scope.asked import DAMPING, TakeWide
-from lightning_muter.scope.network_objective import Rows, left_outside, stored_objective
+from lightning_muter.scope.network_objective import Training, left_outside
 from lightning_muter.snapshot.ranks import ranks_agree
 from lightning_muter.snapshot.reread import Access
 from lightning_muter.snapshot.retaken import leaves_out_forgotten
@@ -99,9 +99,8 @@ def wide_snapshot(asked: TakeWide) -> WideSnapshot:
     reading = asked.reading
     if reading is None:
         reading = asked.read(model, dataset, normalization=asked.normalization)
-    training = asked.training(model)
     every = range(len(dataset))  # type: ignore[arg-type]
-    objective = training.objective(model, asked.rows(dataset, every, reading))
+    objective = asked.objective(model, dataset, every, reading)
     problem = objective.problem
     w, first, now = _polished(objective, steps, asked.progress)
     notes = _notes(model, problem.names, reading, now)
@@ -113,7 +112,7 @@ def wide_snapshot(asked: TakeWide) -> WideSnapshot:
     return WideSnapshot(
         patterns=[asked.scope] if isinstance(asked.scope, str) else list(asked.scope),
         parameters=list(problem.names),
-        decay=training.decay_by_name(model, problem.names, reading.penalty),
+        decay=asked.decay_by_name(model, problem.names, reading.penalty),
         n_total=objective.source.n,
         forgotten=[],
         threat_model=objective.threat,
@@ -185,7 +184,7 @@ def refresh_wide(model: nn.Module, snapshot: WideSnapshot, data: Dataset[Any], a
     kept = snapshot.retained_positions
     reading = access.reading(model, snapshot, data, kept)
     check_digests(snapshot, data, kept, "data", access.collate)
-    objective = stored_objective(model, snapshot, Rows.of(access, data, kept, reading))
+    objective = Training.of(snapshot, access).objective(model, data, kept, reading)
     now = objective.evaluate(objective.problem.read())
     return replace(
         snapshot,

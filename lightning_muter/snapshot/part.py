@@ -11,10 +11,6 @@ from torch.utils.data import Dataset, Subset
 from lightning_muter.snapshot.snapshot import Snapshot, WideSnapshot
 from lightning_muter.snapshot.take import take_snapshot
 
-#: Fields with one row per sample.
-_BY_ROW = ("digests", "starts", "base_starts", "sample_weight", "mass")
-
-
 #: What is asked for with one kind of snapshot alone.
 _OF_HEAD = ("budget", "fit", "examples")
 _BEYOND = ("trades_beta",)
@@ -45,13 +41,7 @@ def snapshot_of_rows(
 
 
 def _counted_in(part: Snapshot | WideSnapshot, rows: list[int], n: int) -> Snapshot | WideSnapshot:
-    for name in _BY_ROW:
-        value = getattr(part, name, None)
-        if value is not None:
-            full = value.new_zeros(n, *value.shape[1:])
-            full[rows] = value
-            setattr(part, name, full)
     inside = set(rows)
-    part.forgotten = [rows[i] for i in part.forgotten]
-    part.n_total, part.absent = n, [i for i in range(n) if i not in inside]
+    part.counted_in(rows, n)
+    part.forgotten, part.absent = [rows[i] for i in part.forgotten], [i for i in range(n) if i not in inside]
     return part

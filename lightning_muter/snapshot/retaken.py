@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from lightning_muter.errors import MismatchError, RequestError
@@ -80,11 +79,8 @@ def spread(part: Any, n_total: int, gone: Sequence[int], absent: Sequence[int] =
     """A snapshot of the retained rows, with positions counted in the full training set again."""
     out = {*gone, *absent}
     kept = [i for i in range(n_total) if i not in out]
-    part.n_total, part.forgotten, part.absent = n_total, list(gone), list(absent)
-    for name in ("digests", "starts", "sample_weight", "mass"):
-        rows = getattr(part, name, None)
-        if rows is not None:
-            setattr(part, name, _spread(rows, kept, n_total))
+    part.counted_in(kept, n_total)
+    part.forgotten, part.absent = list(gone), list(absent)
     return part
 
 
@@ -95,9 +91,3 @@ def part_of(snapshot: Snapshot, kept: list[int]) -> Snapshot:
         snapshot, n_total=len(kept), forgotten=[], absent=[], digests=snapshot.digests[kept], starts=starts, base_starts=None,
         sample_weight=None, mass=None,
     )  # fmt: skip
-
-
-def _spread(rows: Tensor, positions: Sequence[int], n: int) -> Tensor:
-    out = rows.new_zeros(n, *rows.shape[1:])
-    out[torch.tensor(list(positions))] = rows
-    return out

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,13 @@ from lightning_muter.storage.atomic import Writer, atomic_write
 from lightning_muter.storage.container import container_writer, read_container
 from lightning_muter.storage.fingerprint import DigestKey, versions, weight_fingerprint
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 KIND = "snapshot"
 VERSION = 2
+#: Fields with one row per sample.
+BY_ROW = ("digests", "starts", "base_starts", "sample_weight", "mass")
 
 
 @dataclass(kw_only=True, repr=False)
@@ -181,6 +186,26 @@ class Stored(ABC):
                 "Load the weights that were saved with this snapshot (<name>.muter.ckpt), or take a new snapshot of these. (Buffers "
                 "count: one that changes outside training, a counter say, is registered with persistent=False.)"
             )
+
+    def counted_in(self, positions: Sequence[int], n: int) -> None:
+        """Let rows count in a dataset of ``n``, where those at hand are at these positions; of the others nothing is known."""
+        for name in BY_ROW:
+            rows = getattr(self, name, None)
+            if rows is not None:
+                full = rows.new_zeros(n, *rows.shape[1:])
+                full[torch.tensor(list(positions), dtype=torch.int64)] = rows
+                setattr(self, name, full)
+        self.n_total = n
+
+    def without(self, positions: Sequence[int], **changes: Any) -> Self:
+        """After a request: these positions are forgotten, and nothing of theirs is left; shares nothing that changes."""
+        gone, left = torch.tensor(list(positions), dtype=torch.int64), {}
+        for name in BY_ROW:
+            rows = getattr(self, name, None)
+            if rows is not None:
+                left[name] = rows.clone()
+                left[name][gone] = 0
+        return replace(self, forgotten=[*self.forgotten, *positions], **left, **changes)
 
     def adopt(self, other: Stored) -> None:
         """Become `other` (used to switch to the state after a request in one step)."""

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 
 from lightning_muter.curvature.problem.head import HeadProblem
@@ -261,27 +261,8 @@ def _seconds(certify: bool | float) -> float | None:
 
 def _downdated(snapshot: Snapshot, step: Step, positions: list[int]) -> Snapshot:
     """The snapshot after the request (statistics minus the forgotten terms), sharing nothing that changes."""
-    gone = torch.tensor(positions, dtype=torch.int64)
-
-    def blanked(rows: Tensor | None) -> Tensor | None:
-        if rows is None:
-            return None
-        rows = rows.clone()
-        rows[gone] = 0
-        return rows
-
-    digests = blanked(snapshot.digests)
-    assert digests is not None
-    return replace(
-        snapshot,
-        hessian=replace(step.hessian, blocks=step.hessian.blocks.cpu()),
-        gradient=step.gradient.cpu(),
-        forgotten=[*snapshot.forgotten, *positions],
-        digests=digests,
-        sample_weight=blanked(snapshot.sample_weight),
-        mass=blanked(snapshot.mass),
-        starts=blanked(snapshot.starts),
-        base_starts=blanked(snapshot.base_starts),
+    return snapshot.without(
+        positions, hessian=replace(step.hessian, blocks=step.hessian.blocks.cpu()), gradient=step.gradient.cpu()
     )
 
 

@@ -34,6 +34,13 @@ img { max-width: 100%; }
   table.figures thead { display: none; }
   table.figures tr { border-bottom: 1px solid #bbb; padding: .5em 0; }
   table.figures td { border: 0; padding: 1px 0; }
+  table.rows, table.rows tbody, table.rows tr { display: block; }
+  table.rows thead { display: none; }
+  table.rows tr { border-bottom: 1px solid #bbb; padding: .5em 0; }
+  table.rows td { display: flex; justify-content: space-between; gap: 1em; border: 0; padding: 1px 0; text-align: right !important; }
+  table.rows td::before { content: attr(data-label); color: #555; text-align: left; }
+  table.rows td:empty { display: none; }
+  table.rows td code, table.rows td a { white-space: normal; overflow-wrap: anywhere; }
 }
 @media print {
   body { font-size: 10pt; max-width: none; margin: 0; }
@@ -47,6 +54,19 @@ img { max-width: 100%; }
 """
 
 _NUMBER = re.compile(r"\b\d[\d.]*e[+-]\d+")
+
+
+def _labelled(table: str) -> str:
+    """A table whose cells know their column: on a phone each row is a list of named cells, so that nothing scrolls sideways."""
+    headers = [re.sub(r"<[^>]+>", "", h) for h in re.findall(r"<th(?: [^>]*)?>(.*?)</th>", table, re.DOTALL)]
+
+    def row(match: re.Match[str]) -> str:
+        labels = iter(headers)
+        return re.sub(
+            r"<td(?=[ >])", lambda _: f'<td data-label="{html.escape(html.unescape(next(labels)))}"', match.group()
+        )
+
+    return f'<table class="rows">\n{re.sub(r"<tr>.*?</tr>", row, table, flags=re.DOTALL)}</table>'
 
 
 def to_html(markdown: str, folder: Path) -> str:
@@ -64,6 +84,7 @@ def to_html(markdown: str, folder: Path) -> str:
     body = body.replace(
         "<table>\n<thead>\n<tr>\n<th>figure</th>", '<table class="figures">\n<thead>\n<tr>\n<th>figure</th>'
     )
+    body = re.sub(r"<table>\n(.*?)</table>", lambda table: _labelled(table.group(1)), body, flags=re.DOTALL)
     body = body.replace("<table", '<div class="wide"><table').replace("</table>", "</table></div>")
     title = html.escape(markdown.splitlines()[0].lstrip("# "))
     screen = '<meta name="viewport" content="width=device-width, initial-scale=1">'
