@@ -34,6 +34,7 @@ ALLOWED = {
     "box": st.none() | st.just((-2.5, 1.0)),
     "damping": st.floats(0.01, 0.99),
     "sketch": st.none() | st.integers(0, 9),
+    "directions": st.none() | st.integers(1, 9),
     "terms": st.integers(1, 99),
     "space": st.sampled_from(["features", "inputs"]),
 }

@@ -11,13 +11,14 @@ from lightning_muter.adversarial.climb import LossAttack
 from lightning_muter.curvature.objective.head import RobustObjective
 from lightning_muter.curvature.problem.head import HeadProblem
 from lightning_muter.minimise.best import Best
-from lightning_muter.minimise.budget import FORWARD
 from lightning_muter.minimise.train_on import TrainedOn
 from lightning_muter.model.losses import Loss, accuracy, per_sample
 
 #: Samples on which robust figures are taken, spread over the data: a sixteenth of them, within these; steps of the climb that finds
 #: their perturbations.
 _LEAST, _MOST, _STEPS = 64, 256, 10
+#: Gradients per sample that all these figures take, of a thousand samples or more; what few ones take is little.
+COST = 2.0
 
 
 def polish_figures(
@@ -82,11 +83,6 @@ def _robust(objective: RobustObjective, problem: HeadProblem, loss: Loss, theta:
         assert share is not None
         right += float(share) * len(y)
     return right / len(chosen)
-
-
-def cost_of_figures(n: int) -> float:
-    """Gradients per sample that they take."""
-    return FORWARD + 2 * (_STEPS + FORWARD) * _samples(n) / n
 
 
 def _samples(n: int) -> int:

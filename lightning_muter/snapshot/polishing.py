@@ -15,7 +15,7 @@ from lightning_muter.curvature.response.choose import Response, as_response
 from lightning_muter.minimise.best import Best, best_head
 from lightning_muter.minimise.budget import Budget
 from lightning_muter.minimise.train_on import TrainedOn, affordable, cost_of_sums, train_on
-from lightning_muter.snapshot.polished import cost_of_figures, polish_figures
+from lightning_muter.snapshot.polished import COST, polish_figures
 from lightning_muter.snapshot.progress import bar
 
 #: What knows adversarial examples of the training (`adversarial.examples`).
@@ -55,7 +55,7 @@ class Polish:
             metric = as_response("auto", objective.threat).resolved(problem.backbone, source.n)
         if not self.given:
             response = affordable(response, objective, self.budget, own_smoothing=self.own_smoothing)
-        self.budget.spend(cost_of_sums(objective, response) + cost_of_figures(source.n))  # what comes after
+        self.budget.spend(cost_of_sums(objective, response) + COST)  # what comes after
         with bar(objective, "polish", self.progress, self.budget) as told:
             done = train_on(
                 objective,

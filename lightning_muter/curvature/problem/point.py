@@ -87,9 +87,12 @@ class LocalPoint:
 
     @cached_property
     def root(self) -> Tensor:
-        return self.leading_root(None)
+        return self._root(None)
 
     def leading_root(self, directions: int | None) -> Tensor:
         """R from so many directions of the logits (None: all), by a pass over the backbone each where J is not known."""
+        return self.root if directions is None else self._root(directions)
+
+    def _root(self, directions: int | None) -> Tensor:
         jacobian = self.__dict__.get("jacobian")
         return self.problem.curvature_root(self.theta, self.at, self.hess, jacobian, directions)
