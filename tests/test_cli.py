@@ -106,7 +106,7 @@ def test_what_the_callback_left_after_fit_is_unlearned(folder, capsys):
     assert cli.main([*request, "--refine", "1", "--request_id", "t"]) == 0
     assert "bound: " in capsys.readouterr().out
     assert cli.main(["audit", "--ckpt_path", str(made), "--verify"]) == 0
-    assert "1 receipts: chain, signatures and files checked" in capsys.readouterr().out
+    assert "1 receipt: chain, signatures and files checked" in capsys.readouterr().out
     assert cli.main(["refresh", "--config", "config.yaml", "--ckpt_path", str(made)]) == 0
 
 

@@ -87,7 +87,9 @@ def _look(places: Places, verify: bool, expect: str | None, public_key: str | os
             _ledger(places, found, ledger, fingerprint, snapshot)
             if verify or expect is not None:
                 found.problems += ledger.verify(key, trusted)
-                found.facts["verified"] = f"{len(ledger)} receipts: {_checked(ledger, key, trusted, found)}"
+                found.facts["verified"] = (
+                    f"{len(ledger)} receipt{'' if len(ledger) == 1 else 's'}: {_checked(ledger, key, trusted, found)}"
+                )
             if verify:
                 found.problems += _receipt_files(places, ledger) + _published(places, ledger, key)
             if expect is not None and not ledger.contains(expect):
@@ -194,7 +196,7 @@ def _ledger(places: Places, found: Audit, ledger: Ledger, fingerprint: str | Non
     counts = ", ".join(
         f"{sum(1 for k in kinds.values() if k == kind)} {kind}" for kind in dict.fromkeys(kinds.values())
     )
-    found.facts["ledger"] = f"{places.ledger}, {len(kinds)} requests ({counts})"
+    found.facts["ledger"] = f"{places.ledger}, {len(kinds)} request{'' if len(kinds) == 1 else 's'} ({counts})"
     last = ledger.last()
     if last is None:
         return
