@@ -180,11 +180,12 @@ def affordable(
     ``own_smoothing``: what sets the width of switches may be measured along the leading directions too: any width is a
     definition, and kept with the snapshot.
     """
-    if budget.limit is None or objective.problem.backbone.affine:
+    limit = budget.limit
+    if limit is None or objective.problem.backbone.affine:
         return response
 
     def dear() -> bool:
-        return cost_of_sums(objective, response) > budget.limit / 3  # type: ignore[operator]
+        return cost_of_sums(objective, response) > limit / 3
 
     for name, cheaper in (("max_exact", 0), ("sketch", SKETCH), ("directions", LEADING)):
         if hasattr(response, name) and dear():

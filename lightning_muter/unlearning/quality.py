@@ -78,9 +78,8 @@ def predicted_error(fall: float, n_retained: float) -> float:
     """Relative error of one Newton step s: three quarters of the decrement per sample, sqrt(s' H s / n) = sqrt(2 fall / n).
 
     A quadratic model errs by the third derivative along s, which for the logistic family is bounded by the second times the size of
-    the logits' change (self-concordance: Bach, Electronic J. Statist. 4, 2010). It was within a factor of three of the error
-    measured for each of 20 requests of softmax in L2 (random, mislabelled, hardest rows and a class; two decays); where maximisers
-    switch corners (L-infinity) errors are larger, tenfold for a few hard rows.
+    the logits' change (self-concordance: Bach, Electronic J. Statist. 4, 2010). What requests of softmax ended at beside
+    it is measured by ``python -m tests.benchmarks DIR -k test_k_``; where maximisers switch corners (L-infinity) errors are larger.
     """
     return _PER_DECREMENT * math.sqrt(2 * max(fall, 0.0) / max(n_retained, 1.0))
 
