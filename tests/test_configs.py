@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchattacks
@@ -46,6 +47,9 @@ def test_datasets(name: str, tmp_path: Path) -> None:
     for who in ("ann", "bob"):
         Image.new("RGB", (4, 4)).save(tmp_path / who / "a.png")
     overrides = [f"dataset.module.root={tmp_path}"] if name in ("lacuna10", "image_folder") else []
+    if name == "image_archive":
+        np.savez(tmp_path / "a.npz", x_train=np.zeros((4, 8, 8), np.uint8), y_train=np.array([0, 1, 0, 1]))
+        overrides = [f"dataset.module.path={tmp_path / 'a.npz'}"]
     config = composed(f"dataset={name}", "seed=7", *overrides)
     data = built(config.dataset.module)
     assert isinstance(data, SplitDataModule)

@@ -13,10 +13,8 @@ from torch import Tensor
 
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.curvature.objective.head import RobustObjective
+from lightning_muter.curvature.problem.backbone import AT_A_TIME
 from lightning_muter.model.modes import derivatives
-
-#: Samples at a time on a processor, whose caches set the pace; a device takes whole batches.
-_CHUNK = 128
 
 
 class Ascent(NamedTuple):
@@ -49,7 +47,7 @@ class Oracle:
         for batch in objective.source.batches(objective.own):
             ones = torch.ones(len(batch.x), dtype=problem.dtype, device=device)
             weights.append(ones if batch.weight is None else batch.weight.to(ones))
-            size = _CHUNK if device.type == "cpu" else len(batch.x)
+            size = AT_A_TIME if device.type == "cpu" else len(batch.x)
             for x, y in zip(batch.x.split(size), batch.y.split(size), strict=True):
                 self._parts.append(_Part(slice(done, done + len(x)), x.to(problem.backbone.exact_dtype), y))
                 done += len(x)

@@ -8,6 +8,7 @@ from torch.func import jvp, vmap
 
 from lightning_muter.errors import UnsuitableError
 from lightning_muter.model.head import Head, eval_mode, features
+from lightning_muter.model.layout import ChannelsLast
 from lightning_muter.model.modes import (
     algebra_dtype,
     calls_own_functions,
@@ -24,6 +25,9 @@ from lightning_muter.model.reading import Reading
 
 #: An affine backbone is represented by its matrix up to this many numbers.
 _MAX_LINEAR = 20_000_000
+
+#: Samples at a time on a processor, whose caches set the pace; a device takes whole batches.
+AT_A_TIME = 128
 
 #: Forward-mode products, or reverse passes, taken together.
 _TANGENTS = 6
@@ -53,6 +57,7 @@ class Backbone:
         self.offset: Tensor | None = None
         self.identity = False
         self.curved, self._rewritten, self._values = True, False, widened(module)
+        self._layout = ChannelsLast(module)
         flat = examples.reshape(len(examples), -1).to(self.device, self.dtype)
         try:
             self._recognise(flat)
@@ -85,10 +90,15 @@ class Backbone:
 
     def _forward(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype).reshape(-1, *self.input_shape)
-        with eval_mode(self.module), twice_differentiable(rewritten=self._rewritten):
-            if self.reading is not None:
-                return self.reading.features(x, self._values)
-            return features(self.module, self.head, x, self._values)
+        size = AT_A_TIME if x.device.type == "cpu" else max(len(x), 1)
+        with eval_mode(self.module), self._layout(), twice_differentiable(rewritten=self._rewritten):
+            parts = [self._features(part) for part in x.split(size)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _features(self, x: Tensor) -> Tensor:
+        if self.reading is not None:
+            return self.reading.features(x, self._values)
+        return features(self.module, self.head, x, self._values)
 
     def _recognise(self, x: Tensor) -> None:
         """Affine maps are told by their values on lines through data points, far beyond the data on both sides."""

@@ -1,5 +1,6 @@
 """Datasets of the study as LightningDataModules: inputs in [0, 1] (tables: standardised), public and private parts."""
 
+from lightning_muter.study.data.archives import ImageArchiveDataModule
 from lightning_muter.study.data.arrays import ArrayDataset, stratified_split
 from lightning_muter.study.data.base import SplitDataModule
 from lightning_muter.study.data.downloads import (
@@ -18,6 +19,7 @@ __all__ = [
     "CIFAR10DataModule",
     "CovtypeBinaryDataModule",
     "DigitsDataModule",
+    "ImageArchiveDataModule",
     "ImageFolderDataModule",
     "LacunaDataModule",
     "MNISTDataModule",

@@ -73,6 +73,10 @@ class SplitDataModule(L.LightningDataModule):
     def load(self) -> tuple[ArrayDataset, ArrayDataset | None]:
         """Training set, and the source's test set (None: ``test_fraction`` of the training set becomes one)."""
 
+    def given_public(self) -> ArrayDataset | None:
+        """Hook of sources that have a public part of their own, which may have other classes."""
+        return None
+
     def prepare(self, train: ArrayDataset, rest: Sequence[ArrayDataset]) -> None:
         """Hook to fit something on the training part alone (standardisation); changes the datasets in place."""
 
@@ -82,8 +86,8 @@ class SplitDataModule(L.LightningDataModule):
         if self._parts is not None:
             return
         train, test = self.load()
-        train = _limited(train, self.limit_train, self.seed)
-        test = None if test is None else _limited(test, self.limit_test, self.seed)
+        train = self.limited(train, self.limit_train)
+        test = None if test is None else self.limited(test, self.limit_test)
         share = self.test_fraction if test is None else 0.0
         rest = 1.0 - share
         fractions = [share, rest * self.val_fraction, rest * self.public_fraction]
@@ -98,8 +102,22 @@ class SplitDataModule(L.LightningDataModule):
         }
         present = {name: part for name, part in parts.items() if part is not None}
         fitted = present.get("all", present["private"])
+        public = self.given_public()
+        if public is not None:
+            if self.part == "all":
+                raise ArgumentError("part", "all", "'private' or 'public' where the public part is given")
+            present["public"] = public
         self.prepare(fitted, [part for part in present.values() if part is not fitted])
         self._parts = present
+
+    def limited(self, data: ArrayDataset, limit: int | None) -> ArrayDataset:
+        """A seeded stratified subset of about ``limit`` samples; all where it is None or larger."""
+        if limit is None or limit >= len(data):
+            return data
+        if limit < data.num_classes:
+            raise ArgumentError("limit", limit, f"at least one sample per class ({data.num_classes})")
+        (kept,) = stratified_split(data.targets.numpy(), [limit / len(data)], self.seed)
+        return data.take(kept)
 
     def _get(self, name: str) -> ArrayDataset:
         self.setup()
@@ -171,12 +189,3 @@ class SplitDataModule(L.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         return self.test_dataloader()
-
-
-def _limited(data: ArrayDataset, limit: int | None, seed: int) -> ArrayDataset:
-    if limit is None or limit >= len(data):
-        return data
-    if limit < data.num_classes:
-        raise ArgumentError("limit", limit, f"at least one sample per class ({data.num_classes})")
-    (kept,) = stratified_split(data.targets.numpy(), [limit / len(data)], seed)
-    return data.take(kept)

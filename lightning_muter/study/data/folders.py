@@ -61,16 +61,9 @@ class ImageFolderDataModule(SplitDataModule):
         test = self.root / "test"
         return self._array(self.root / "private"), self._array(test, self.classes) if test.is_dir() else None
 
-    def setup(self, stage: str | None = None) -> None:
-        if self._parts is not None:
-            return
-        super().setup(stage)
+    def given_public(self) -> ArrayDataset | None:
         public = self.root / "public"
-        if self.given_parts and public.is_dir():
-            assert self._parts is not None
-            self._parts["public"] = self._array(public)
-            if self.part == "all":
-                raise ArgumentError("part", "all", "'private' or 'public' where the parts are given as folders")
+        return self._array(public) if self.given_parts and public.is_dir() else None
 
     def _array(self, folder: Path, classes: list[str] | None = None) -> ArrayDataset:
         source = self._source(folder)

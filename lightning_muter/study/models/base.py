@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -14,6 +14,18 @@ from lightning_muter.errors import ArgumentError
 from lightning_muter.study.metrics import Accuracy
 
 Criterion = Callable[..., Tensor]
+Activation = Literal["silu", "gelu", "softplus", "relu"]
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "silu": nn.SiLU, "gelu": nn.GELU, "softplus": nn.Softplus, "relu": nn.ReLU,
+}  # fmt: skip
+
+
+def activation_of(name: Activation) -> type[nn.Module]:
+    """The layer of this name."""
+    if name not in _ACTIVATIONS:
+        raise ArgumentError("activation", name, " or ".join(map(repr, _ACTIVATIONS)))
+    return _ACTIVATIONS[name]
 
 
 class Normalise(nn.Module):

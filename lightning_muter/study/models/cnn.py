@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_muter.errors import ArgumentError
-from lightning_muter.study.models.base import Classifier
+from lightning_muter.study.models.base import Activation, Classifier, activation_of
 
 
 class SmallCNN(Classifier):
@@ -31,17 +31,12 @@ class SmallCNN(Classifier):
         *,
         width: int = 16,
         hidden: int = 64,
-        activation: Literal["silu", "gelu", "softplus", "relu"] = "relu",
+        activation: Activation = "relu",
         **options: Any,
     ) -> None:
         if len(in_shape) != 3:
             raise ArgumentError("in_shape", tuple(in_shape), "(channels, height, width)", "Tables have no convolution.")
-        kinds: dict[str, type[nn.Module]] = {
-            "silu": nn.SiLU, "gelu": nn.GELU, "softplus": nn.Softplus, "relu": nn.ReLU,
-        }  # fmt: skip
-        if activation not in kinds:
-            raise ArgumentError("activation", activation, " or ".join(map(repr, kinds)))
-        kind = kinds[activation]
+        kind = activation_of(activation)
         convolutions = nn.Sequential(
             nn.Conv2d(in_shape[0], width, 3, padding=1),
             kind(),
