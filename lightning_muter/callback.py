@@ -27,9 +27,9 @@ from lightning_muter.model.reading import Reading
 from lightning_muter.model.rows import collate_of
 from lightning_muter.preflight.checks import inspect_fit
 from lightning_muter.preflight.findings import enforce
-from lightning_muter.preflight.model import DEFAULT_CAP
 from lightning_muter.preflight.trained_rows import TrainedRows
 from lightning_muter.snapshot.part import snapshot_of_rows
+from lightning_muter.snapshot.size import DEFAULT_CAP
 from lightning_muter.snapshot.summary import logged
 from lightning_muter.solvers.base import Solver
 from lightning_muter.solvers.choose import as_solver
@@ -59,7 +59,8 @@ class MUterCallback(Requests, Callback):
         polish: "auto", a number of passes (wider scopes: of Newton-CG steps, "auto" takes none), or 0 to leave the weights as
             they are.
         dirpath: folder of the files; None puts them beside the last checkpoint, and writes none where there is none.
-        size_cap: largest snapshot in bytes (default 2 GiB).
+        size_cap: largest snapshot in bytes (default 2 GiB); of a head whose sums alone exceed it none are stored, and requests read
+                the retained rows.
         inputs: key or position in a batch, where it cannot be told which tensor is the input.
         label: the same for the label.
         normalization: (mean, std) where the data come normalised; of the adversarial training when None.
@@ -217,6 +218,7 @@ class MUterCallback(Requests, Callback):
             weight_decay=self.weight_decay,
             optimizers=trainer.optimizers,
             polish=self.polish,
+            size_cap=self.size_cap,
             collate=collate,
             batch_size=self.batch_size,
             key=key,

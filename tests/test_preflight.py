@@ -410,10 +410,13 @@ def test_predicted_size_against_the_cap() -> None:
     assert predict_bytes(head, 100, 8, ThreatModel("l2", 1.0)) == 8 * p * p + 32 * p + 100 * 8 * 2
     assert predict_bytes(head, 100, 8, ThreatModel("linf", 1.0)) == 8 * p * p + 32 * p + 100 * 2
     assert predict_bytes(head, 100, 8, ThreatModel("linf", 1.0), linear=True) == 8 * p * p + 32 * p
-    assert_only(inspect_size(head, 100, 8, None, cap=1000), "error", "15 head parameters")
+    assert_only(inspect_size(head, 100, 8, None, cap=1000), "warning", "The head has 15 parameters")
     wide = find_head(nn.Linear(4096, 10), torch.rand(2, 4096))
-    assert_only(inspect_size(wide, 100, 8), "error", "12.5 GiB (cap 2 GiB)")
-    assert_only(look(cap=100), "error", "dense snapshot")
+    assert_only(inspect_size(wide, 100, 8), "warning", "12.5 GiB (cap 2 GiB)")
+    assert_only(
+        inspect_size(head, 100_000, 8, ThreatModel("l2", 1.0), cap=100_000), "error", "maximisers of 100000 samples"
+    )
+    assert_only(look(cap=100), "warning", "retained rows")
 
 
 # -- optimisers and weight decay --------------------------------------------------------------------------------------

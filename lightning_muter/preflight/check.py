@@ -21,8 +21,8 @@ from lightning_muter.lightning_names import MODULES, Callback, other
 from lightning_muter.model.rows import collate_of
 from lightning_muter.preflight.checks import inspect_fit
 from lightning_muter.preflight.findings import Finding, as_table
-from lightning_muter.preflight.model import DEFAULT_CAP
 from lightning_muter.snapshot.part import snapshot_of_rows
+from lightning_muter.snapshot.size import DEFAULT_CAP
 
 #: Rows of the two trials, and passes over the data that a polish usually takes.
 _FEW, _MORE, _PASSES = 16, 64, 15

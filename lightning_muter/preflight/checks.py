@@ -26,9 +26,10 @@ from lightning_muter.model.reading import Reading
 from lightning_muter.model.rows import collate_of
 from lightning_muter.preflight.data import inspect_loaders, same_randomness_afterwards
 from lightning_muter.preflight.findings import Finding
-from lightning_muter.preflight.model import DEFAULT_CAP, inspect_layers, inspect_outside, inspect_size
+from lightning_muter.preflight.model import inspect_layers, inspect_outside, inspect_size
 from lightning_muter.preflight.optimizers import inspect_optimizers
 from lightning_muter.snapshot.codec import storable
+from lightning_muter.snapshot.size import DEFAULT_CAP, parameter_names, without_matrix
 
 _AVERAGING = ("StochasticWeightAveraging", "WeightAveraging", "EMAWeightAveraging")
 
@@ -55,7 +56,7 @@ def inspect_fit(
         scope: ``"head"``, or a matrix-free scope: ``"all"`` or patterns over parameter names (then no head is looked for).
         threat_model, response, loss, weight_decay: as given to ``MUterCallback``; an explicit one overrides what is read.
         callback: the one that snapshots; weight averaging must come before it.
-        cap: largest dense snapshot, in bytes.
+        cap: largest snapshot in bytes; a head whose sums alone exceed it has none stored.
     """
     trainer.fit_loop.setup_data()  # Lightning does the same right after; it keeps the loaders
     loaders = _loaders(trainer)
@@ -70,7 +71,7 @@ def inspect_fit(
         out += inspect_adversary(adversary, threat_model, scope)
     readable = not any(f.level == "error" for f in about_data)
     reading: Reading | None = None
-    names = list(_trained(module, trainer))
+    names, matrix = list(_trained(module, trainer)), scope == "head"
     if scope != "head":
         try:
             names = parameters_in(module, scope)
@@ -92,12 +93,12 @@ def inspect_fit(
             out += inspect_climb(adversary, reading)
         if reading is not None and scope == "head":
             head, x = reading.head, reading.split(reading.example)[0]
-            prefix = f"{head.name}." if head.name else ""
-            names = [prefix + n for n, _ in head.linear.named_parameters()]
+            names = parameter_names(head)
+            matrix = without_matrix(head, cap) is None
             out += inspect_size(head, len(loaders[0].dataset), x[0].numel(), threat, cap)
             out += inspect_outside(module, names, trainer.optimizers)
     penalty = {} if reading is None else reading.penalty
-    out += inspect_optimizers(trainer.optimizers, module, names, weight_decay, damped=scope != "head", penalty=penalty)
+    out += inspect_optimizers(trainer.optimizers, module, names, weight_decay, damped=not matrix, penalty=penalty)
     return out
 
 

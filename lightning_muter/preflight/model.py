@@ -10,8 +10,7 @@ from torch import nn
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.model.head import Head
 from lightning_muter.preflight.findings import Finding, Level
-
-DEFAULT_CAP = 2 * 2**30  # bytes of one snapshot
+from lightning_muter.snapshot.size import DEFAULT_CAP, dense_bytes, without_matrix
 
 
 def inspect_layers(module: nn.Module) -> list[Finding]:
@@ -57,8 +56,7 @@ def predict_bytes(
 
     ``p = K (f + 1)``; maximisers take two bits per input (linf vertices) or two bytes (l2, half precision) per sample.
     """
-    p = sum(t.numel() for t in head.linear.parameters())
-    size = 8 * p * p + 4 * 8 * p
+    size = dense_bytes(head)
     stored = not linear if linear is not None else head.name != ""
     if threat is not None and threat.eps > 0 and stored:
         size += n * ((inputs + 3) // 4) if threat.ball.separable else n * inputs * 2
@@ -68,16 +66,21 @@ def predict_bytes(
 def inspect_size(
     head: Head, n: int, inputs: int, threat: ThreatModel | None = None, cap: int = DEFAULT_CAP
 ) -> list[Finding]:
-    """Predicted size of the snapshot against the cap."""
+    """Predicted size of the snapshot against the cap; of a head whose sums alone exceed it nothing large is stored."""
+    large = without_matrix(head, cap)
+    if large is not None:
+        advice = (
+            "Put a narrow layer before the head, or raise the cap, for requests that read the rows to forget alone."
+        )
+        return [Finding("warning", large, advice, f"--trainer.callbacks.size_cap {dense_bytes(head)}")]
     size = predict_bytes(head, n, inputs, threat)
     if size <= cap:
         return [Finding("note", f"The snapshot will take about {size / 2**20:.1f} MiB.")]
-    p = sum(t.numel() for t in head.linear.parameters())
     return [
         Finding(
             "error",
-            f"A dense snapshot of {p} head parameters would take {size / 2**30:.1f} GiB (cap {cap / 2**30:g} GiB).",
-            "Put a narrow layer before the head, use scope='all' or patterns (matrix-free), or raise the cap.",
+            f"A snapshot with the maximisers of {n} samples would take {size / 2**30:.1f} GiB (cap {cap / 2**30:g} GiB).",
+            "Use scope='all' or patterns, which store none, or raise the cap.",
             f"--trainer.callbacks.size_cap {size} (or --trainer.callbacks.scope all)",
         )
     ]

@@ -12,7 +12,7 @@ from lightning_muter.snapshot.snapshot import Snapshot, WideSnapshot
 from lightning_muter.snapshot.take import take_snapshot
 
 #: What is asked for with one kind of snapshot alone.
-_OF_HEAD = ("budget", "fit", "examples")
+_OF_HEAD = ("budget", "fit", "examples", "size_cap")
 _BEYOND = ("trades_beta",)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings as warning_module
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -32,6 +33,7 @@ from lightning_muter.snapshot.progress import bar
 from lightning_muter.snapshot.ranks import ranks_agree
 from lightning_muter.snapshot.resume import Resumable
 from lightning_muter.snapshot.retaken import leaves_out_forgotten
+from lightning_muter.snapshot.size import DEFAULT_CAP, parameter_names, without_matrix
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot
 from lightning_muter.snapshot.taken import Taken
 from lightning_muter.snapshot.trained import Decay, head_decay, trained_threat
@@ -86,6 +88,7 @@ def take_snapshot(
     smoothing: Smoothing | None = None,
     inner: InnerSolver | None = None,
     sample_weight: Tensor | None = None,
+    size_cap: int = DEFAULT_CAP,
     collate: Callable[[list[Any]], Any] | None = None,
     batch_size: int = 1024,
     num_workers: int = 0,
@@ -112,7 +115,8 @@ def take_snapshot(
             ``ThreatModel("l2", 0.0)`` for standard training.
         attack: what the model was trained against, where no ``threat_model`` is given: as of ``ThreatModel.from_attack``.
         scope: what requests will change. "head": sums are stored, of which this page tells. "all" or patterns over parameter names:
-            nothing of size p x p is stored, and requests read the retained rows (`WideSnapshot`).
+            nothing of size p x p is stored, and requests read the retained rows (`WideSnapshot`). So it is of
+            a head beyond ``size_cap``.
         trades_beta: beyond the head, the model was trained by TRADES with this beta.
         response: "auto", "none", "unconstrained", "l2", "linf" or a Response.
         curvature: direct part of M: "hessian", "ggn" or "fisher"; None: "hessian" for the head, "ggn" beyond it.
@@ -139,6 +143,8 @@ def take_snapshot(
             (to compare models on one objective).
         inner: how inner maxima are climbed (:class:`lightning_muter.curvature.inner.maximiser.InnerSolver`).
         sample_weight: c_i (n,) of the objective; None: 1 each.
+        size_cap: bytes of M, 8 (K q)^2, above which none is stored of a head: its parameters become the scope of a `WideSnapshot`,
+            to which ``budget``, ``fit``, ``examples``, ``tolerance`` and ``resume`` say nothing.
         collate: the training loader's ``collate_fn``, where it had one of its own.
         batch_size: samples at a time (beyond the head at most 256).
         num_workers: of the loader that reads the dataset.
@@ -165,6 +171,14 @@ def take_snapshot(
     >>> snapshot.theta_ref.shape, snapshot.hessian.dense().shape, snapshot.stationarity < 1e-4
     (torch.Size([2, 5]), torch.Size([10, 10]), True)
     """
+    began = time.perf_counter()
+    if scope == "head":
+        _check_options(polish, trades_beta)
+        how = {"loss": loss, "collate": collate, "inputs": inputs, "label": label, "normalization": normalization}
+        reading = _read(model, dataset, device, reading, how)
+        if (large := without_matrix(reading.head, size_cap)) is not None:
+            scope, reading = parameter_names(reading.head), replace(reading, notes=[*reading.notes, large])
+            budget = fit = examples = tolerance = resume = None
     if scope != "head":
         return _beyond_head(
             scope, {"budget": budget, "fit": fit, "examples": examples, "tolerance": tolerance, "like": like, "resume": resume},
@@ -174,16 +188,9 @@ def take_snapshot(
             batch_size=min(batch_size, WIDE_BATCH), num_workers=num_workers, device=device, key=key, inputs=inputs, label=label,
             normalization=normalization, reading=reading, progress=progress,
         )  # fmt: skip
-    began = time.perf_counter()
     curvature = curvature or "hessian"
-    _check_options(polish, trades_beta)
-    if device is not None:
-        model.to(device)
     threat = trained_threat(model, threat_model, attack)
-    if reading is None:
-        reading = read_objective(
-            model, dataset, loss=loss, collate=collate, inputs=inputs, label=label, normalization=normalization
-        )
+    assert reading is not None
     parameter = next(model.parameters())
     source = SampleSource(
         dataset, collate=collate, batch_size=batch_size, num_workers=num_workers, device=parameter.device, weight=sample_weight,
@@ -207,8 +214,7 @@ def take_snapshot(
     before = problem.read_theta()
     polished = polishing.run(objective, before, as_response(response, threat).resolved(problem.backbone, source.n))
     taken = _take(objective, polished, curvature, like, resume, progress)
-    figures = {**polished.figures(objective, reading.loss, before), **taken.figures(polishing)}
-    figures["seconds"] = time.perf_counter() - began
+    figures = polished.figures(objective, reading.loss, before) | taken.figures(polishing)
     notes = [*reading.notes, *taken.notes(polishing, attack)]
     key = key or (like.key if like is not None else None) or DigestKey.generate()
     digests = _digests(source, key, like)
@@ -220,7 +226,7 @@ def take_snapshot(
         reading,
         curvature=curvature,
         warnings=notes,
-        figures=figures,
+        figures=figures | {"seconds": time.perf_counter() - began},
         fingerprint=weight_fingerprint(model.state_dict()),
         digests=digests,
         key=key,
@@ -232,6 +238,19 @@ def _beyond_head(scope: str | Sequence[str], of_head: Mapping[str, Any], **optio
         if value is not None:
             raise ArgumentError(name, value, "None beyond the head", "It is of stored sums.")
     return wide_snapshot(TakeWide(scope=scope, **options))
+
+
+def _read(
+    model: nn.Module,
+    dataset: Dataset[Any],
+    device: torch.device | str | None,
+    reading: Reading | None,
+    how: Mapping[str, Any],
+) -> Reading:
+    """What the model's step minimises, on the device where it is to be."""
+    if device is not None:
+        model.to(device)
+    return read_objective(model, dataset, **how) if reading is None else reading
 
 
 def _check_options(polish: str | int, trades_beta: float | None) -> None:

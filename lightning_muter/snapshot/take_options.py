@@ -41,6 +41,7 @@ class Options(TypedDict, total=False):
     smoothing: Smoothing | None
     inner: InnerSolver | None
     sample_weight: Tensor | None
+    size_cap: int
     collate: Callable[[list[Any]], Any] | None
     batch_size: int
     num_workers: int
