@@ -100,15 +100,17 @@ def _told(x: Tensor, y: Tensor, draw: np.random.Generator) -> Tensor:
 def table(found: Sequence[Bounded]) -> str:
     """Counts and quantiles of bound / distance, where the distance is known to a tenth."""
     lines = ["| ball | labels | cases | too low | measurable | median | 90 % | largest |", "| --- " * 8 + "|"]
+    groups: list[tuple[str, str, Sequence[Bounded]]] = [("all", "all", found)]
     for norm in ("l2", "linf"):
         for told in (True, False):
-            same = [b for b in found if b.norm == norm and b.told == told]
-            known = [b.ratio for b in same if b.distance > MEASURABLE and b.slack < 0.1 * b.distance]
             labels = "can be told" if told else "at random"
-            broken = sum(not b.holds for b in same)
-            q = np.quantile(known, [0.5, 0.9, 1.0]) if known else [math.nan] * 3
-            figures = " | ".join(f"{value:.1f}" for value in q)
-            lines.append(f"| {norm} | {labels} | {len(same)} | {broken} | {len(known)} | {figures} |")
+            groups.append((norm, labels, [b for b in found if b.norm == norm and b.told == told]))
+    for norm, labels, same in groups:
+        known = [b.ratio for b in same if b.distance > MEASURABLE and b.slack < 0.1 * b.distance]
+        broken = sum(not b.holds for b in same)
+        q = np.quantile(known, [0.5, 0.9, 1.0]) if known else [math.nan] * 3
+        figures = " | ".join(f"{value:.2f}" for value in q)
+        lines.append(f"| {norm} | {labels} | {len(same)} | {broken} | {len(known)} | {figures} |")
     return "\n".join(lines)
 
 

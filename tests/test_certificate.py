@@ -27,6 +27,8 @@ from lightning_muter.curvature.problem.head import HeadProblem
 from lightning_muter.curvature.response.choose import as_response
 from lightning_muter.minimise.polish import polish
 from lightning_muter.snapshot.take import take_snapshot
+from lightning_muter.unlearning import certified
+from lightning_muter.unlearning.certified import certified_from_nearby
 from lightning_muter.unlearning.unlearn import unlearn
 from tests.bound_cases import MEASURABLE, bounded
 from tests.cases import Case, case, make
@@ -83,6 +85,59 @@ def test_bounds_of_a_hundred_random_requests_hold_and_are_not_useless():
     known = [b.ratio for b in found if b.told and b.distance > MEASURABLE and b.slack < 0.1 * b.distance]
     assert len(known) > 15
     assert sorted(known)[len(known) // 2] < 4
+
+
+@pytest.mark.parametrize("seed", [46, 196, 396, 482])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_bound_by_way_of_a_nearer_point_is_near_where_maxima_are_equal(seed):
+    """What gradient and gaps at the weights alone allow is 80 to 1400 times the distance there."""
+    found = bounded(seed)
+    assert found is not None
+    assert found.slack < 1e-2 * found.distance
+    assert found.distance - found.slack <= found.bound <= 1.2 * found.distance
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_looking_for_a_nearer_point_leaves_the_objective_as_it_was(norm):
+    one = case("linear-softmax-bias")
+    one.decay = 0.05
+    threat = ThreatModel(norm, 0.05, None)
+    start = one.problem().read_theta()
+    smoothing = Smoothing(anchor=start if norm == "linf" else None)
+    best, slack = _optimum(one, threat, smoothing, start)
+    objective = one.objective(threat, smoothing=smoothing)
+    theta = best + 0.02 * torch.randn(best.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    now = objective.evaluate(theta)
+    objective.accept(now)
+    before, passes, delta = objective.smoothing, objective.passes, now.delta.clone()
+    how = (as_response("auto", threat), "hessian", torch.eye(theta.numel(), dtype=torch.float64))
+    bounds = [certified_from_nearby(objective, theta, now, *how, seconds) for seconds in (1e-3, 5.0)]
+    assert objective.smoothing is before
+    assert (objective.passes, objective.contended) == (passes, False)
+    assert torch.equal(objective.delta, delta)
+    assert bounds[0] == certify(objective, theta, now, 1e-3)  # no time for a single pass
+    distance = float((theta - best).norm())
+    assert distance - slack <= bounds[1] < bounds[0]
+    assert norm == "linf" or bounds[1] <= 1.1 * distance + slack
+
+
+def test_where_passes_are_dear_a_nearer_point_is_looked_for_only_if_the_bound_is_loose(monkeypatch):
+    one = case("linear-softmax-bias")
+    one.decay = 0.05
+    threat = ThreatModel("l2", 0.05, None)
+    best, slack = _optimum(one, threat, Smoothing(), one.problem().read_theta())
+    objective = one.objective(threat)
+    theta = best + 0.02 * torch.randn(best.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    now, distance = objective.evaluate(theta), float((theta - best).norm())
+    here, response = certify(objective, theta, now, 5.0), as_response("auto", threat)
+    monkeypatch.setattr(certified, "QUICK", 0.0)
+    step = float(now.gradient.norm())  # in the metric 1
+    for share, looked in ((0.99, False), (1.01, True)):
+        matrix = torch.eye(theta.numel(), dtype=torch.float64) * certified.LOOSE * step / here * share
+        bound = certified_from_nearby(objective, theta, now, response, "hessian", matrix, 5.0)
+        assert distance - slack <= bound
+        assert (bound < 0.9 * here) == looked
+        assert looked or bound == here
 
 
 def test_the_naive_bound_would_lie_and_this_one_does_not():

@@ -333,6 +333,26 @@ def test_two_commands_at_once_never_both_run(folder, capsys):
     assert unlearn("--forget.indices", "[5]", "--wait", "1") == 0
 
 
+def test_a_certificate_is_asked_for_by_yes_no_or_seconds(folder, capsys):
+    """As in Python: the same argument goes to the same function."""
+
+    def bound(index: int, *arguments: str) -> float | None:
+        assert unlearn("--forget.indices", f"[{index}]", "--request_id", f"row-{index}", *arguments) == 0
+        (receipt,) = Path("last.muter.receipts").glob(f"*-row-{index}.json")
+        return json.loads(receipt.read_text())["metrics"]["bound"]
+
+    bounds = {value: bound(i, "--certify", value) for i, value in enumerate(("true", "2.5", "60", "false"))}
+    assert bounds.pop("false") is None
+    assert all(value > 0 for value in bounds.values())
+    assert bound(10, "--certify", "false", "--refine", "1") is None
+    capsys.readouterr()
+    before = fixed(folder)
+    assert unlearn("--forget.indices", "[11]", "--certify", "-1") == 1
+    assert "True, False or a number of seconds" in capsys.readouterr().err
+    assert unlearn("--forget.indices", "[11]", "--certify", "soon") == 2
+    assert fixed(folder) == before
+
+
 # --- usage ------------------------------------------------------------------------------------------------------------
 
 

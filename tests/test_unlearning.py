@@ -406,7 +406,7 @@ def test_an_undecayed_bias_is_fine_or_refused_but_never_wrong():
         "lightning_muter.unlearning.unlearn._warnings",
         "lightning_muter.unlearning.unlearn.with_retained",
         "lightning_muter.unlearning.commit.weight_fingerprint",
-        "lightning_muter.unlearning.with_retained.certified",
+        "lightning_muter.unlearning.with_retained.certified_from_nearby",
         "lightning_muter.unlearning.with_retained.refined",
         "lightning_muter.snapshot.snapshot.Snapshot.adopt",
         "lightning_muter.curvature.problem.head.HeadProblem.write_theta",

@@ -104,11 +104,11 @@ def certify(objective: RobustObjective, theta: Tensor, evaluation: Evaluation, s
     bound is the same everywhere); it is the looser for less.
     """
     written = theta.to(objective.problem.head.linear.weight.dtype).to(theta)
-    return _certify(objective, theta, evaluation, seconds) + float((theta - written).norm())
+    return bound_at(objective, theta, evaluation, seconds) + float((theta - written).norm())
 
 
-def _certify(objective: RobustObjective, theta: Tensor, evaluation: Evaluation, seconds: float) -> float:
-    """The bound at theta.
+def bound_at(objective: RobustObjective, theta: Tensor, evaluation: Evaluation, seconds: float = 60.0) -> float:
+    """The bound at theta itself.
 
     The gradient is taken at the maximisers that the search for global ones ends with, and eta is their gap.
     """

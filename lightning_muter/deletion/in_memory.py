@@ -79,7 +79,7 @@ class Requests:
                 case (from ``data`` if it is not given).
             refine: steps on the retained rows after the first.
             within: refine until the certified distance to retraining is below this, else refuse; for `publish`.
-            certify: seconds that the search for a certificate may take, True: as long as a tight one may, False: none.
+            certify: seconds that the search for a certificate may take, True: a minute, False: none.
             accept: "worse" takes a step that raises the robust objective; None refuses it.
             method: how the step is made of stored sums; default :class:`lightning_muter.MUter`.
             solver: None takes the callback's.

@@ -14,6 +14,7 @@ from lightning_muter.deletion.gate import Gate
 from lightning_muter.deletion.requests import asked_digest
 from lightning_muter.scope.head_methods import Method
 from lightning_muter.solvers.base import Solver
+from lightning_muter.unlearning.unlearn import CERTIFY_SECONDS
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,10 @@ class UnlearnOptions:
         within: refine until the certified distance to retraining is below this, else refuse. `muter publish` needs it;
             choose it before you see any request, and keep to it.
         accept: worse takes a step that raises the robust objective; without it such a step is refused.
-        certify: measure the result on the retained data: stationarity, and a certificate for linear models. It
-            costs about one pass over the data; without it the retained data are not read (unless refined, or the
-            scope is wider than the head, where every request reads them).
+        certify: measure the result on the retained data: stationarity, and a certificate for linear models, looked
+            for in about so many seconds of a processor; true: as long as a tight one may take (a minute); false: the
+            retained data are not read (unless refined, or the scope is wider than the head, where every request
+            reads them).
         gate: measure accuracy on test (or validation) rows, and the step beside random requests; a request beyond its
             thresholds is held: nothing is written. `--gate lightning_muter.deletion.gate.Gate` takes the usual ones.
         accept_held: carry out what the gate would hold; the receipt says so.
@@ -89,7 +91,7 @@ class UnlearnOptions:
     refine: int = 0
     within: float | None = None
     accept: Literal["worse"] | None = None
-    certify: bool = True
+    certify: bool | float = CERTIFY_SECONDS
     gate: Gate | None = None
     accept_held: bool = False
     loss: Callable[..., torch.Tensor] | None = None
@@ -101,7 +103,7 @@ class UnlearnOptions:
 
     def request(self) -> dict[str, Any]:
         """What goes to :func:`lightning_muter.unlearn` as it is."""
-        of_command = ("certify", "gate", "accept_held", "out", "request_id", "wait")
+        of_command = ("gate", "accept_held", "out", "request_id", "wait")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in of_command}
 
     @property

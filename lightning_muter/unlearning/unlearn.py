@@ -95,7 +95,9 @@ def unlearn(
         within: refine until the certified distance to retraining is below this, else refuse. For
             :func:`lightning_muter.publish`: fix it before you see any request.
         certify: with ``retain``, look for a certificate (linear models): for about so many seconds of a processor beyond a first
-            look at every sample, True: as long as a tight one may take (minutes), False: not at all.
+            look at every sample, half of them for passes of retraining on from the new weights where that is quick or the bound is
+            loose (their end only measures how far these are: :mod:`lightning_muter.unlearning.certified`); True: a minute; False: not
+            at all.
         accept: "worse" takes the step even where it raises the robust objective of the retained rows (known with ``retain``), or
             where most of it is owed to a snapshot that could not be made stationary. None refuses it.
         dry_run: compute everything, change nothing.

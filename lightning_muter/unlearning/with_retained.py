@@ -19,6 +19,7 @@ from lightning_muter.minimise.train_on import refined_by_cuts
 from lightning_muter.scope.head_methods import Request, Step
 from lightning_muter.snapshot.progress import bar
 from lightning_muter.snapshot.snapshot import Snapshot
+from lightning_muter.unlearning.certified import certified_from_nearby
 from lightning_muter.unlearning.quality import or_constant, require_no_worse, shortened, start_of
 from lightning_muter.unlearning.result import UnlearnResult
 from lightning_muter.unlearning.within import refine_within
@@ -88,7 +89,8 @@ def with_retained(
         result.stationarity_after = evaluation.stationarity
         after.stationarity = evaluation.stationarity
         if why is None and result.bound is None and seconds is not None:
-            result.bound = certified(objective, theta, evaluation, seconds)
+            how = (snapshot.response, snapshot.curvature, step.matrix)
+            result.bound = certified_from_nearby(objective, theta, evaluation, *how, seconds)
         if result.bound is None:
             result.warnings.append(why or "no certificate: certify=False did not ask for one")
     return theta
