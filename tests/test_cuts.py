@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -203,3 +204,14 @@ def test_a_budget_takes_the_cheaper_form_of_a_response():
     assert cheap.max_exact == 0
     assert cost_of_sums(one, cheap) < cost_of_sums(one, exact)
     assert exact.max_exact > 0
+
+
+def test_a_budget_pays_the_statistics_of_a_head_that_stays_as_it_is():
+    net, data = network("silu")
+    options = {"threat_model": ThreatModel("l2", 0.1), "weight_decay": DECAY, "progress": False, "polish": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # not stationary
+        free, short = (take_snapshot(net, data, budget=budget, **options) for budget in (None, 0.5))
+        given = take_snapshot(net, data, budget=0.5, response=L2Response(sketch=0), **options)
+    assert short.response.max_exact == 0 < free.response.max_exact
+    assert given.response.max_exact == free.response.max_exact

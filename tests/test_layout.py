@@ -42,6 +42,7 @@ def test_features_and_products_in_parts(dtype: torch.dtype, monkeypatch: pytest.
     close = 1e-5 if dtype == torch.float32 else 1e-12
     for whole, parts in zip(told[128], told[3], strict=True):
         torch.testing.assert_close(whole, parts, rtol=close, atol=close)
+    torch.testing.assert_close(phi.once(flat).double(), told[3][0], rtol=close, atol=close)
     torch.testing.assert_close(told[3][0], net[:5].eval()(x).double(), rtol=close, atol=close)
 
 

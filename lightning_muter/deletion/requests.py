@@ -16,11 +16,37 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jsonargparse.typing import register_type
+
 from lightning_muter.errors import ArgumentError, RequestError
 from lightning_muter.storage.fingerprint import DigestKey
 
 _MAX_TEXT = 1 << 30
 _BLANK = " \t\r"  # around an id; anything else belongs to it, other separators of Unicode included
+
+
+class Positions(list[int]):
+    """Positions on a command line or in a configuration, read as one value: of a ``list[int]`` jsonargparse copies the whole list
+    for each of its entries, minutes for ten thousand.
+    """
+
+
+def read_positions(value: Any) -> Positions:
+    """Positions from a list, or from its text in JSON.
+
+    Raises:
+        ValueError: they are no whole numbers.
+
+    >>> read_positions("[3, 17]"), read_positions([])
+    ([3, 17], [])
+    """
+    found = json.loads(value) if isinstance(value, str) else value
+    if not isinstance(found, (list, tuple)) or not all(type(position) is int for position in found):
+        raise ValueError("expected a list of whole numbers, e.g. [3,17]")
+    return Positions(found)
+
+
+register_type(Positions, list, read_positions)
 
 
 @dataclass
@@ -37,7 +63,7 @@ class ForgetConfig:
         show_ids: say ids in the dry run's list too, which otherwise names users by their line in `ids`.
     """
 
-    indices: list[int] | None = None
+    indices: Positions | None = None
     ids: str | None = None
     table: str | None = None
     column: str | None = None

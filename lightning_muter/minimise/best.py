@@ -92,8 +92,7 @@ def move_to(objective: RobustObjective, theta: Tensor, *, anchored: bool = False
         objective.set_smoothing(replace(objective.smoothing, anchor=None))
     elif objective.smoothing.anchor is not None:
         objective.anchor(theta)
-    objective.contended = False
-    objective.delta = objective.rivals = objective.prior = None
+    objective.follow(None, contended=False)
     if not objective.reproducible:
         objective.accept(objective.evaluate(theta, explore=True))
 
@@ -104,7 +103,7 @@ def unsmoothed(objective: RobustObjective) -> RobustObjective:
     linear = objective.problem.backbone.affine
     exact = replace(objective, smoothing=plain, contended=False, passes=0, cooling=1.0, _c={})
     if linear:
-        exact.delta = exact.rivals = exact.prior = None
+        exact.follow(None)
     return exact
 
 

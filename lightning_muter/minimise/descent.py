@@ -141,7 +141,7 @@ def descend_contested(
         t, new = found
         theta = theta + t * direction.reshape(theta.shape)
         if linear and new.gap > max(0.5 * now.gap, EQUAL):
-            objective.cooling = max(objective.cooling / COOLING, COOLEST)
+            objective.cool(1 / COOLING, COOLEST)
         now = objective.weigh(new)
         steps += 1
         history.append(now.stationarity)

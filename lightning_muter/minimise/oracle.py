@@ -72,7 +72,7 @@ class Oracle:
         for _ in range(ascent.steps):
             with derivatives():
                 point = (x + delta).requires_grad_(True)
-                loss = problem.losses(problem.logits(head, problem.backbone._forward(point)), y)
+                loss = problem.losses(problem.logits(head, problem.backbone.once(point)), y)
                 (slope,) = torch.autograd.grad(loss.sum(), point)
             delta = into(threat, delta + length * threat.ball.direction(slope), x)
             length *= ascent.shrink
@@ -84,7 +84,7 @@ class Oracle:
 
     def _features(self, x: Tensor, units: Tensor) -> Tensor:
         with torch.no_grad():
-            return self.problem.backbone._forward(x + self._placed(units, x))
+            return self.problem.backbone.once(x + self._placed(units, x))
 
     def _placed(self, units: Tensor, x: Tensor) -> Tensor:
         return into(self.threat, units.to(x) * self.threat.eps, x)

@@ -98,7 +98,7 @@ def polish(
     if left_of(objective, evaluation) <= tolerance and rounds.settled(theta):
         status = "converged"
     objective.accept(evaluation)
-    objective.cooling = 1.0
+    objective.cool(None)
     return Polish(theta, evaluation, before, status, objective.passes - begin, shift)
 
 

@@ -95,7 +95,7 @@ def refined(
             )
         history = [*found.history, *part.history[1:]]
         found = Descent(part.theta, part.evaluation, part.status, found.steps + part.steps, history)
-    objective.cooling = 1.0
+    objective.cool(None)
     if found.steps and not linear:
         last = objective.evaluate(found.theta, explore=True)
         objective.accept(last)

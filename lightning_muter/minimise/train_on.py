@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_muter.curvature.inner.tracked import Tracked
 from lightning_muter.curvature.objective.base import Evaluation
 from lightning_muter.curvature.objective.head import RobustObjective
 from lightning_muter.curvature.response.choose import Response
@@ -131,14 +132,14 @@ def sharpened(
         most = min(STAGE if problem.n_logits > 1 else PASSES // 2, limit)
         if most <= 0:
             break
-        kept = (objective.smoothing, objective.delta, objective.rivals, objective.prior, objective.contended)
+        kept, tracked, contended = objective.smoothing, objective.tracked, objective.contended
         objective.set_smoothing(replace(objective.smoothing, strength=strength, bandwidth=bandwidth))
         objective.anchor(done.theta)
         found = polish(objective, done.theta, response, tolerance=tolerance, max_passes=most, on_step=on_step)
         passes, limit = done.passes + found.passes, limit - found.passes
         if found.status != "converged":
-            smoothing, objective.delta, objective.rivals, objective.prior, objective.contended = kept
-            objective.set_smoothing(smoothing)
+            objective.set_smoothing(kept)
+            objective.follow(tracked, contended=contended)
             return replace(done, passes=passes)
         done = replace(found, before=done.before, passes=passes)
         if problem.n_logits > 1 and found.passes > EASY:
@@ -150,9 +151,8 @@ def track(objective: RobustObjective, found: Polished) -> None:
     """Follow the worst points that cutting sets ended with from now on."""
     places, prior = found.places[: 1 + objective.inner.rivals], found.prior[: 1 + objective.inner.rivals]
     places = places.to(objective.problem.backbone.exact_dtype) * objective.threat.eps
-    objective.delta, objective.rivals = places[0], places[1:]
-    objective.prior = prior / prior.sum(0).clamp(min=1e-300)
-    objective.passes += found.passes
+    prior = prior / prior.sum(0).clamp(min=1e-300)
+    objective.follow(Tracked(places[0], places[1:], prior), passes=found.passes)
 
 
 def refined_by_cuts(objective: RobustObjective, theta: Tensor, steps: int, on_pass: OnPass | None = None) -> Descent:
@@ -196,7 +196,7 @@ def affordable(
     if own_smoothing and objective.threat.jumps and dear():
         objective.set_smoothing(replace(objective.smoothing, directions=LEADING // 2))
     if objective.temperature and dear():
-        objective.inner = replace(objective.inner, rivals=0)
+        objective.largest_alone()
     return response
 
 

@@ -48,13 +48,12 @@ class Polish:
     def run(self, objective: ShardedObjective, theta: Tensor, response: Response) -> Polished:
         """The best head that was found from ``theta`` on; the model itself is not changed."""
         if self.limit == 0:
-            return Polished(theta, response, self.aim)
+            return Polished(theta, self._paid(response, objective), self.aim)
         source, problem = objective.source, objective.problem
         metric = response
         if response.norm is None:
             metric = as_response("auto", objective.threat).resolved(problem.backbone, source.n)
-        if not self.given:
-            response = affordable(response, objective, self.budget, own_smoothing=self.own_smoothing)
+        response = self._paid(response, objective)
         self.budget.spend(cost_of_sums(objective, response) + COST)  # what comes after
         with bar(objective, "polish", self.progress, self.budget) as told:
             done = train_on(
@@ -74,6 +73,11 @@ class Polish:
         # cutting sets aim at the objective, not at the gradient
         aim = max(self.aim, AIM[torch.float32]) if done.as_found else self.aim
         return Polished(problem.rounded(best.theta), response, aim, done, best, told.curve)
+
+    def _paid(self, response: Response, objective: ShardedObjective) -> Response:
+        if self.given:
+            return response
+        return affordable(response, objective, self.budget, own_smoothing=self.own_smoothing)
 
 
 @dataclass(frozen=True)

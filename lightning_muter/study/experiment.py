@@ -82,7 +82,7 @@ def build_world(config: DictConfig, cache: Cache, begin: Callable[[str], None] =
         head_epochs=config.training.head_epochs,
         evaluation=instantiate(config.evaluation, _convert_="all"),
         seed=config.seed,
-        key=OmegaConf.to_container(config.model, resolve=True),
+        key=OmegaConf.to_container(config.model.module, resolve=True),  # how snapshots are taken changes no backbone
         snapshot_options=instantiate(config.model.snapshot, _convert_="all") or {},
         prepare=lambda private: setting.prepare(private, config.forget_seed),
     )

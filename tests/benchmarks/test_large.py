@@ -5,9 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from typing import Any
 
 import pytest
+import torch
+from jsonargparse import ArgumentParser
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from lightning_muter import ThreatModel, take_snapshot, unlearn
+from lightning_muter.deletion.requests import ForgetConfig, resolve
 
 pytestmark = pytest.mark.benchmark
 
@@ -68,8 +76,6 @@ print(json.dumps(dict(snapshot_seconds=taken - began, request_seconds=time.proce
 
 @pytest.mark.parametrize("rows", [2000])
 def test_a_head_of_1000_classes_ends_under_4_gb(benchmark: Any, rows: int) -> None:
-    import torch
-
     found: list[dict[str, Any]] = []
 
     def run() -> None:
@@ -85,8 +91,6 @@ def test_a_head_of_1000_classes_ends_under_4_gb(benchmark: Any, rows: int) -> No
     ("name", "make", "cg", "batch"), [("head", _HEAD, 30, 32), ("network", _NETWORK, 6, 4)], ids=["head", "network"]
 )
 def test_a_request_ends_under_4_gb(benchmark: Any, name: str, make: str, cg: int, batch: int) -> None:
-    import torch
-
     code = _REQUEST.format(threads=torch.get_num_threads(), make=make, cg=cg, batch=batch)
     found: list[dict[str, Any]] = []
 
@@ -96,3 +100,32 @@ def test_a_request_ends_under_4_gb(benchmark: Any, name: str, make: str, cg: int
 
     benchmark.pedantic(run, rounds=1)
     benchmark.extra_info |= {"ratio": found[0]["gigabytes"] / 4, "aim": "<= 1"} | found[0]
+
+
+def _request(rows: int) -> dict[str, float]:
+    """Processor seconds of a request for a twentieth of so many rows, from its text on the command line to the new weights."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 3, (rows,), generator=generator)
+    x = torch.randn(rows, 4, generator=generator) + 2 * torch.eye(4)[y]
+    data, model = TensorDataset(x, y), nn.Sequential(nn.Linear(4, 3))
+    threat = ThreatModel("l2", 0.1, None)
+    snapshot = take_snapshot(model, data, threat_model=threat, weight_decay=1e-3, polish=0, progress=False)
+    text = str(torch.randperm(rows, generator=generator)[: rows // 20].tolist())
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--forget", type=ForgetConfig)
+    began = time.process_time()
+    asked = parser.instantiate_classes(parser.parse_args(["--forget.indices", text])).forget
+    positions = resolve(asked, rows).indices
+    read = time.process_time()
+    unlearn(model, snapshot, positions, data, accept="worse", progress=False)
+    return {"read": read - began, "request": time.process_time() - read}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_request_for_10_000_of_200_000_rows(benchmark: Any) -> None:
+    small, found = _request(20_000), {}
+    benchmark.pedantic(lambda: found.update(_request(200_000)), rounds=1)
+    growth = sum(found.values()) / sum(small.values())
+    benchmark.extra_info |= {"ratio": growth / 10, "aim": "<= 1.5, linear in the rows"} | {
+        f"{name} {rows}": seconds for rows, of in ((20_000, small), (200_000, found)) for name, seconds in of.items()
+    }

@@ -2,9 +2,8 @@
 
 With a nonlinear backbone the inner problem has many local maxima, and maximisers found from scratch would make F jump as
 theta moves. They are *tracked*: every evaluation starts from the maximisers of the last accepted point and their rivals,
-which makes F continuous along a descent (and cheap). Linear models forget them before statistics are taken (:meth:`restart`):
-there the maximisers found from scratch are reproducible from sample and theta alone; until a descent stalls where two of
-them are equal (:meth:`contend`), after which they are tracked and weighed as those of a network.
+which makes F continuous along a descent (and cheap). Linear models forget them before statistics are taken (:meth:`restart`), whose
+maximisers from scratch are reproducible; until a descent stalls where two of them are equal (:meth:`contend`).
 """
 
 from __future__ import annotations
@@ -111,8 +110,9 @@ class RobustObjective:
         """The local maxima that the next pass starts from."""
         return None if self.delta is None else Tracked(self.delta, self.rivals, self.prior)
 
-    def follow(self, tracked: Tracked | None) -> None:
-        """Start from these."""
+    def follow(self, tracked: Tracked | None, *, contended: bool | None = None, passes: int = 0) -> None:
+        """Start from these, which took so many passes to find; ``contended``: of a linear model, whether they are weighed."""
+        self.contended, self.passes = self.contended if contended is None else contended, self.passes + passes
         if tracked is None:
             self.delta = self.rivals = self.prior = None
         else:
@@ -128,13 +128,9 @@ class RobustObjective:
         """Of the soft maximum over local maxima. A linear model that is not contended takes the largest, which is a function of
         theta alone; on the kinks of a piecewise-linear network maxima cannot be told apart.
         """
-        return self._warmest * self.cooling
-
-    @property
-    def _warmest(self) -> float:
         affine = self.problem.backbone.affine
         alone = not self.contended if affine else self.problem.backbone.piecewise_linear
-        return 0.0 if alone else self.smoothing.temperature
+        return 0.0 if alone else self.smoothing.temperature * self.cooling
 
     def contend(self) -> bool:
         """Track and weigh the local maxima of a linear model from now on; False where this is so already or can change nothing."""
@@ -143,6 +139,14 @@ class RobustObjective:
             return False
         self.contended = True
         return True
+
+    def cool(self, factor: float | None, least: float = 0.0) -> None:
+        """Weigh local maxima at a lower temperature from now on; None: at the first one again."""
+        self.cooling = 1.0 if factor is None else max(self.cooling * factor, least)
+
+    def largest_alone(self) -> None:
+        """Track the largest maximum of each sample alone from now on."""
+        self.inner = replace(self.inner, rivals=0)
 
     def restart(self) -> None:
         """Forget the tracked maximisers of a linear model."""
@@ -222,7 +226,7 @@ class RobustObjective:
         if not settle and tracked is not None:
             return self._as_they_are(theta, x, y, tracked)
         start, rivals, prior = (None, None, None) if tracked is None else (tracked.delta, tracked.rivals, tracked.prior)
-        warm = 100 * self._warmest
+        warm = 100 * self.temperature / self.cooling
         found = self.inner.solve(self.problem, theta, self.threat, x, y, c, start, rivals, prior, explore, warm)
         counts["samples"] += len(x)
         counts["maximisers converged"] += int(found.converged.sum())
@@ -321,6 +325,6 @@ class RobustObjective:
         self._track(stored)
 
     def _track(self, stored: Tensor) -> None:
-        self.contended = self.problem.backbone.affine
-        device, dtype = self.problem.device, self.problem.backbone.exact_dtype
-        self.follow(Tracked.of_rows(stored, self.threat.eps, device, dtype))
+        backbone = self.problem.backbone
+        places = Tracked.of_rows(stored, self.threat.eps, self.problem.device, backbone.exact_dtype)
+        self.follow(places, contended=backbone.affine)

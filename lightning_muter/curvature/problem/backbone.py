@@ -91,9 +91,17 @@ class Backbone:
     def _forward(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype).reshape(-1, *self.input_shape)
         size = AT_A_TIME if x.device.type == "cpu" else max(len(x), 1)
-        with eval_mode(self.module), self._layout(), twice_differentiable(rewritten=self._rewritten):
+        with eval_mode(self.module), twice_differentiable(rewritten=self._rewritten):
             parts = [self._features(part) for part in x.split(size)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def once(self, x: Tensor) -> Tensor:
+        """phi in the module's own precision, where first derivatives of one loss are all that is wanted, in the fastest layout.
+
+        (Pooling has no rule for batches of tangents in that layout.)
+        """
+        with self._layout():
+            return self._forward(x)
 
     def _features(self, x: Tensor) -> Tensor:
         if self.reading is not None:
