@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 _LINE, _GRID = "#0072B2", "#dddddd"
 _SOFT: dict[str, Any] = {"fontsize": 8, "color": "#555555"}
@@ -74,3 +74,17 @@ def _drawn(steps: Sequence[int], values: Sequence[float], title: str, label: str
         offset = (0, 7 if above else -14)
         axis.annotate(f"{values[at]:.1e}", (at, shown[at]), offset, textcoords="offset points", ha="center", **_SOFT)
     return axis
+
+
+def log_scale(axes: Any, which: Literal["x", "y"]) -> None:
+    """Make an axis logarithmic, with plain numbers: 0.3, not 3 x 10^-1; between powers of ten where hardly one is in sight."""
+    axes.set(**{f"{which}scale": "log"})
+    axis = getattr(axes, f"{which}axis")
+
+    def between(value: float, _: int) -> str:
+        low, high = axis.get_view_interval()
+        digit = value / 10.0 ** math.floor(math.log10(value))
+        return f"{value:g}" if high < 30 * low and round(digit) in (2, 3, 5) else ""
+
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(between)

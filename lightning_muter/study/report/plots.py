@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from lightning_muter.pictures import log_scale
 from lightning_muter.study.report.rows import NOTHING, REFERENCE, Row, attack_name, group, summarise
 
 # Okabe and Ito's palette, black last; the markers repeat the information
@@ -148,7 +149,7 @@ def plot_distance(rows: Sequence[Row], path: Path) -> Path | None:
         _mark(axis, y, look, *(max(v, SMALLEST) for v in (s.min, s.median, s.max)))
 
     def decorate(axis: Axes, same: list[Row]) -> None:
-        axis.set_xscale("log")
+        log_scale(axis, "x")
         _line_at(axis, 1.0, "doing nothing")
         axis.set_xlabel("distance to retraining, relative to doing nothing (left is better)")
 
@@ -194,7 +195,7 @@ def plot_times(rows: Sequence[Row], path: Path) -> Path | None:
         _mark(axis, y, look, s.min, s.median, s.max)
 
     def decorate(axis: Axes, same: list[Row]) -> None:
-        axis.set_xscale("log")
+        log_scale(axis, "x")
         retrain = summarise(same, "seconds_retrain")
         if retrain.n:
             axis.axvspan(retrain.min, retrain.max, color="#bbbbbb", alpha=0.5, linewidth=0, zorder=0)
@@ -277,11 +278,10 @@ def plot_distance_by_size(rows: Sequence[Row], path: Path) -> Path | None:
                 axis.errorbar(
                     sizes, middle, yerr=bars, capsize=2, markersize=5, linewidth=1.2, label=method, **_look(i)
                 )
-            axis.set_xscale("log")
-            axis.set_yscale("log")
+            log_scale(axis, "x")
+            log_scale(axis, "y")
             axis.axhline(1.0, color="#444444", linewidth=1, linestyle="--", zorder=1)
             axis.set_xlabel("share of the training samples removed, %")
-            axis.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
         for line in range(0, len(panels), 2):
             panels[line][0].set_ylabel("relative distance to retraining")
         handles, labels = panels[0][0].get_legend_handles_labels()
