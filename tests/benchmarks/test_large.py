@@ -114,7 +114,7 @@ def _request(rows: int) -> dict[str, float]:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--forget", type=ForgetConfig)
     began = time.process_time()
-    asked = parser.instantiate_classes(parser.parse_args(["--forget.indices", text])).forget
+    asked = parser.parse_args(["--forget.indices", text]).forget
     positions = resolve(asked, rows).indices
     read = time.process_time()
     unlearn(model, snapshot, positions, data, accept="worse", progress=False)
