@@ -27,8 +27,9 @@ from tests.cases import equal_maxima, several_maxima
 from tests.networks import EXACT, data, direction, objective, relu_net
 
 N = 13  # odd: the shares differ in size
-#: The scale is an estimate whose signs go by the place in a batch; CG amplifies rounding, and so does what is nearly 0.
-LIMITS = {"scale": 0.5, "weights": 1e-8, "after": 1e-9, "refine": 1e-5, "bound": 1e-5, "gradients": 1e-5}
+#: The scale is an estimate whose signs go by the place in a batch; CG amplifies rounding, and so does what is nearly 0. A bound goes by
+#: way of a nearer point, which is any that a descent came to: each of them bounds the distance.
+LIMITS = {"scale": 0.5, "weights": 1e-8, "after": 1e-8, "refine": 1e-5, "bound": 1e-2, "gradients": 1e-5}
 
 
 def silu_cnn() -> nn.Sequential:
