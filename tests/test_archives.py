@@ -61,8 +61,11 @@ def test_names_of_keras_and_medmnist(tmp_path: Path, names: tuple[str, ...]) -> 
 
 
 class Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (Path("/tmp/evil"),))
+        return (Path.touch, (self.path,))
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
@@ -77,6 +80,8 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         ImageArchiveDataModule(path=written(tmp_path, private_x=np.zeros((3, 2, 2)), private_y=labels(3)))
     with pytest.raises(ArgumentError, match="one per image"):
         ImageArchiveDataModule(path=written(tmp_path, private_x=images(3, 2, 2), private_y=labels(4)))
-    evil = np.array([Evil(), Evil(), Evil()], dtype=object)
+    ran = tmp_path / "ran"
+    evil = np.array([Evil(ran), Evil(ran), Evil(ran)], dtype=object)
     with pytest.raises(ArgumentError, match="plain arrays"):
         ImageArchiveDataModule(path=written(tmp_path, private_x=evil, private_y=labels(3)))
+    assert not ran.exists()

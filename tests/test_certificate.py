@@ -88,7 +88,6 @@ def test_bounds_of_a_hundred_random_requests_hold_and_are_not_useless():
 
 
 @pytest.mark.parametrize("seed", [46, 196, 396, 482])
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_bound_by_way_of_a_nearer_point_is_near_where_maxima_are_equal(seed):
     """What gradient and gaps at the weights alone allow is 80 to 1400 times the distance there."""
     found = bounded(seed)

@@ -120,7 +120,7 @@ def test_no_step_waits_for_the_device(monkeypatch):
     for steps, chunk in ((1, 64), (4, 4)):
         reads = [0]
         one = objective(net, data, ThreatModel("l2", 0.1))
-        monkeypatch.setattr("lightning_muter.minimise.oracle.AT_A_TIME", chunk)
+        monkeypatch.setattr("lightning_muter.curvature.problem.backbone._AT_A_TIME", chunk)
         monkeypatch.setattr("lightning_muter.minimise.cuts.NEWTON", steps)
         sets = CuttingSets(one, Budget(), torch.zeros(40, 6))
         start = one.problem.read_theta()

@@ -16,6 +16,16 @@ from lightning_muter.callback import MUterCallback
 from lightning_muter.snapshot.snapshot import Snapshot, WideSnapshot
 
 THREAT = ThreatModel("l2", 0.1)
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{begin}:UserWarning")
+    for begin in (
+        "The head has",
+        "The scope leaves 2",
+        "Head scope leaves 2",
+        "The weights are not stationary",
+        "Unlearning, before",
+    )
+]
 
 
 class Largest(TorchDispatchMode):
@@ -44,7 +54,6 @@ def network(width: int, classes: int) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(6, width), nn.SiLU(), nn.Linear(width, classes))
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_no_tensor_of_the_size_of_the_matrix_is_made() -> None:
     """p = 100 * 201 parameters: 3.0 GiB in float64, above the cap that there is by default."""
     data, model = rows(120, 100), network(200, 100)
@@ -61,7 +70,6 @@ def test_no_tensor_of_the_size_of_the_matrix_is_made() -> None:
     assert torch.equal(model[1].weight, before)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_it_ends_where_the_matrix_does() -> None:
     data, gone = rows(60, 3), [1, 2, 9, 30]
     options = {"threat_model": THREAT, "weight_decay": 1e-2, "progress": False}
@@ -77,7 +85,7 @@ def test_it_ends_where_the_matrix_does() -> None:
     unlearn(by_matrix, stored, gone, data, progress=False)
 
     def far(net: nn.Sequential) -> float:
-        return float((net[-1].weight - retrained[-1].weight).norm())
+        return float((net[-1].weight - retrained[-1].weight).detach().norm())
 
     assert far(by_products) < 0.02 * far(start)
     assert far(by_matrix) < 0.2 * far(start)
@@ -98,7 +106,6 @@ class Net(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, weight_decay=1e-2)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_callback_chooses_it_by_its_cap(tmp_path) -> None:
     data, model = rows(60, 3), Net()
     muter = MUterCallback(threat_model=THREAT, size_cap=1000, verbose=False, dirpath=tmp_path)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_muter.curvature.problem import backbone as module
 from lightning_muter.curvature.problem.backbone import Backbone
 from lightning_muter.model.head import find_head
 from lightning_muter.model.layout import ChannelsLast
@@ -28,7 +27,7 @@ def test_features_and_products_in_parts(dtype: torch.dtype, monkeypatch: pytest.
     net, x = network(dtype), torch.rand(10, 2, 6, 5, dtype=dtype)
     flat, told = x.reshape(10, -1), {}
     for size in (128, 3):
-        monkeypatch.setattr(module, "AT_A_TIME", size)
+        monkeypatch.setattr("lightning_muter.curvature.problem.backbone._AT_A_TIME", size)
         phi = backbone(net, x)
         point = flat.clone().requires_grad_(True)
         out = phi(point)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.curvature.objective.head import RobustObjective
-from lightning_muter.curvature.problem.backbone import AT_A_TIME
+from lightning_muter.curvature.problem.backbone import in_parts
 from lightning_muter.model.modes import derivatives
 
 
@@ -47,8 +47,7 @@ class Oracle:
         for batch in objective.source.batches(objective.own):
             ones = torch.ones(len(batch.x), dtype=problem.dtype, device=device)
             weights.append(ones if batch.weight is None else batch.weight.to(ones))
-            size = AT_A_TIME if device.type == "cpu" else len(batch.x)
-            for x, y in zip(batch.x.split(size), batch.y.split(size), strict=True):
+            for x, y in zip(in_parts(batch.x), in_parts(batch.y), strict=True):
                 self._parts.append(_Part(slice(done, done + len(x)), x.to(problem.backbone.exact_dtype), y))
                 done += len(x)
         self.weight = torch.cat(weights)

@@ -23,9 +23,10 @@ class ChannelsLast:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        found = [m._parameters.get("weight") for m in module.modules() if isinstance(m, nn.Conv2d)]
+        found = [m.weight for m in module.modules() if isinstance(m, nn.Conv2d)]
         kind = (torch.float32, "cpu")
-        weights = {id(w): w for w in found if w is not None and (w.dtype, w.device.type) == kind}  # shared ones once
+        # shared ones once; what is made of other tensors in every pass is none of ours
+        weights = {id(w): w for w in found if isinstance(w, nn.Parameter) and (w.dtype, w.device.type) == kind}
         self._weights = list(weights.values())
         self._copies: list[Tensor] = []
         self._versions: list[int] = []

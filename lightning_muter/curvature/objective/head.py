@@ -1,9 +1,8 @@
 """F(theta) = sum_i w_i phi_i(theta) + (n/2) sum lambda theta^2 over some positions of a dataset, its gradient and total Hessian.
 
-With a nonlinear backbone the inner problem has many local maxima, and maximisers found from scratch would make F jump as
-theta moves. They are *tracked*: every evaluation starts from the maximisers of the last accepted point and their rivals,
-which makes F continuous along a descent (and cheap). Linear models forget them before statistics are taken (:meth:`restart`), whose
-maximisers from scratch are reproducible; until a descent stalls where two of them are equal (:meth:`contend`).
+With a nonlinear backbone the inner problem has many local maxima; maximisers from scratch would make F jump as theta moves. They are
+*tracked*: every evaluation starts from those of the last accepted point and their rivals, which makes F continuous along a descent.
+Linear models forget them before statistics are taken (:meth:`restart`), until two of them are equal (:meth:`contend`).
 """
 
 from __future__ import annotations
@@ -112,7 +111,8 @@ class RobustObjective:
 
     def follow(self, tracked: Tracked | None, *, contended: bool | None = None, passes: int = 0) -> None:
         """Start from these, which took so many passes to find; ``contended``: of a linear model, whether they are weighed."""
-        self.contended, self.passes = self.contended if contended is None else contended, self.passes + passes
+        self.passes += passes
+        self.contended = self.contended if contended is None else contended
         if tracked is None:
             self.delta = self.rivals = self.prior = None
         else:
