@@ -253,6 +253,7 @@ class MUterCallback(Requests, Callback):
             label=self.label,
             normalization=self._normalization(pl_module),
             rows_per_step=getattr(loader, "batch_size", None),
+            whole=self.scope != "head",
         )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -7,7 +7,7 @@ Plain torch: this file knows nothing of Lightning.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +17,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 from lightning_muter.errors import UnsuitableError
+
+#: What is told of a tensor on its way.
+Take = Callable[[Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -28,18 +32,74 @@ class Head:
     name: str
     linear: nn.Linear
 
+    @property
+    def layer(self) -> nn.Module:
+        return self.linear
+
+    @property
+    def outputs(self) -> int:
+        return self.linear.out_features
+
+    @property
+    def width(self) -> int:
+        return self.linear.in_features
+
+    def logits(self, phi: Tensor) -> Tensor:
+        """z (n, K) of the head's input (n, f)."""
+        return self.linear(phi)
+
+    def when_reached(self, take: Take) -> RemovableHandle:
+        """Tell phi before every call, until the handle is removed."""
+
+        def told(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            take(args[0] if args else kwargs["input"])
+
+        return self.linear.register_forward_pre_hook(told, with_kwargs=True)
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a step is cut if a whole network is asked for: at the output z of any module. What is taken on the way is z itself."""
+
+    name: str
+    layer: nn.Module
+    outputs: int
+
+    @property
+    def width(self) -> int:
+        return self.outputs
+
+    def logits(self, phi: Tensor) -> Tensor:
+        return phi
+
+    def when_reached(self, take: Take) -> RemovableHandle:
+        """Tell z after every call, until the handle is removed."""
+        return self.layer.register_forward_hook(lambda _, args, out: take(out))
+
+
+#: Where a step is cut into features and loss.
+Cut = Head | Output
+
 
 @dataclass
 class HeadCall:
-    """What one forward call of a linear layer took (copied, later layers may work in place) and gave, and the version
-    counter of what it gave: it counts later in-place changes, also those that happen to change no value.
+    """What one forward call of a layer took (copied, later layers may work in place) and gave, and the version counter of what it
+    gave: it counts later in-place changes, also those that happen to change no value.
     """
 
-    name: str
-    linear: nn.Linear
+    head: Cut
     inputs: Tensor
     output: Tensor
     version: int
+
+    @property
+    def name(self) -> str:
+        return self.head.name
+
+    @property
+    def linear(self) -> nn.Linear:
+        assert isinstance(self.head, Head)
+        return self.head.linear
 
 
 @contextmanager
@@ -121,7 +181,7 @@ def record_calls(module: nn.Module) -> Iterator[list[HeadCall]]:
     def record(linear: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         inputs = args[0] if args else kwargs.get("input")
         if isinstance(inputs, Tensor) and isinstance(output, Tensor) and isinstance(linear, nn.Linear):
-            calls.append(HeadCall(linears[linear], linear, inputs.clone(), output, output._version))
+            calls.append(HeadCall(Head(linears[linear], linear), inputs.clone(), output, output._version))
 
     handles = [m.register_forward_hook(record, with_kwargs=True) for m in linears]
     try:
@@ -131,7 +191,7 @@ def record_calls(module: nn.Module) -> Iterator[list[HeadCall]]:
             handle.remove()
 
 
-def features(module: nn.Module, head: Head, x: Tensor, values: dict[str, Tensor] | None = None) -> Tensor:
+def features(module: nn.Module, head: Cut, x: Tensor, values: dict[str, Tensor] | None = None) -> Tensor:
     """The head's input phi(x), (n, f), with its autograd graph; the mode (train or eval) is the caller's.
 
     ``values``: of parameters and buffers by name, in place of the module's own.
@@ -145,11 +205,7 @@ def features(module: nn.Module, head: Head, x: Tensor, values: dict[str, Tensor]
     True
     """
     taken: list[Tensor] = []
-
-    def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        taken.append(args[0] if args else kwargs["input"])
-
-    handle = head.linear.register_forward_pre_hook(take, with_kwargs=True)
+    handle = head.when_reached(taken.append)
     try:
         with eager(module):
             if values is None:
@@ -162,7 +218,7 @@ def features(module: nn.Module, head: Head, x: Tensor, values: dict[str, Tensor]
         raise UnsuitableError(
             f"The head {head.name!r} was called {len(taken)} times in one forward pass; it must be called exactly once."
         )
-    if taken[0].shape != (x.shape[0], head.linear.in_features):
+    if taken[0].shape != (x.shape[0], head.width):
         raise UnsuitableError(_shape_reason(head.name, taken[0], x.shape[0]))
     return taken[0]
 

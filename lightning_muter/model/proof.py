@@ -76,15 +76,15 @@ def _is_plain(reading: Reading, x: Tensor, whole: Probe) -> bool:
 def verify(own: OwnStep, reading: Reading, call: HeadCall, precision: torch.dtype) -> None:
     """Value and gradient in the head, of the step and of what was read, on two batches, at the weights and at moved ones."""
     near = max(_EQUAL.get(d, 2e-2) for d in (own.dtype, precision))
-    linear, whole = call.linear, Probe(own.leaves, len(call.output))
+    head, whole = call.head, Probe(own.leaves, len(call.output))
     for probe in (whole, *own.probes(whole.n)):
         for moved in (0.0, 0.3) if probe is not whole else (0.0, 0.3, 4.0):
             generator = torch.Generator().manual_seed(7)
             phi = reading.features(probe.leaves[reading.layout.input]).detach()
-            z = linear(phi).detach()
+            z = head.logits(phi).detach()
             noise = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
             z = (z + moved * noise).requires_grad_(True)
-            with own.answering(linear, z):
+            with own.answering(head.layer, z):
                 there = own.ran(probe.leaves)
             (slope,) = torch.autograd.grad(there, z)
             there = there.detach()

@@ -40,11 +40,12 @@ def read_objective(
     label: Any = None,
     normalization: Any = None,
     rows_per_step: int | None = None,
+    whole: bool = False,
 ) -> Reading:
     """The objective of ``module``, read off a few rows spread over ``dataset`` (over ``positions`` of it).
 
     A module with a training step is asked itself; a given ``loss`` must then be the step's own (where the step can be read).
-    A plain module has its ``loss``, its ``criterion``, or cross-entropy.
+    A plain module has its ``loss``, its ``criterion``, or cross-entropy. ``whole``: of a network, whose head need not be linear.
 
     Raises:
         UnsuitableError: nothing can be read; MismatchError: ``loss`` is not what the step minimises.
@@ -55,14 +56,21 @@ def read_objective(
         raise ArgumentError("dataset", "an empty dataset", "at least one sample")
     spread = torch.linspace(0, len(readable) - 1, min(_ROWS, len(readable))).long().tolist()
     samples = [dataset[int(readable[i])] for i in spread]
-    whole = [s for s in samples if _finite(s)]  # the others are named where all rows are read
-    if not whole:
+    finite = [s for s in samples if _finite(s)]  # the others are named where all rows are read
+    if not finite:
         raise ArgumentError(
             "dataset", "NaN or infinity in the first samples", "finite inputs and labels", "Clean the data."
         )
-    batch = (collate or torch.utils.data.default_collate)(whole)
+    batch = (collate or torch.utils.data.default_collate)(finite)
     return read_batch(
-        module, batch, loss=loss, inputs=inputs, label=label, normalization=normalization, rows_per_step=rows_per_step
+        module,
+        batch,
+        loss=loss,
+        inputs=inputs,
+        label=label,
+        normalization=normalization,
+        rows_per_step=rows_per_step,
+        whole=whole,
     )
 
 
@@ -82,13 +90,15 @@ def read_batch(
     rows_per_step: int | None = None,
     ready: bool = False,
     fixed: bool = False,
+    whole: bool = False,
 ) -> Reading:
     """:func:`read_objective` off one batch as collated, or (``ready``) as the step receives it; ``fixed``: the head stays.
 
-    ``normalization``: (mean, std) of inputs that come normalised: perturbations are then of the data as it was before.
+    ``whole``: the head need not be linear. ``normalization``: (mean, std) of inputs that come normalised: perturbations are then
+    of the data as it was before.
     """
     of = Normalization.of(normalization)
-    reading = _read_batch(module, batch, loss, inputs, label, rows_per_step, ready, fixed)
+    reading = _read_batch(module, batch, loss, inputs, label, rows_per_step, ready, fixed, whole)
     if of is None:
         return reading
     return replace(reading, normalization=of, plain=False)
@@ -103,17 +113,18 @@ def _read_batch(
     rows_per_step: int | None,
     ready: bool,
     fixed: bool,
+    whole: bool,
 ) -> Reading:
     if not ready:
         batch = prepared(module, batch)
     batch = _on_device(module, _few_rows(batch))
     if not has_step(module):
-        return _read_given(module, batch, loss, inputs, label, rows_per_step)
+        return _read_given(module, batch, loss, inputs, label, rows_per_step, whole)
     if loss is None:
-        return _read_step(module, batch, inputs, rows_per_step, fixed)
-    given = _read_given(module, batch, loss, inputs, label, rows_per_step)
+        return _read_step(module, batch, inputs, rows_per_step, fixed, whole)
+    given = _read_given(module, batch, loss, inputs, label, rows_per_step, whole)
     try:
-        own = _read_step(module, batch, inputs, rows_per_step, fixed)
+        own = _read_step(module, batch, inputs, rows_per_step, fixed, whole)
     except UnsuitableError as error:
         given.notes.append(f"loss= is taken at its word: training_step itself could not be read ({str(error)[:300]})")
         return given
@@ -122,13 +133,15 @@ def _read_batch(
     return own if given.identity == own.identity else given
 
 
-def _read_step(module: nn.Module, batch: Any, inputs: Any, rows_per_step: int | None, fixed: bool) -> Reading:
+def _read_step(
+    module: nn.Module, batch: Any, inputs: Any, rows_per_step: int | None, fixed: bool, whole: bool
+) -> Reading:
     if getattr(module, "automatic_optimization", True) is False:
         raise UnsuitableError(
             "The module optimises by hand (automatic_optimization=False), so that no returned loss says what it minimises. "
             + WAY_OUT
         )
-    return Reader(module, batch, lambda b: run_step(module, b), inputs, fixed=fixed).read(rows_per_step)
+    return Reader(module, batch, lambda b: run_step(module, b), inputs, fixed=fixed, whole=whole).read(rows_per_step)
 
 
 def _few_rows(batch: Any) -> Any:
@@ -154,20 +167,20 @@ def _on_device(module: nn.Module, batch: Any) -> Any:
 
 
 def _read_given(
-    module: nn.Module, batch: Any, loss: Loss | None, inputs: Any, label: Any, rows_per_step: int | None
+    module: nn.Module, batch: Any, loss: Loss | None, inputs: Any, label: Any, rows_per_step: int | None, whole: bool
 ) -> Reading:
     chosen = resolve_loss(loss, module)
-    whole = reduced(loss if loss is not None else getattr(module, "criterion", None), chosen)
+    of_batch = reduced(loss if loss is not None else getattr(module, "criterion", None), chosen)
     x, y, _ = split_batch(batch, inputs, label)
 
     def run(batch: Any) -> Tensor:
         x, y, _ = split_batch(batch, inputs, label)
-        return whole(module(x), y)
+        return of_batch(module(x), y)
 
     try:
         head = find_head(module, x)
     except UnsuitableError:
-        return Reader(module, batch, run, inputs, "the loss on forward").read(rows_per_step)
+        return Reader(module, batch, run, inputs, "the loss on forward", whole=whole).read(rows_per_step)
     with torch.no_grad(), eval_mode(module):
         if not bool(torch.isfinite(run(batch))):
             raise UnsuitableError("The loss is NaN or infinite on the first samples. Check data and weights.")
@@ -177,11 +190,11 @@ def _read_given(
     dtype = algebra(x.device)
 
     def batch_loss(z: Tensor, leaves: list[Any]) -> Tensor:
-        return whole(z, leaves[labels])
+        return of_batch(z, leaves[labels])
 
-    known = Known(chosen, lambda leaves: leaves[labels], head.linear.out_features)
+    known = Known(chosen, lambda leaves: leaves[labels], head.outputs)
     probes = [probe.rows(torch.arange(max(2, len(x))) % len(x)), probe.rows(torch.arange(3) % len(x))]
-    found = [shares(batch_loss, p, head.linear.out_features, dtype, x.device) for p in probes]
+    found = [shares(batch_loss, p, head.outputs, dtype, x.device) for p in probes]
     kind = denominator(found, probes)
     counted = found[0].active
     reading = Reading(
@@ -198,11 +211,11 @@ def _must_agree(given: Reading, own: Reading, batch: Any) -> None:
     Raises:
         MismatchError: the given loss is not the one that training_step minimises.
     """
-    k = own.head.linear.out_features
+    k, device = own.head.outputs, next(own.module.parameters()).device
     values = []
     for reading in (given, own):
         probe, _ = reading.layout.probe(batch)
-        z = points(probe.n, k, algebra(reading.head.linear.weight.device), reading.head.linear.weight.device, 21)
+        z = points(probe.n, k, algebra(device), device, 21)
         values.append(objective_at(reading, probe, z))
     (one, slope), (two, other) = values
     off = float((slope - other).abs().max() / other.abs().max().clamp(min=1e-30))

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from lightning_muter.errors import UnsuitableError
 from lightning_muter.model.batch_losses import Later, Replayed
-from lightning_muter.model.head import Head, HeadCall, unsuitable_head
+from lightning_muter.model.cut import Cutting, calls_of
+from lightning_muter.model.head import Cut, HeadCall
 from lightning_muter.model.known_losses import Known, recognise
 from lightning_muter.model.leaves import rows
 from lightning_muter.model.loss_identity import in_words, loss_identity
 from lightning_muter.model.losses import Loss
 from lightning_muter.model.own_attack import read_own_attack, takes_the_last
 from lightning_muter.model.own_step import WAY_OUT, OwnStep, Run, Seen
-from lightning_muter.model.penalty import read_penalty, without
+from lightning_muter.model.penalty import without
 from lightning_muter.model.plain_mean import plain_mean_of
 from lightning_muter.model.proof import look_at_features, verify
 from lightning_muter.model.reading import Layout, Reading, algebra
@@ -32,8 +33,13 @@ from lightning_muter.model.untraced import Untraced
 
 
 class Reader:
-    """Reads ``run(batch) -> scalar``, which goes through ``module`` and its head once; ``what``: its name in messages; ``fixed``: the
-    head itself is not asked for, only what follows it (to be climbed): it may be frozen, tied or adapted.
+    """Reads ``run(batch) -> scalar``, which goes through ``module`` and its head once.
+
+    Args:
+        what: its name in messages.
+        fixed: the head itself is not asked for, only what follows it (to be climbed): it may be frozen, tied or adapted.
+        whole: nothing of the head is asked for but its output: where it is no linear layer of its own, or trained parameters lie
+            behind it, the step is cut at the output of another module.
     """
 
     def __init__(
@@ -45,8 +51,9 @@ class Reader:
         what: str = "training_step",
         *,
         fixed: bool = False,
+        whole: bool = False,
     ) -> None:
-        self.module, self.run, self.inputs, self.what, self.fixed = module, run, inputs, what, fixed
+        self.module, self.run, self.inputs, self.what, self.fixed, self.whole = module, run, inputs, what, fixed, whole
         self.own = OwnStep(module, batch, run, what)
         self.names, self.leaves, self.rebuild = self.own.names, self.own.leaves, self.own.rebuild
         first = next((v for v in self.leaves if isinstance(v, Tensor)), None)
@@ -56,87 +63,43 @@ class Reader:
 
     def read(self, rows_per_step: int | None) -> Reading:
         with undone(self.module):
-            seen = self.own.see()
-            try:
-                call = self._head_call(seen)
-            except RuntimeError as error:  # an in-place operation that autograd cannot undo, ...
-                raise UnsuitableError(
-                    f"The loss of {self.what} has no gradient ({str(error).splitlines()[0]}), so that it cannot be trained either."
-                ) from error
-            return self._read_head(call, seen, rows_per_step)
+            cutting = Cutting(self.own, rows_per_step, fixed=self.fixed, whole=self.whole)
+            seen, call = cutting.place()
+            n, times = len(call.output), calls_of(call, seen)
+            if times > 1:
+                return self._of_own_attack(seen, call, times, rows_per_step)
+            cutting.insist(call)
+            at = self._input(call, seen, n)
+            note = cutting.read_penalty(call)
+            first: UnsuitableError | None = None
+            for reading in self._readings(call.head, call, at, n, rows_per_step):
+                try:
+                    look_at_features(self.own, reading, call, at)
+                    verify(self.own, reading, call, seen.loss.dtype)
+                except UnsuitableError as error:
+                    first = first or error
+                else:
+                    cutting.refuse_layers_behind(call, reading.convex)
+                    reading.penalty = self.own.penalty
+                    reading.notes += [*note, *_notes(reading)]
+                    return reading
+            assert first is not None
+            raise first
 
-    def _head_call(self, seen: Seen) -> HeadCall:
-        """The last linear layer called whose output the loss depends on."""
-        if not seen.calls:
-            raise UnsuitableError(
-                f"{self.what} calls no nn.Linear: end the model with one, whose output the loss takes."
-            )
-        for call in reversed([c for c in seen.calls if c.output.requires_grad]):
-            (slope,) = torch.autograd.grad(seen.loss, call.output, retain_graph=True, allow_unused=True)
-            if slope is not None:
-                return call
-        raise UnsuitableError(
-            f"The loss of {self.what} depends on no nn.Linear that the step calls: nothing to unlearn."
-        )
-
-    # -- one head ----------------------------------------------------------------------------------------------------
-
-    def _read_head(self, call: HeadCall, seen: Seen, rows_per_step: int | None) -> Reading:
-        times = sum(c.linear is call.linear for c in seen.calls)
-        if times > 1 and takes_the_last(seen.loss, seen.calls, call.linear):
-            reading = read_own_attack(
-                self.module, self.own.ran, call, times, self.names, self.leaves, self.own.probes(len(call.output))
-            )
-            reading.run, reading.example = self.run, self.rebuild(self.leaves)
-            reading.rows_per_step = rows_per_step
-            return reading
-        if times > 1:
+    def _of_own_attack(self, seen: Seen, call: HeadCall, times: int, rows_per_step: int | None) -> Reading:
+        """Of a step that calls its head several times, which an attack written into it does."""
+        if not takes_the_last(seen.loss, seen.calls, call.linear):
             raise UnsuitableError(
                 f"The head {call.name!r} is called {times} times in one {self.what} (two forwards: consistency, TRADES, mixing, an "
                 f"attack written into the step): its loss is no function of one output. Let AdversarialTraining attack. {WAY_OUT}"
             )
-        reasons = unsuitable_head(self.module, call)
-        if reasons and not (self.fixed and call.inputs.dim() == 2):
-            raise UnsuitableError(
-                f"The layer {call.name!r} gives what the loss takes but cannot serve as the head:\n"
-                + "\n".join(f"- {r}" for r in reasons)
-            )
-        n = len(call.output)
-        at = self._input(call, seen, n)
-        head = Head(call.name, call.linear)
-        note = self._read_penalty(call.linear, n, rows_per_step)
-        first: UnsuitableError | None = None
-        for reading in self._readings(head, call, at, n, rows_per_step):
-            try:
-                look_at_features(self.own, reading, call, at)
-                verify(self.own, reading, call, seen.loss.dtype)
-            except UnsuitableError as error:
-                first = first or error
-            else:
-                reading.penalty = self.own.penalty
-                reading.notes += [*note, *_notes(reading)]
-                return reading
-        assert first is not None
-        raise first
+        probes = self.own.probes(len(call.output))
+        reading = read_own_attack(self.module, self.own.ran, call, times, self.names, self.leaves, probes)
+        reading.run, reading.example = self.run, self.rebuild(self.leaves)
+        reading.rows_per_step = rows_per_step
+        return reading
 
-    def _read_penalty(self, linear: nn.Linear, n: int, rows_per_step: int | None) -> list[str]:
-        """Find what the step penalises by itself; what is to be said of it."""
-        step, k = self.own.with_output(linear), linear.out_features
-        few = read_penalty(self.module, step, self.own.probes(n)[:1], k)
-        if not few:
-            return []
-        rows_per_step = (
-            n if rows_per_step is None and self.fixed else rows_per_step
-        )  # what is climbed is the loss alone
-        found = self.own.penalty = read_penalty(self.module, step, self.own.of_a_step(n, rows_per_step), k)
-        if not found or all(abs(found.get(name, c) - c) <= 1e-3 * c for name, c in few.items()):
-            return []
-        return [
-            f"{self.what} adds an L2 penalty by itself and divides it by the rows of the batch: the objective is taken for batches "
-            f"of {rows_per_step} rows. Add it undivided, or use the optimiser's weight_decay."
-        ]
-
-    def _readings(self, head: Head, call: HeadCall, at: int, n: int, rows_per_step: int | None) -> Iterator[Reading]:
+    def _readings(self, head: Cut, call: HeadCall, at: int, n: int, rows_per_step: int | None) -> Iterator[Reading]:
         """What the step may be, the quickest to be told first; none is proved yet.
 
         Raises:
@@ -156,12 +119,12 @@ class Reader:
         if first is not None:
             raise first
 
-    def _quick(self, head: Head, call: HeadCall, at: int, n: int, rows_per_step: int | None) -> Reading | None:
+    def _quick(self, head: Cut, call: HeadCall, at: int, n: int, rows_per_step: int | None) -> Reading | None:
         """Where the step is the plain mean of a known loss, it is traced when its rows are first asked one by one."""
-        step, probes = self.own.with_output(head.linear), self.own.probes(n)
+        step, probes = self.own.with_output(head.layer), self.own.probes(n)
         labels = [i for i, v in enumerate(self.leaves) if i != at and rows(v, n)]
         try:
-            told = plain_mean_of(step, probes, labels, call.linear.out_features, self.dtype)
+            told = plain_mean_of(step, probes, labels, head.outputs, self.dtype)
         except Exception:  # of the step, on other rows
             told = None
         if told is None:
@@ -178,12 +141,12 @@ class Reader:
         )  # fmt: skip
 
     def _traced(
-        self, head: Head, call: HeadCall, of: tuple[BatchLoss, list[int]], at: int, rows_per_step: int | None
+        self, head: Cut, call: HeadCall, of: tuple[BatchLoss, list[int]], at: int, rows_per_step: int | None
     ) -> Reading:
         batch_loss, uses = of
         n = len(call.output)
         probes = self.own.probes(n)
-        k, device = call.linear.out_features, call.output.device
+        k, device = head.outputs, call.output.device
         found = [shares(batch_loss, p, k, self.algebra, device) for p in probes]
         kind = denominator(found, probes)
         counts = [s.active for s in found]
@@ -235,10 +198,10 @@ class Reader:
             "one tensor, or pass inputs= (key or position)."
         )
 
-    def _losses(self, head: Head, call: HeadCall, at: int, n: int) -> Iterator[tuple[BatchLoss, list[int]]]:
+    def _losses(self, head: Cut, call: HeadCall, at: int, n: int) -> Iterator[tuple[BatchLoss, list[int]]]:
         """L(z, leaves) and the leaves it uses: traced; then (where the step looks at values) the step itself, replayed."""
-        k, device, whole = call.linear.out_features, call.output.device, Probe(self.leaves, n)
-        step = self.own.with_output(head.linear)
+        k, device, whole = head.outputs, call.output.device, Probe(self.leaves, n)
+        step = self.own.with_output(head.layer)
 
         def copies(count: int) -> tuple[Tensor, list[Any]]:
             rows = torch.tensor([0, n // 2, n - 1]).repeat(count)
@@ -247,7 +210,7 @@ class Reader:
         try:  # more than one copy: a selection of a single row is another operation than one of several
             named = storages(self.module)
             with without(self.module, self.own.penalty):  # the graph keeps what it meets
-                graph = trace(step, (copies(2), copies(3)), self.algebra, named, Untraced(self.module, head.linear))
+                graph = trace(step, (copies(2), copies(3)), self.algebra, named, Untraced(self.module, head.layer))
         except UnsuitableError:
             raise
         except Exception:

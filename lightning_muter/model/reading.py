@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_muter.errors import ArgumentError, UnsuitableError
-from lightning_muter.model.head import Head, features
+from lightning_muter.model.head import Cut, Head, features
 from lightning_muter.model.known_losses import Known
 from lightning_muter.model.leaves import flatten, rows
 from lightning_muter.model.losses import Loss
@@ -86,7 +86,7 @@ class Reading:
 
     module: nn.Module
     run: Callable[[Any], Tensor]
-    head: Head
+    head: Cut
     layout: Layout
     loss: Loss
     identity: str
@@ -104,6 +104,12 @@ class Reading:
     rows_per_step: int | None = None
     notes: list[str] = field(default_factory=list)
     penalty: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def linear_head(self) -> Head:
+        """The head, where one was asked for."""
+        assert isinstance(self.head, Head)
+        return self.head
 
     def of_rows(self, positions: Sequence[int]) -> Reading:
         """The same of some rows alone, counted from 0 then."""
@@ -167,7 +173,7 @@ class Reading:
         if self.denominator == "sum":
             every = torch.full((probe.n,), self._each, dtype=dtype, device=device)
             return Shares(every, torch.ones_like(every, dtype=torch.bool))
-        found = masses(self.batch_loss, probe, self.reference, self.head.linear.out_features, dtype, device)
+        found = masses(self.batch_loss, probe, self.reference, self.head.outputs, dtype, device)
         return Shares(rounded(found.values), found.active)
 
     # -- the model as the step runs it ---------------------------------------------------------------------------------
@@ -184,11 +190,11 @@ class Reading:
             return found
         taken: list[Tensor] = []
 
-        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            taken.append(args[0] if args else kwargs["input"])
+        def stop(phi: Tensor) -> None:
+            taken.append(phi)
             raise _AtTheHeadError
 
-        handle = self.head.linear.register_forward_pre_hook(stop, with_kwargs=True)
+        handle = self.head.when_reached(stop)
         token = replaying.set(True)
         try:
             self.run(self._batch_of(x))
@@ -203,8 +209,7 @@ class Reading:
 
     def logits(self, x: Tensor) -> Tensor:
         """z (n, K), the head's output where the step runs on x, with its graph."""
-        linear = self.head.linear
-        return linear(self.features(x))
+        return self.head.logits(self.features(x))
 
     def _batch_of(self, x: Tensor) -> Any:
         """A batch with these inputs; the other leaves, which phi does not depend on, are the example's, repeated."""

@@ -87,12 +87,14 @@ def inspect_fit(
     if readable:
         if normalization is None and adversary is not None:
             normalization = adversary.normalization
-        found, reading = inspect_objective(module, loaders[0], loss, inputs, label, threat, normalization)
+        found, reading = inspect_objective(
+            module, loaders[0], loss, inputs, label, threat, normalization, scope != "head"
+        )
         out += [*found, *inspect_layers(module)]
         if adversary is not None and reading is not None:
             out += inspect_climb(adversary, reading)
         if reading is not None and scope == "head":
-            head, x = reading.head, reading.split(reading.example)[0]
+            head, x = reading.linear_head, reading.split(reading.example)[0]
             names = parameter_names(head)
             matrix = without_matrix(head, cap) is None
             out += inspect_size(head, len(loaders[0].dataset), x[0].numel(), threat, cap)
@@ -243,6 +245,7 @@ def inspect_objective(
     label: Any,
     threat: ThreatModel | None,
     normalization: Any = None,
+    whole: bool = False,
 ) -> tuple[list[Finding], Reading | None]:
     """What the step's own loss is, or why it cannot be read; whether it is finite and the inputs lie in the box."""
     try:
@@ -256,6 +259,7 @@ def inspect_objective(
                 label=label,
                 normalization=normalization,
                 rows_per_step=loader.batch_size,
+                whole=whole,
             )
     except (UnsuitableError, MismatchError) as e:
         return [Finding("skip", str(e))], None

@@ -81,6 +81,7 @@ class Training:
             inputs=self.inputs,
             label=self.label,
             normalization=normalization,
+            whole=True,
         )
 
     def objective(

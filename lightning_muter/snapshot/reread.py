@@ -15,6 +15,7 @@ from lightning_muter.model.loss_identity import in_words, same_loss
 from lightning_muter.model.losses import Loss
 from lightning_muter.model.read_step import read_objective
 from lightning_muter.model.reading import Reading, Settled
+from lightning_muter.snapshot.snapshot import WideSnapshot
 from lightning_muter.snapshot.stored import Stored
 
 
@@ -45,6 +46,7 @@ class Access:
             collate=self.collate,
             inputs=self.inputs,
             label=self.label,
+            whole=isinstance(snapshot, WideSnapshot),
         )
         reading.rows_per_step = None
         if not same_loss(reading.identity, snapshot.loss_name):

@@ -176,8 +176,8 @@ def take_snapshot(
         _check_options(polish, trades_beta)
         how = {"loss": loss, "collate": collate, "inputs": inputs, "label": label, "normalization": normalization}
         reading = _read(model, dataset, device, reading, how)
-        if (large := without_matrix(reading.head, size_cap)) is not None:
-            scope, reading = parameter_names(reading.head), replace(reading, notes=[*reading.notes, large])
+        if (large := without_matrix(reading.linear_head, size_cap)) is not None:
+            scope, reading = parameter_names(reading.linear_head), replace(reading, notes=[*reading.notes, large])
             budget = fit = examples = tolerance = resume = None
     if scope != "head":
         return _beyond_head(

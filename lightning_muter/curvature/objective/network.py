@@ -172,11 +172,16 @@ class WideObjective:
             values = problem.loss.values(problem.joint(leaves, batch.x, batch.delta), batch.y)
             if batch.weight is not None:
                 values = values * batch.weight.to(values)
-            slopes = torch.autograd.grad(values.sum(), list(leaves.values()), retain_graph=self.scale is None)
+            parameters = list(leaves.values())  # one that forward does not use has the slope 0
+            slopes = torch.autograd.grad(
+                values.sum(), parameters, retain_graph=self.scale is None, allow_unused=True, materialize_grads=True
+            )
             square = values.new_zeros(())
             if self.scale is None:
                 signs = rademacher(self.passes, torch.arange(len(values)), 1)[:, 0].to(values)
-                mixed = torch.autograd.grad((values * signs).sum(), list(leaves.values()))
+                mixed = torch.autograd.grad(
+                    (values * signs).sum(), parameters, allow_unused=True, materialize_grads=True
+                )
                 square = sum((m.square().sum() for m in mixed), square)
         total = values.detach().to(problem.dtype).sum()
         if batch.c is not None:

@@ -50,7 +50,7 @@ class HeadProblem:
         parameter = next(module.parameters())
         self.module, self.loss = module, loss
         examples = examples.to(parameter.device, parameter.dtype)
-        self.head = find_head(module, examples) if reading is None else reading.head
+        self.head = find_head(module, examples) if reading is None else reading.linear_head
         self.backbone = Backbone(module, self.head, examples, reading)
         self.device, self.dtype = self.backbone.device, self.backbone.algebra
         self.n_logits, self.has_bias = self.head.linear.out_features, self.head.linear.bias is not None
