@@ -28,6 +28,7 @@ from lightning_muter.model.rows import collate_of
 from lightning_muter.preflight.checks import inspect_fit
 from lightning_muter.preflight.findings import enforce
 from lightning_muter.preflight.trained_rows import TrainedRows
+from lightning_muter.scope.choose import as_scope
 from lightning_muter.snapshot.part import snapshot_of_rows
 from lightning_muter.snapshot.size import DEFAULT_CAP
 from lightning_muter.snapshot.summary import logged
@@ -149,7 +150,7 @@ class MUterCallback(Requests, Callback):
         """Begin to count this epoch's rows."""
         if self._rows is not None:
             self._rows.epoch_starts()
-        if self._skip is None and self.scope == "head" and self.polish != 0:
+        if self._skip is None and "examples" not in as_scope(self.scope).useless and self.polish != 0:
             examples_of(pl_module).next_epoch()  # the last epoch's adversarial examples are where polish begins
         self._door.looks_at(trainer.train_dataloader)
 

@@ -17,7 +17,7 @@ from lightning_muter.forgotten.rows import Forgotten
 from lightning_muter.model.losses import Loss
 from lightning_muter.scope.head_methods import Method
 from lightning_muter.snapshot.refreshing import refresh
-from lightning_muter.snapshot.snapshot import Snapshot, WideSnapshot
+from lightning_muter.snapshot.stored import Stored
 from lightning_muter.solvers.base import Solver
 from lightning_muter.unlearning.result import UnlearnResult
 from lightning_muter.unlearning.unlearn import CERTIFY_SECONDS, unlearn
@@ -34,7 +34,7 @@ class Requests:
     verbose: bool
 
     def __init__(self) -> None:
-        self.snapshot: Snapshot | WideSnapshot | None = None
+        self.snapshot: Stored | None = None
         self._skip: str | None = "No snapshot was taken yet: fit a model with this callback, or use take_snapshot."
         self._dataset: Dataset[Any] | None = None
         self._collate: Any = None
@@ -47,7 +47,7 @@ class Requests:
         """Of the files that were written, "checkpoint" and "snapshot"."""
         return self._files.paths
 
-    def _at_hand(self) -> Snapshot | WideSnapshot:
+    def _at_hand(self) -> Stored:
         if self.snapshot is None:
             nothing = "No snapshot was taken: the fit made no step. Use take_snapshot(model, dataset, ...)."
             raise UnsuitableError(self._skip or nothing)
@@ -123,7 +123,7 @@ class Requests:
             self._files.changed(model, [result])
         return result
 
-    def refresh(self, model: pl.LightningModule, data: Dataset[Any] | None = None) -> Snapshot | WideSnapshot:
+    def refresh(self, model: pl.LightningModule, data: Dataset[Any] | None = None) -> Stored:
         """A new snapshot of the retained samples at the current weights: nothing computed at the old ones remains.
 
         Args:

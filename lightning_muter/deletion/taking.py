@@ -7,19 +7,19 @@ from typing import Any
 import lightning as L
 
 from lightning_muter.deletion.options import SnapshotOptions
-from lightning_muter.deletion.request_flow import AnySnapshot
 from lightning_muter.deletion.training_data import TrainingData, threat_of, trades_beta_of, trained_decay
 from lightning_muter.minimise.budget import Fit
 from lightning_muter.model.losses import Loss
 from lightning_muter.snapshot.part import snapshot_of_rows
 from lightning_muter.snapshot.refreshing import refresh
+from lightning_muter.snapshot.stored import Stored
 from lightning_muter.snapshot.summary import decay_text
 from lightning_muter.storage.fingerprint import DigestKey
 
 
 def refreshed(
-    trainer: L.Trainer, model: L.LightningModule, old: AnySnapshot, data: TrainingData, loss: Loss | None, size: int
-) -> AnySnapshot:
+    trainer: L.Trainer, model: L.LightningModule, old: Stored, data: TrainingData, loss: Loss | None, size: int
+) -> Stored:
     """A new snapshot in the place of the old one, at the weights that the model holds."""
     return refresh(
         model,
@@ -39,7 +39,7 @@ def taken(
     data: TrainingData,
     said: SnapshotOptions,
     key: DigestKey,
-) -> AnySnapshot:
+) -> Stored:
     """A first snapshot of the checkpoint's weights, which the model holds."""
     given = said.weight_decay != "auto"
     decay, read = (said.weight_decay, "given") if given else trained_decay(checkpoint, model)

@@ -21,11 +21,12 @@ from lightning_muter.lightning_names import MODULES, Callback, other
 from lightning_muter.model.rows import collate_of
 from lightning_muter.preflight.checks import inspect_fit
 from lightning_muter.preflight.findings import Finding, as_table
+from lightning_muter.scope.choose import as_scope
 from lightning_muter.snapshot.part import snapshot_of_rows
 from lightning_muter.snapshot.size import DEFAULT_CAP
 
-#: Rows of the two trials, and passes over the data that a polish usually takes.
-_FEW, _MORE, _PASSES = 16, 64, 15
+#: Rows of the two trials.
+_FEW, _MORE = 16, 64
 _OPTIONS = ("scope", "threat_model", "response", "loss", "weight_decay", "inputs", "label")
 
 
@@ -168,8 +169,7 @@ class _Probe(Callback):
             return
         slope = max(0.0, spent - least) / max(1, size - few)
         fixed = max(0.0, least - slope * few)
-        wide = options.get("scope", "head") != "head"
-        usual = (int(polish) if polish != "auto" else 0 if wide else _PASSES) + 1
+        usual = as_scope(options.get("scope", "head")).passes(polish) + 1
         self.found.passes, self.found.seconds = usual, fixed + slope / passes * n * usual
 
 

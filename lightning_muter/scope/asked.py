@@ -11,9 +11,14 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from lightning_muter.errors import ArgumentError
+from lightning_muter.minimise.budget import Fit
 from lightning_muter.model.distributed import Shards
 from lightning_muter.model.reading import Reading
 from lightning_muter.scope.network_objective import Training
+from lightning_muter.snapshot.polishing import Examples
+from lightning_muter.snapshot.resume import Resumable
+from lightning_muter.snapshot.size import DEFAULT_CAP
+from lightning_muter.snapshot.snapshot import Snapshot
 from lightning_muter.solvers.cg import TruncatedCG
 from lightning_muter.storage.fingerprint import DigestKey
 
@@ -34,18 +39,29 @@ class TakeWide(Training):
     normalization: Any = None
     reading: Reading | None = None
 
-    @property
-    def steps(self) -> int:
-        """Accepted steps of polish.
+    def read_all(self) -> Reading:
+        """What the model's step minimises, on the device where it is to be."""
+        if self.device is not None:
+            self.model.to(self.device)
+        if self.reading is not None:
+            return self.reading
+        return self.read(self.model, self.dataset, normalization=self.normalization)
 
-        Raises:
-            ArgumentError: ``polish`` is none of "auto", 0 or a number.
-        """
-        if self.polish == "auto":
-            return 0
-        if not (isinstance(self.polish, int) and self.polish >= 0):
-            raise ArgumentError("polish", self.polish, "'auto', 0 or a number of steps")
-        return self.polish
+
+@dataclass(frozen=True, eq=False)
+class Take(TakeWide):
+    """What :func:`lightning_muter.take_snapshot` is asked for."""
+
+    _: KW_ONLY
+    scope: Any = "head"  # or "all", patterns, a `scope.base.Scope`
+    batch_size: int = 1024
+    budget: float | str | None = None
+    fit: Fit | None = None
+    examples: Examples | None = None
+    tolerance: float | None = None
+    size_cap: int = DEFAULT_CAP
+    like: Snapshot | None = None
+    resume: Resumable | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lightning_muter.adversarial.threat_model import ThreatModel
+from lightning_muter.curvature.hessian.direct import Curvature
 from lightning_muter.curvature.inner.maximiser import InnerSolver, Smoothing
 from lightning_muter.curvature.objective.network import WideCurvature, WideObjective
 from lightning_muter.curvature.problem.network import WideProblem
 from lightning_muter.curvature.response.choose import Response, as_response
+from lightning_muter.errors import ArgumentError
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards, refuse_sharded_parameters
 from lightning_muter.model.losses import Loss
@@ -38,7 +40,7 @@ class Training:
     attack: Any = None
     trades_beta: float | None = None
     response: str | Response = "auto"
-    curvature: WideCurvature = "ggn"
+    curvature: Curvature | None = None
     loss: Loss | None = None
     weight_decay: Decay = "auto"
     optimizers: Iterable[Any] | None = None
@@ -51,6 +53,17 @@ class Training:
     inputs: Any = None
     label: Any = None
     progress: bool = True
+
+    @property
+    def direct(self) -> WideCurvature:
+        """The direct part of the Hessian.
+
+        Raises:
+            ArgumentError: it is known of a head alone.
+        """
+        if self.curvature == "fisher":
+            raise ArgumentError("curvature", self.curvature, "'ggn' or 'hessian' beyond the head", "Use 'ggn'.")
+        return self.curvature or "ggn"
 
     @classmethod
     def of(cls, snapshot: WideSnapshot, access: Access) -> Training:
@@ -83,6 +96,27 @@ class Training:
             normalization=normalization,
         )
 
+    def source(
+        self,
+        data: Dataset[Any],
+        reading: Reading,
+        threat: ThreatModel,
+        device: torch.device,
+        positions: Sequence[int] | None = None,
+    ) -> SampleSource:
+        """These rows of the data (None: all)."""
+        return SampleSource(
+            data,
+            collate=self.collate,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            device=device,
+            weight=self.sample_weight,
+            threat=threat,
+            readable=positions,
+            reading=reading,
+        ).settle()
+
     def objective(
         self,
         model: nn.Module,
@@ -101,17 +135,7 @@ class Training:
         refuse_sharded_parameters(model)
         threat = trained_threat(model, self.threat_model, self.attack)
         shards = shards or Shards.current()
-        source = SampleSource(
-            data,
-            collate=self.collate,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            device=next(model.parameters()).device,
-            weight=self.sample_weight,
-            threat=threat,
-            readable=positions,
-            reading=reading,
-        ).settle()
+        source = self.source(data, reading, threat, next(model.parameters()).device, positions)
         problem = WideProblem(model, reading.loss, self.scope, source.examples(), self.trades_beta, reading)
         return WideObjective(
             problem,
@@ -121,7 +145,7 @@ class Training:
             as_response(self.response, threat),
             shards.share(positions),
             source.total(positions),
-            self.curvature,
+            self.direct,
             self.inner or (_KINKED if problem.backbone.piecewise_linear else InnerSolver(max_iter=50)),
             self.smoothing or Smoothing(),
             anchor=problem.read() if threat.jumps else None,
@@ -140,14 +164,14 @@ class Training:
         return torch.repeat_interleave(found, torch.tensor(problem.sizes, device=problem.device))
 
 
-def left_outside(model: nn.Module, names: Iterable[str]) -> str | None:
-    """What a scope leaves behind; None when it covers every trainable parameter."""
+def left_outside(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """What a scope leaves behind; empty when it covers every trainable parameter."""
     inside = set(names)
     left = [n for n, p in model.named_parameters() if p.requires_grad and n not in inside]
     if not left:
-        return None
+        return []
     shown = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
-    return (
+    return [
         f"The scope leaves {len(left)} trainable parameters as they are ({shown}): they keep what they learnt from "
         "forgotten samples. scope='all' covers them."
-    )
+    ]

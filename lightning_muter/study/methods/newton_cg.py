@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.curvature.objective.network import WideCurvature
-from lightning_muter.scope.wide_taking import take_wide_snapshot
+from lightning_muter.snapshot.take import take_wide_snapshot
 from lightning_muter.study.methods.base import Competitor, Outcome, State, head_outcome
 from lightning_muter.study.models.base import Classifier
 from lightning_muter.study.setup.problem import World
