@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from lightning_muter.errors import ArgumentError
+from lightning_muter.errors import ArgumentError, MismatchError
+from lightning_muter.forgotten.digests import sample_digests
 from lightning_muter.minimise.budget import Fit
+from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards
 from lightning_muter.model.reading import Reading
 from lightning_muter.scope.network_objective import Training
@@ -62,6 +64,31 @@ class Take(TakeWide):
     size_cap: int = DEFAULT_CAP
     like: Snapshot | None = None
     resume: Resumable | None = None
+
+    def identity(self, source: SampleSource, reading: Reading) -> dict[str, Any]:
+        """What every kind of snapshot holds of the rows, their loss and the adversary.
+
+        Raises:
+            MismatchError: ``like`` is of other rows.
+        """
+        like = self.like
+        key = self.key or (like.key if like is not None else None) or DigestKey.generate()
+        digests = sample_digests(key, source, range(source.n))
+        if like is not None and like.key_id == key.key_id and not torch.equal(digests, like.digests):
+            raise MismatchError("like: it was taken of other rows, or in another order. Pass the same dataset.")
+        return {
+            "n_total": source.n,
+            "forgotten": [],
+            "threat_model": source.threat,
+            "loss_name": reading.identity,
+            "mass": source.mass,
+            "normalization": reading.normalization,
+            "input_shape": source.input_shape,
+            "digests": digests,
+            "key_id": key.key_id,
+            "key": key,
+            "sample_weight": source.weight,
+        }
 
 
 @dataclass(frozen=True, eq=False)

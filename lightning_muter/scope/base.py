@@ -40,7 +40,7 @@ class Options:
     solver: Any
     refine: int
     within: float | None
-    certify: bool | float
+    certify: Any  # seconds or None, once it is checked
     accept: str | None
     dry_run: bool
     shards: Shards

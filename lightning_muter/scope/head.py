@@ -121,13 +121,13 @@ class HeadScope(Scope[Snapshot]):
                 "refine", options.refine, "0 without retained data", "Pass retain=train_dataset as well."
             )
         check_within(options.within, retain)
-        _seconds(options.certify)
         check_accept(options.accept)
+        seconds = _seconds(options.certify)
         method = MUter() if options.method is None else options.method
         if not isinstance(method, Method):
             advice = "MUter() is the default; how its system is solved is solver=."
             raise ArgumentError("method", method, "a lightning_muter.Method", advice)
-        return replace(options, solver=as_solver(options.solver), method=method)
+        return replace(options, solver=as_solver(options.solver), method=method, certify=seconds)
 
     def propose(self, removal: Removal[Snapshot]) -> Proposal:
         """One step of the method, from stored sums; then what the retained rows allow, where they are given."""
@@ -147,10 +147,7 @@ class HeadScope(Scope[Snapshot]):
         remember_owed(after, result.quality)
         step.theta = theta = problem.rounded(step.theta)
         if retain is not None:
-            theta = with_retained(
-                request, step, removal.kept, now, after, result, options.refine, _seconds(options.certify),
-                options.accept, options.progress,
-            )  # fmt: skip
+            theta = with_retained(request, step, removal, now, after, result)
         else:
             require_trust(snapshot, result.quality, options.accept)
         if not bool(torch.isfinite(theta).all()):

@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_muter.curvature.hessian.sums import Sums
 from lightning_muter.curvature.inner.maximiser import InnerSolver, Smoothing
+from lightning_muter.curvature.objective.base import Evaluation
 from lightning_muter.curvature.objective.sharded import ShardedObjective
 from lightning_muter.curvature.problem.head import HeadProblem
 from lightning_muter.curvature.response.choose import Response, as_response
-from lightning_muter.errors import MismatchError
-from lightning_muter.forgotten.digests import sample_digests
+from lightning_muter.errors import UnsuitableError
 from lightning_muter.minimise.budget import Budget, Fit
-from lightning_muter.model.dataset import SampleSource
+from lightning_muter.minimise.corners import least_subgradient
 from lightning_muter.model.reading import Reading
 from lightning_muter.scope.asked import Take
 from lightning_muter.snapshot.polishing import AIM, Polish, Polished
 from lightning_muter.snapshot.progress import bar
-from lightning_muter.snapshot.remarks import warn
+from lightning_muter.snapshot.remarks import constant_note, head_notes, warn
 from lightning_muter.snapshot.snapshot import Snapshot
-from lightning_muter.snapshot.taken import Taken
 from lightning_muter.snapshot.trained import head_decay, trained_threat
-from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
+from lightning_muter.storage.fingerprint import weight_fingerprint
 
 
 def taken(asked: Take, reading: Reading) -> Snapshot:
     """The snapshot that is asked for, of the head that was read; the model's head is polished."""
     began = time.perf_counter()
     model, like = asked.model, asked.like
-    curvature = asked.curvature or "hessian"
     threat = trained_threat(model, asked.threat_model, asked.attack)
     parameter = next(model.parameters())
     source = asked.source(asked.dataset, reading, threat, parameter.device)
@@ -53,23 +54,57 @@ def taken(asked: Take, reading: Reading) -> Snapshot:
     polished = polishing.run(
         objective, before, as_response(asked.response, threat).resolved(problem.backbone, source.n)
     )
-    taken = _take(objective, polished, asked)
-    figures = polished.figures(objective, reading.loss, before) | taken.figures(polishing)
-    notes = [*reading.notes, *taken.notes(polishing, asked.attack)]
-    key = asked.key or (like.key if like is not None else None) or DigestKey.generate()
-    digests = _digests(source, key, like)
+    sums, maximisers, starts = _sums(objective, polished, asked)
+    reached = objective.evaluation(polished.theta, sums, maximisers)
+    if not bool(torch.isfinite(polished.theta).all()) or not bool(torch.isfinite(reached.gradient).all()):
+        raise UnsuitableError("The objective is not finite at the model's weights. Check the weights and the loss.")
+    figures = polished.figures(objective, reading.loss, before)
+    figures |= _figures(objective, reached, sums, _sharp(objective, polished, maximisers, polishing.budget))
+    notes = [*reading.notes, *head_notes(problem, reached, sums, polished.aim, asked.polish != 0, asked.attack)]
+    if polished.best is not None and polished.best.is_constant:
+        notes.append(constant_note(polished.best, threat))
+    identity = asked.identity(source, reading)
     warn(notes)
     if asked.polish != 0:
         problem.write_theta(polished.theta)
-    return taken.record(
-        reading,
-        curvature=curvature,
+    anchor = objective.smoothing.anchor
+    assert sums.hessian is not None
+    return Snapshot(
+        **identity,
+        theta_ref=polished.theta.cpu(),
+        theta_base=polished.theta.cpu().clone(),
+        gradient=sums.gradient.cpu(),
+        hessian=replace(sums.hessian, blocks=sums.hessian.blocks.cpu()),
+        decay=objective.decay.cpu(),
+        response=polished.response,
+        curvature=asked.curvature or "hessian",
+        head_name=problem.head.name,
+        smoothing=replace(objective.smoothing, anchor=None if anchor is None else anchor.cpu()),
+        inner=objective.inner,
+        fingerprint=weight_fingerprint(model.state_dict()),
+        stationarity=figures["stationarity"],
+        starts=starts,
         warnings=notes,
         figures=figures | {"seconds": time.perf_counter() - began},
-        fingerprint=weight_fingerprint(model.state_dict()),
-        digests=digests,
-        key=key,
     )
+
+
+def _sharp(objective: ShardedObjective, polished: Polished, maximisers: Tensor, budget: Budget) -> float | None:
+    """Stationarity with nothing smoothed; of a network it costs an ascent: where a budget counts, the smoothed one stands alone."""
+    if not objective.problem.backbone.affine and budget.limit is not None:
+        return None
+    return least_subgradient(objective, polished.theta, maximisers)
+
+
+def _figures(objective: ShardedObjective, reached: Evaluation, sums: Sums, sharp: float | None) -> dict[str, Any]:
+    return {
+        "stationarity": max(reached.stationarity, sharp or 0.0),
+        "stationarity_smoothed": reached.stationarity,
+        "stationarity_unsmoothed": sharp,
+        "objective": reached.value,
+        "passes": objective.passes,
+        "counts": {k: int(v) for k, v in sums.counts.items() if v},
+    }
 
 
 def _anchor(objective: ShardedObjective, model: nn.Module, smoothing: Smoothing | None, like: Snapshot | None) -> bool:
@@ -86,31 +121,16 @@ def _anchor(objective: ShardedObjective, model: nn.Module, smoothing: Smoothing 
     return False
 
 
-def _digests(source: SampleSource, key: DigestKey, like: Snapshot | None) -> Tensor:
-    """Keyed digests of all samples.
-
-    Raises:
-        MismatchError: ``like`` is of other rows.
-    """
-    digests = sample_digests(key, source, range(source.n))
-    if like is not None and like.key_id == key.key_id and not torch.equal(digests, like.digests):
-        raise MismatchError("like: it was taken of other rows, or in another order. Pass the same dataset.")
-    return digests
-
-
-def _take(objective: ShardedObjective, polished: Polished, asked: Take) -> Taken:
-    """The sums at a polished head, at the very maximisers that it was trained on."""
+def _sums(objective: ShardedObjective, polished: Polished, asked: Take) -> tuple[Sums, Tensor, Tensor | None]:
+    """The sums at a polished head, at the very maximisers that it was trained on; these; and where a file lets them start from."""
     done, like, curvature = polished.done, asked.like, asked.curvature or "hessian"
     as_found = done.as_found if done is not None else like is not None and like.inner.as_found
     objective.starts_as_found(as_found)
     if objective.delta is None and not objective.reproducible:
         objective.accept(objective.evaluate(polished.theta, explore=True))
     starts = objective.stored_starts()
+    how: dict[str, Any] = {"response": polished.response, "curvature": curvature, "settle": not as_found}
     with bar(objective, "snapshot", asked.progress):
         if asked.resume is not None:
-            sums, final = asked.resume.sums(objective, polished.theta, polished.response, curvature, not as_found)
-        else:
-            sums, final = objective.sums(
-                polished.theta, response=polished.response, curvature=curvature, settle=not as_found
-            )
-    return Taken(objective, polished, sums, final, starts)
+            return *asked.resume.sums(objective, polished.theta, **how), starts
+        return *objective.sums(polished.theta, **how), starts

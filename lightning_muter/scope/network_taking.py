@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from lightning_muter.curvature.objective.base import Evaluation
 from lightning_muter.curvature.objective.network import WideObjective
 from lightning_muter.errors import ArgumentError, UnsuitableError
-from lightning_muter.forgotten.digests import sample_digests
 from lightning_muter.minimise.levenberg_marquardt import LevenbergMarquardt
 from lightning_muter.model.reading import Reading
 from lightning_muter.scope.asked import DAMPING, Take
@@ -18,7 +17,7 @@ from lightning_muter.scope.network_objective import left_outside
 from lightning_muter.snapshot.remarks import warn
 from lightning_muter.snapshot.snapshot import WideSnapshot
 from lightning_muter.solvers.cg import TruncatedCG
-from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
+from lightning_muter.storage.fingerprint import weight_fingerprint
 
 #: Stationarity above which a snapshot says that the weights are not a minimum.
 _STATIONARY = 1e-2
@@ -28,36 +27,25 @@ def taken(asked: Take) -> WideSnapshot:
     """The snapshot that is asked for, of a scope by name; the model is polished by Newton-CG steps."""
     began = time.perf_counter()
     model, dataset, reading = asked.model, asked.dataset, asked.read_all()
-    every = range(len(dataset))  # type: ignore[arg-type]
-    objective = asked.objective(model, dataset, every, reading)
+    objective = asked.objective(model, dataset, range(len(dataset)), reading)  # type: ignore[arg-type]
     problem = objective.problem
     w, first, now = _polished(objective, _steps(asked.polish), asked.progress)
     notes = _notes(model, problem.names, reading, now)
     warn(notes)
-    key = asked.key or DigestKey.generate()
-    digests = sample_digests(key, objective.source, every)
+    identity = asked.identity(objective.source, reading)
     problem.write(w)
     return WideSnapshot(
+        **identity,
         patterns=[asked.scope] if isinstance(asked.scope, str) else list(asked.scope),
         parameters=list(problem.names),
         decay=asked.decay_by_name(model, problem.names, reading.penalty),
-        n_total=objective.source.n,
-        forgotten=[],
-        threat_model=objective.threat,
         response=objective.response,
         curvature=asked.direct,
-        loss_name=reading.identity,
-        mass=objective.source.mass,
-        normalization=reading.normalization,
-        input_shape=objective.source.input_shape,
         inner=objective.inner,
         smoothing=objective.smoothing,
-        digests=digests,
-        key_id=key.key_id,
         fingerprint=weight_fingerprint(model.state_dict()),
         stationarity=now.stationarity,
         trades_beta=asked.trades_beta,
-        sample_weight=objective.source.weight,
         warnings=notes,
         figures={
             "passes": objective.passes,
@@ -66,7 +54,6 @@ def taken(asked: Take) -> WideSnapshot:
             "converged": now.converged,
             "seconds": time.perf_counter() - began,
         },
-        key=key,
     )
 
 

@@ -21,7 +21,7 @@ _OWN = ("lightning_muter", "torch", "contextlib")
 
 
 def head_notes(
-    problem: HeadProblem, reached: Evaluation, sums: Sums, aim: float, *, polished: bool, attack: Any
+    problem: HeadProblem, reached: Evaluation, sums: Sums, aim: float, polished: bool, attack: Any
 ) -> list[str]:
     """What else is trained, how stationary the head is for the ``aim``, how many inner maxima were found, what the attack was."""
     notes = outside_head(problem.module, problem)
