@@ -25,7 +25,7 @@ from lightning_muter.model.losses import Loss
 from lightning_muter.model.read_step import read_objective
 from lightning_muter.model.reading import Reading
 from lightning_muter.model.rows import collate_of
-from lightning_muter.preflight.checks import inspect_fit
+from lightning_muter.preflight.checks import OPTIONS, inspect_fit
 from lightning_muter.preflight.findings import enforce
 from lightning_muter.preflight.trained_rows import TrainedRows
 from lightning_muter.scope.choose import as_scope
@@ -127,16 +127,9 @@ class MUterCallback(Requests, Callback):
         findings = inspect_fit(
             trainer,
             pl_module,
-            scope=self.scope,
-            threat_model=self.threat_model,
-            response=self.response,
-            loss=self.loss,
-            inputs=self.inputs,
-            label=self.label,
-            normalization=self.normalization,
-            weight_decay=self.weight_decay,
             callback=self,
             cap=self.size_cap,
+            **{name: getattr(self, name) for name in OPTIONS},
         )
         skip = enforce(findings, show=self.verbose and trainer.is_global_zero)
         own = self.snapshot.key if self.snapshot is not None else None

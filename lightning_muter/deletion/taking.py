@@ -48,22 +48,14 @@ def taken(
         model,
         data.dataset,
         data.rows(),
-        scope=said.scope,
-        curvature=said.curvature,
-        batch_size=said.batch_size,
-        threat_model=threat_model,
         attack=attack,
         trades_beta=trades_beta_of(trainer, model),
-        response=said.response,
-        loss=said.loss,
-        weight_decay=decay,
-        polish=said.polish,
-        budget=said.budget,
         fit=Fit(float(checkpoint.get("epoch", 0))),
         collate=data.collate,
         device=trainer.strategy.root_device,
         key=key,
         progress=trainer.progress_bar_callback is not None,
+        **said.training() | {"threat_model": threat_model, "weight_decay": decay},
     )
     snapshot.figures["weight_decay_read"] = read
     print(f"weight_decay: {decay_text(snapshot)}, {read}")

@@ -32,6 +32,8 @@ from lightning_muter.scope.choose import as_scope
 from lightning_muter.snapshot.codec import storable
 from lightning_muter.snapshot.size import DEFAULT_CAP
 
+#: What callers of :func:`inspect_fit` may say of a training.
+OPTIONS = ("scope", "threat_model", "response", "loss", "weight_decay", "inputs", "label", "normalization")
 _AVERAGING = ("StochasticWeightAveraging", "WeightAveraging", "EMAWeightAveraging")
 
 

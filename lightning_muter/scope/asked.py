@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from lightning_muter.errors import ArgumentError, MismatchError
+from lightning_muter.errors import MismatchError
 from lightning_muter.forgotten.digests import sample_digests
 from lightning_muter.minimise.budget import Fit
 from lightning_muter.model.dataset import SampleSource
@@ -107,23 +107,3 @@ class UnlearnWide(Training):
     seconds: float | None = None
     shards: Shards | None = None
     dry_run: bool = False
-
-
-@dataclass(frozen=True)
-class Search:
-    """How steps are looked for: at most so many accepted ones, from this damping, by this solver, until stationary.
-
-    Raises:
-        ArgumentError: ``steps`` or ``damping`` out of range.
-    """
-
-    steps: int
-    damping: float = DAMPING
-    cg: TruncatedCG | None = None
-    tolerance: float = 1e-6
-    deadline: float | None = None
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        if not (isinstance(self.steps, int) and self.steps >= 1) or not self.damping >= 0:
-            raise ArgumentError("steps, damping", (self.steps, self.damping), "steps >= 1 and damping >= 0")

@@ -31,7 +31,7 @@ from lightning_muter.forgotten.rows import Forgotten, barred_of, known_keys, rem
 from lightning_muter.minimise.levenberg_marquardt import Found, LevenbergMarquardt
 from lightning_muter.model.modes import full_precision
 from lightning_muter.model.reading import Reading
-from lightning_muter.scope.asked import Search, Take, UnlearnWide
+from lightning_muter.scope.asked import DAMPING, Take, UnlearnWide
 from lightning_muter.scope.base import Extent, Options, Proposal, Removal, Retained, Scope
 from lightning_muter.scope.network_objective import Training, left_outside
 from lightning_muter.scope.network_taking import taken
@@ -116,8 +116,8 @@ class NetworkScope(Scope[WideSnapshot]):
         read = removal.data if removal.retain is None else removal.retain
         training = Training.of(snapshot, removal.access)
         objective = training.objective(removal.model, read, removal.kept, removal.reading, options.shards)
-        search = Search(1 + options.refine, cg=options.solver, progress=options.progress)
-        result, new = _carry_out(objective, snapshot.scope, removal.positions, len(removal.kept), search)
+        descent = _descent(objective, options.solver, options.progress)
+        result, new = _carry_out(descent, snapshot.scope, removal.positions, len(removal.kept), 1 + options.refine)
         result.dry_run = options.dry_run
         assert result.stationarity_after is not None
         after = replace(snapshot.without(removal.positions), stationarity=result.stationarity_after)
@@ -184,7 +184,8 @@ def unlearn_wide(asked: UnlearnWide) -> UnlearnResult:
     (28, True)
     """
     began = time.perf_counter()
-    search = Search(asked.steps, asked.damping, asked.cg, asked.tolerance, None, asked.progress)
+    if not (isinstance(asked.steps, int) and asked.steps >= 1) or not asked.damping >= 0:
+        raise ArgumentError("steps, damping", (asked.steps, asked.damping), "steps >= 1 and damping >= 0")
     model, data = asked.model, asked.data
     record = recalled(model)
     before = sorted({*(int(i) for i in asked.forgotten), *positions_to_leave_out(record, data, asked.collate)})
@@ -194,9 +195,9 @@ def unlearn_wide(asked: UnlearnWide) -> UnlearnResult:
     gone = {*positions, *before}
     kept = [i for i in range(n_total) if i not in gone]
     objective = asked.objective(model, data, kept, asked.read(model, data, kept), asked.shards)
-    if asked.seconds is not None:
-        search = replace(search, deadline=began + asked.seconds)
-    result, new = _carry_out(objective, asked.scope, positions, len(kept), search)
+    descent = _descent(objective, asked.cg or TruncatedCG(), asked.progress, asked.damping)
+    descent.deadline = None if asked.seconds is None else began + asked.seconds
+    result, new = _carry_out(descent, asked.scope, positions, len(kept), asked.steps, asked.tolerance)
     result.dry_run = asked.dry_run
     warn(result.warnings)
     commit(model, *_writes(objective.problem, new), lambda fingerprint: None, result)
@@ -209,15 +210,22 @@ def unlearn_wide(asked: UnlearnWide) -> UnlearnResult:
     return result
 
 
+def _descent(objective: WideObjective, cg: TruncatedCG, progress: bool, damping: float = DAMPING) -> LevenbergMarquardt:
+    return LevenbergMarquardt(objective, cg, damping, title="unlearn" if progress and objective.leads else None)
+
+
 def _carry_out(
-    objective: WideObjective, scope: str | Sequence[str], positions: list[int], n_retained: int, search: Search
+    descent: LevenbergMarquardt,
+    scope: str | Sequence[str],
+    positions: list[int],
+    n_retained: int,
+    steps: int,
+    tolerance: float = 1e-6,
 ) -> tuple[UnlearnResult, Tensor]:
-    """What the search finds on the retained objective, and the weights it proposes; nothing is changed yet."""
-    problem = objective.problem
+    """What a descent finds on the retained objective, and the weights it proposes; nothing is changed yet."""
+    objective, problem = descent.objective, descent.objective.problem
     w = problem.read()
-    title = "unlearn" if search.progress and objective.leads else None
-    descent = LevenbergMarquardt(objective, search.cg or TruncatedCG(), search.damping, search.deadline, title)
-    found = descent.run(w, search.steps, search.tolerance)
+    found = descent.run(w, steps, tolerance)
     result = UnlearnResult(
         method="newton-cg",
         response=objective.response.name,
