@@ -5,19 +5,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from torch import nn
 from torch.utils.data import Dataset
 
 from lightning_muter.errors import ArgumentError
-from lightning_muter.model.distributed import Shards
 from lightning_muter.model.head import Head
 from lightning_muter.model.reading import Reading
 from lightning_muter.scope.asked import Take
 from lightning_muter.snapshot.reread import Access
 from lightning_muter.snapshot.stored import Stored
 from lightning_muter.unlearning.result import UnlearnResult
+
+if TYPE_CHECKING:
+    from lightning_muter.unlearning.unlearn import Options
 
 #: What a scope stores.
 S = TypeVar("S", bound=Stored)
@@ -30,21 +32,6 @@ class Extent:
     names: list[str]
     damped: bool
     head: Head | None = None
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a request is to be carried out; explained at :func:`lightning_muter.unlearn`."""
-
-    method: Any
-    solver: Any
-    refine: int
-    within: float | None
-    certify: Any  # seconds or None, once it is checked
-    accept: str | None
-    dry_run: bool
-    shards: Shards
-    progress: bool
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from lightning_muter.model.distributed import Shards
 from lightning_muter.model.reading import Reading
 from lightning_muter.model.weight_decay import WholeDecay
 from lightning_muter.scope.asked import Take
-from lightning_muter.scope.base import Extent, Options, Proposal, Removal, Retained, Scope
+from lightning_muter.scope.base import Extent, Proposal, Removal, Retained, Scope
 from lightning_muter.scope.head_methods import Method, MUter, Request, Step, objective_of
 from lightning_muter.scope.head_taking import taken
 from lightning_muter.scope.network import NetworkScope
@@ -38,6 +38,9 @@ from lightning_muter.unlearning.quality import (
 from lightning_muter.unlearning.result import UnlearnResult
 from lightning_muter.unlearning.with_retained import with_retained
 from lightning_muter.unlearning.within import check_within
+
+if TYPE_CHECKING:
+    from lightning_muter.unlearning.unlearn import Options
 
 #: Passes over the data that a polish usually takes.
 _PASSES = 15

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from lightning_muter.minimise.levenberg_marquardt import Found, LevenbergMarquar
 from lightning_muter.model.modes import full_precision
 from lightning_muter.model.reading import Reading
 from lightning_muter.scope.asked import DAMPING, Take, UnlearnWide
-from lightning_muter.scope.base import Extent, Options, Proposal, Removal, Retained, Scope
+from lightning_muter.scope.base import Extent, Proposal, Removal, Retained, Scope
 from lightning_muter.scope.network_objective import Training, left_outside
 from lightning_muter.scope.network_taking import taken
 from lightning_muter.snapshot.ranks import ranks_agree
@@ -45,6 +45,9 @@ from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
 from lightning_muter.unlearning.commit import commit
 from lightning_muter.unlearning.positions import checked_positions
 from lightning_muter.unlearning.result import UnlearnResult
+
+if TYPE_CHECKING:
+    from lightning_muter.unlearning.unlearn import Options
 
 #: A relative difference of stationarities that is rounding.
 _SAME = 0.05

@@ -62,7 +62,7 @@ def take_snapshot(asked: Take) -> Any:
         attack: what the model was trained against, where no ``threat_model`` is given: as of ``ThreatModel.from_attack``.
         scope: what requests will change. "head": sums are stored, of which this page tells. "all" or patterns over parameter names:
             nothing of size p x p is stored, and requests read the retained rows (`WideSnapshot`). So it is of
-            a head beyond ``size_cap``.
+            a head beyond ``size_cap``. Or a :class:`lightning_muter.scope.base.Scope` of your own.
         trades_beta: beyond the head, the model was trained by TRADES with this beta.
         response: "auto", "none", "unconstrained", "l2", "linf" or a Response.
         curvature: direct part of M: "hessian", "ggn" or "fisher"; None: "hessian" for the head, "ggn" beyond it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from lightning_muter.forgotten.rows import Forgotten, barred_after
 from lightning_muter.model.distributed import Shards
 from lightning_muter.model.losses import Loss
 from lightning_muter.model.modes import full_precision
-from lightning_muter.scope.base import Options, Removal
+from lightning_muter.scope.base import Removal
 from lightning_muter.scope.choose import scope_of
 from lightning_muter.scope.head_methods import Method
 from lightning_muter.snapshot.given import check_given
@@ -32,6 +33,21 @@ from lightning_muter.unlearning.result import UnlearnResult
 
 #: For how long a certificate is looked for unless somebody asks for more.
 CERTIFY_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a request is to be carried out, as :func:`unlearn` explains; its scope looks at them first (`Scope.resolved`)."""
+
+    method: Any
+    solver: Any
+    refine: int
+    within: float | None
+    certify: Any  # seconds or None, once it is checked
+    accept: str | None
+    dry_run: bool
+    shards: Shards
+    progress: bool
 
 
 @ranks_agree
