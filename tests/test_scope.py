@@ -159,6 +159,11 @@ def test_a_further_kind_goes_through_every_door(tmp_path: Path) -> None:
         unlearn(model, snapshot, [0], TensorDataset(*(t.flip(0) for t in rows.tensors)), progress=False)
 
 
+def test_a_direct_part_that_is_known_of_a_head_alone_is_refused_beyond_it() -> None:
+    with pytest.raises(ArgumentError, match="'ggn' or 'hessian' beyond the head"):
+        take_snapshot(relu_net(), data(20, 6), scope="all", curvature="fisher", threat_model=THREAT, progress=False)
+
+
 def test_a_callback_takes_it_at_the_end_of_a_fit(tmp_path: Path) -> None:
     rows, muter = table(), MUterCallback(BiasScope(), threat_model=THREAT, verbose=False)  # type: ignore[arg-type]
     module = Plain(kind="tanh").double()
