@@ -161,7 +161,7 @@ def test_a_further_kind_goes_through_every_door(tmp_path: Path) -> None:
 
 def test_a_direct_part_that_is_known_of_a_head_alone_is_refused_beyond_it() -> None:
     with pytest.raises(ArgumentError, match="'ggn' or 'hessian' beyond the head"):
-        take_snapshot(relu_net(), data(20, 6), scope="all", curvature="fisher", threat_model=THREAT, progress=False)
+        take_snapshot(relu_net(), data(20, 6), scope="all", curvature="fisher", threat_model=THREAT, weight_decay=0.1)
 
 
 def test_a_callback_takes_it_at_the_end_of_a_fit(tmp_path: Path) -> None:
