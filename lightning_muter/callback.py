@@ -37,6 +37,9 @@ from lightning_muter.solvers.choose import as_solver
 from lightning_muter.stopping import stopped_by_sigterm
 from lightning_muter.storage.fingerprint import weight_fingerprint
 
+#: Options that `take_snapshot` is given as they are.
+_TAKEN = ("scope", "response", "curvature", "weight_decay", "polish", "budget", "size_cap", "batch_size")
+
 
 class MUterCallback(Requests, Callback):
     """Keeps what is needed to unlearn training samples later.
@@ -201,22 +204,15 @@ class MUterCallback(Requests, Callback):
             loader.dataset,
             rows,
             threat_model=threat,
-            scope=self.scope,
-            response=self.response,
-            curvature=self.curvature,
             trades_beta=None if adversary is None else adversary.trades_beta,
-            budget=self.budget,
             fit=Fit(trainer.current_epoch, 1 if adversary is None else adversary.gradients),
             examples=examples_of(pl_module).of,
             reading=reading,
-            weight_decay=self.weight_decay,
             optimizers=trainer.optimizers,
-            polish=self.polish,
-            size_cap=self.size_cap,
             collate=collate,
-            batch_size=self.batch_size,
             key=key,
             progress=self.verbose and trainer.is_global_zero and self._bars,
+            **{name: getattr(self, name) for name in _TAKEN},
         )
         note = attack_note(adversary.attack) if adversary is not None else None
         if note is not None:

@@ -67,7 +67,7 @@ class BiasScope(Scope[BiasSnapshot]):
     def take(self, asked: Take) -> BiasSnapshot:
         self.check_useful(asked)
         reading = asked.read_all()
-        source = asked.source(asked.dataset, reading, THREAT, torch.device("cpu"))
+        source = asked.rows(reading, THREAT, asked.dataset)
         return BiasSnapshot(
             **asked.identity(source, reading),
             decay={f"{reading.head.name}.bias": LAMBDA},
@@ -89,7 +89,7 @@ class BiasScope(Scope[BiasSnapshot]):
 
     def propose(self, removal: Removal[BiasSnapshot]) -> Proposal:
         model, reading, head = removal.model, removal.reading, removal.reading.head
-        source = removal.access.source(reading, removal.snapshot, removal.retain or removal.data, removal.kept)
+        source = removal.access.source(reading, THREAT, removal.retain or removal.data, removal.kept)
         gradient, hessian = slope(model, reading, source, removal.kept)
         step = torch.linalg.solve(hessian, gradient)
         result = UnlearnResult(

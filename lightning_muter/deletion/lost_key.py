@@ -70,8 +70,8 @@ def _check_sums(
     old: Stored, model: L.LightningModule, data: TrainingData, kept: list[int], loss: Loss | None, batch_size: int
 ) -> None:
     """Compare with what was stored: of the head the sum of gradients, beyond it how stationary the weights were."""
-    access = Access(loss, data.collate, batch_size)
-    reading = access.reading(model, old, data.dataset, kept)
+    access = Access(loss=loss, collate=data.collate, batch_size=batch_size)
+    reading = access.reread(model, old, data.dataset, kept)
     left = Retained(model, old, data.dataset, kept, reading, access)
     error, limit = scope_of(old).difference(left)
     if not error <= limit:

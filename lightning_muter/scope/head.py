@@ -109,7 +109,7 @@ class HeadScope(Scope[Snapshot]):
     def difference(self, left: Retained[Snapshot]) -> tuple[float, float]:
         """Of the sum of gradients."""
         snapshot = left.snapshot
-        source = left.access.source(left.reading, snapshot, left.data, left.kept)
+        source = left.access.source(left.reading, snapshot.threat_model, left.data, left.kept)
         problem = HeadProblem(left.model, left.reading.loss, source.examples(), left.reading)
         starts = snapshot.base_starts if snapshot.base_starts is not None else snapshot.starts
         objective = objective_of(snapshot, problem, source, left.kept, starts, Shards())
@@ -135,7 +135,7 @@ class HeadScope(Scope[Snapshot]):
     def propose(self, removal: Removal[Snapshot]) -> Proposal:
         """One step of the method, from stored sums; then what the retained rows allow, where they are given."""
         snapshot, options, retain = removal.snapshot, removal.options, removal.retain
-        source_of = partial(removal.access.source, removal.reading, snapshot)
+        source_of = partial(removal.access.source, removal.reading, snapshot.threat_model)
         source = source_of(removal.data, sorted([*removal.positions, *removal.kept]))
         # forgotten rows are read from `data` alone: in `retain` they may be blank
         retained = None if retain is None else source_of(retain, removal.kept)
@@ -156,7 +156,7 @@ class HeadScope(Scope[Snapshot]):
         if not bool(torch.isfinite(theta).all()):
             raise SolveError("The new weights are not finite. Nothing was changed; take a new snapshot and try again.")
         result.step_norm = float((theta - now).norm())
-        outside = outside_head(removal.model, problem)
+        outside = outside_head(problem)
         result.warnings += _warnings(outside, result, retain)
         write = partial(problem.write_theta, theta)
         return Proposal(result, after, problem.head.linear.parameters(), write, said=outside)

@@ -34,7 +34,7 @@ def taken(asked: Take, reading: Reading) -> Snapshot:
     model, like = asked.model, asked.like
     threat = trained_threat(model, asked.threat_model, asked.attack)
     parameter = next(model.parameters())
-    source = asked.source(asked.dataset, reading, threat, parameter.device)
+    source = asked.rows(reading, threat, asked.dataset)
     problem = HeadProblem(model, reading.loss, source.examples(), reading)
     decay = head_decay(problem, model, asked.weight_decay, asked.optimizers, reading.penalty)
     inner = asked.inner or (like.inner if like is not None else InnerSolver())

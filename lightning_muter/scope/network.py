@@ -33,10 +33,10 @@ from lightning_muter.model.modes import full_precision
 from lightning_muter.model.reading import Reading
 from lightning_muter.scope.asked import DAMPING, Take, UnlearnWide
 from lightning_muter.scope.base import Extent, Proposal, Removal, Retained, Scope
-from lightning_muter.scope.network_objective import Training, left_outside
+from lightning_muter.scope.network_objective import Training
 from lightning_muter.scope.network_taking import taken
 from lightning_muter.snapshot.ranks import ranks_agree
-from lightning_muter.snapshot.remarks import warn
+from lightning_muter.snapshot.remarks import left_outside, warn
 from lightning_muter.snapshot.retaken import positions_to_leave_out
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, WideSnapshot
 from lightning_muter.solvers.base import Solver
@@ -264,7 +264,7 @@ def _as_cg(solver: str | Solver | TruncatedCG) -> TruncatedCG:
 
 
 def _remarks(problem: WideProblem, found: Found) -> list[str]:
-    notes = left_outside(problem.module, problem.names)
+    notes = left_outside(problem.module, problem.parameters())
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats for m in problem.module.modules()):
         notes.append(
             "Running statistics of batch normalisation are constants here: they keep an average over the forgotten "
@@ -280,5 +280,4 @@ def _remarks(problem: WideProblem, found: Found) -> list[str]:
 
 def _writes(problem: WideProblem, new: Tensor) -> tuple[list[nn.Parameter], Callable[[], None]]:
     """The parameters of a problem, and what writes new values into them."""
-    named = dict(problem.module.named_parameters())
-    return [named[n] for n in problem.names], lambda: problem.write(new)
+    return problem.parameters(), lambda: problem.write(new)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,6 @@ from lightning_muter.curvature.response.choose import Response, as_response
 from lightning_muter.errors import ArgumentError
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards, refuse_sharded_parameters
-from lightning_muter.model.losses import Loss
-from lightning_muter.model.read_step import read_objective
 from lightning_muter.model.reading import Reading
 from lightning_muter.model.weight_decay import WholeDecay
 from lightning_muter.snapshot.reread import Access
@@ -32,7 +30,7 @@ _KINKED = InnerSolver(tolerance=1e-3, max_iter=8, tracking=4, finish=1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Training:
+class Training(Access):
     """What was minimised, and how its rows are read; the fields are explained at :func:`lightning_muter.take_wide_snapshot`."""
 
     scope: str | Sequence[str] = "all"
@@ -41,17 +39,13 @@ class Training:
     trades_beta: float | None = None
     response: str | Response = "auto"
     curvature: Curvature | None = None
-    loss: Loss | None = None
     weight_decay: Decay = "auto"
     optimizers: Iterable[Any] | None = None
     smoothing: Smoothing | None = None
     inner: InnerSolver | None = None
     sample_weight: Tensor | None = None
-    collate: Callable[[list[Any]], Any] | None = None
     batch_size: int = WIDE_BATCH
     num_workers: int = 0
-    inputs: Any = None
-    label: Any = None
     progress: bool = True
 
     @property
@@ -81,41 +75,12 @@ class Training:
             batch_size=min(access.batch_size, WIDE_BATCH),
         )
 
-    def read(
-        self, model: nn.Module, data: Dataset[Any], positions: Sequence[int] | None = None, normalization: Any = None
-    ) -> Reading:
-        """The loss of these rows of the data (None: all)."""
-        return read_objective(
-            model,
-            data,
-            loss=self.loss,
-            collate=self.collate,
-            positions=positions,
-            inputs=self.inputs,
-            label=self.label,
-            normalization=normalization,
-        )
-
-    def source(
-        self,
-        data: Dataset[Any],
-        reading: Reading,
-        threat: ThreatModel,
-        device: torch.device,
-        positions: Sequence[int] | None = None,
+    def rows(
+        self, reading: Reading, threat: ThreatModel, data: Dataset[Any], positions: Sequence[int] | None = None
     ) -> SampleSource:
-        """These rows of the data (None: all)."""
-        return SampleSource(
-            data,
-            collate=self.collate,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            device=device,
-            weight=self.sample_weight,
-            threat=threat,
-            readable=positions,
-            reading=reading,
-        ).settle()
+        """These rows of the data (None: all), with their weights."""
+        weight = self.sample_weight
+        return self.source(reading, threat, data, positions, weight=weight, num_workers=self.num_workers).settle()
 
     def objective(
         self,
@@ -135,7 +100,7 @@ class Training:
         refuse_sharded_parameters(model)
         threat = trained_threat(model, self.threat_model, self.attack)
         shards = shards or Shards.current()
-        source = self.source(data, reading, threat, next(model.parameters()).device, positions)
+        source = self.rows(reading, threat, data, positions)
         problem = WideProblem(model, reading.loss, self.scope, source.examples(), self.trades_beta, reading)
         return WideObjective(
             problem,
@@ -162,16 +127,3 @@ class Training:
         values = self.decay_by_name(model, problem.names, penalty)
         found = torch.tensor([values[n] for n in problem.names], dtype=problem.dtype, device=problem.device)
         return torch.repeat_interleave(found, torch.tensor(problem.sizes, device=problem.device))
-
-
-def left_outside(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """What a scope leaves behind; empty when it covers every trainable parameter."""
-    inside = set(names)
-    left = [n for n, p in model.named_parameters() if p.requires_grad and n not in inside]
-    if not left:
-        return []
-    shown = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
-    return [
-        f"The scope leaves {len(left)} trainable parameters as they are ({shown}): they keep what they learnt from "
-        "forgotten samples. scope='all' covers them."
-    ]

@@ -5,16 +5,16 @@ from __future__ import annotations
 import time
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_muter.curvature.objective.base import Evaluation
 from lightning_muter.curvature.objective.network import WideObjective
+from lightning_muter.curvature.problem.network import WideProblem
 from lightning_muter.errors import ArgumentError, UnsuitableError
 from lightning_muter.minimise.levenberg_marquardt import LevenbergMarquardt
 from lightning_muter.model.reading import Reading
 from lightning_muter.scope.asked import DAMPING, Take
-from lightning_muter.scope.network_objective import left_outside
-from lightning_muter.snapshot.remarks import warn
+from lightning_muter.snapshot.remarks import left_outside, warn
 from lightning_muter.snapshot.snapshot import WideSnapshot
 from lightning_muter.solvers.cg import TruncatedCG
 from lightning_muter.storage.fingerprint import weight_fingerprint
@@ -30,7 +30,7 @@ def taken(asked: Take) -> WideSnapshot:
     objective = asked.objective(model, dataset, range(len(dataset)), reading)  # type: ignore[arg-type]
     problem = objective.problem
     w, first, now = _polished(objective, _steps(asked.polish), asked.progress)
-    notes = _notes(model, problem.names, reading, now)
+    notes = _notes(problem, reading, now)
     warn(notes)
     identity = asked.identity(objective.source, reading)
     problem.write(w)
@@ -87,8 +87,8 @@ def _polished(objective: WideObjective, steps: int, progress: bool) -> tuple[Ten
     return w, first, now
 
 
-def _notes(model: nn.Module, names: list[str], reading: Reading, now: Evaluation) -> list[str]:
-    notes = [*reading.notes, *left_outside(model, names)]
+def _notes(problem: WideProblem, reading: Reading, now: Evaluation) -> list[str]:
+    notes = [*reading.notes, *left_outside(problem.module, problem.parameters())]
     if now.stationarity > _STATIONARY:
         notes.append(
             f"The weights are not stationary: |grad F| / sqrt(n sum |grad phi_i|^2) = {now.stationarity:.1e}. A request also "

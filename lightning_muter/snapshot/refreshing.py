@@ -62,10 +62,10 @@ def refresh(
         snapshot.save("model.muter.snapshot")
     """
     check_given(model, snapshot, data=data)
-    access = Access(loss, collate, batch_size, inputs, label)
+    access = Access(loss=loss, collate=collate, batch_size=batch_size, inputs=inputs, label=label)
     snapshot.check_length(data, "data")
     kept = snapshot.retained_positions
-    reading = access.reading(model, snapshot, data, kept)
+    reading = access.reread(model, snapshot, data, kept)
     check_digests(snapshot, data, kept, "data", collate)
     left = Retained(model, snapshot, data, kept, reading, access)
     return scope_of(snapshot).refresh(left, polish, progress)

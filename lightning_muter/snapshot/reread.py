@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset
 
+from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.errors import MismatchError
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.loss_identity import in_words, same_loss
@@ -18,9 +19,9 @@ from lightning_muter.model.reading import Reading, Settled
 from lightning_muter.snapshot.stored import Stored
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Access:
-    """How a caller has the rows of a stored training read; explained at :func:`lightning_muter.unlearn`."""
+    """How a caller has the rows of a training read; explained at :func:`lightning_muter.unlearn`."""
 
     loss: Loss | None = None
     collate: Callable[[list[Any]], Any] | None = None
@@ -28,24 +29,21 @@ class Access:
     inputs: Any = None
     label: Any = None
 
-    def reading(self, model: nn.Module, snapshot: Stored, data: Dataset[Any], positions: Sequence[int]) -> Reading:
+    def read(
+        self, model: nn.Module, data: Dataset[Any], positions: Sequence[int] | None = None, **of_rows: Any
+    ) -> Reading:
+        """The loss of these rows of the data (None: all)."""
+        how = {"loss": self.loss, "collate": self.collate, "inputs": self.inputs, "label": self.label}
+        return read_objective(model, data, positions=positions, **how, **of_rows)
+
+    def reread(self, model: nn.Module, snapshot: Stored, data: Dataset[Any], positions: Sequence[int]) -> Reading:
         """The model's objective, read off these rows, with the weights that the snapshot holds of all rows.
 
         Raises:
             MismatchError: its loss is not the one that the snapshot was taken with.
         """
         # weights and decay are stored, whatever batches they were of: any size of batch will do to read the loss
-        reading = read_objective(
-            model,
-            data,
-            positions=positions,
-            normalization=snapshot.normalization,
-            rows_per_step=16,
-            loss=self.loss,
-            collate=self.collate,
-            inputs=self.inputs,
-            label=self.label,
-        )
+        reading = self.read(model, data, positions, normalization=snapshot.normalization, rows_per_step=16)
         reading.rows_per_step = None
         if not same_loss(reading.identity, snapshot.loss_name):
             raise MismatchError(
@@ -55,14 +53,22 @@ class Access:
         reading.settled = Settled(snapshot.sample_weight, snapshot.mass)
         return reading
 
-    def source(self, reading: Reading, snapshot: Stored, data: Dataset[Any], positions: Sequence[int]) -> SampleSource:
-        """These rows of the data, on the model's device."""
+    def source(
+        self,
+        reading: Reading,
+        threat: ThreatModel,
+        data: Dataset[Any],
+        positions: Sequence[int] | None = None,
+        **options: Any,
+    ) -> SampleSource:
+        """These rows of the data (None: all), on the model's device."""
         return SampleSource(
             data,
             collate=self.collate,
             batch_size=self.batch_size,
             device=next(reading.module.parameters()).device,
-            threat=snapshot.threat_model,
+            threat=threat,
             readable=positions,
             reading=reading,
+            **options,
         )

@@ -136,7 +136,10 @@ def unlearn(
     positions = checked_positions(forget, snapshot)
     if not (isinstance(refine, int) and not isinstance(refine, bool) and refine >= 0):
         raise ArgumentError("refine", refine, "a whole number, 0 or larger")
-    scope, access = scope_of(snapshot), Access(loss, collate, batch_size, inputs, label)
+    scope, access = (
+        scope_of(snapshot),
+        Access(loss=loss, collate=collate, batch_size=batch_size, inputs=inputs, label=label),
+    )
     own = shards or Shards.current()
     options = Options(method, solver, refine, within, certify, accept, dry_run, own, progress)
     options = scope.resolved(model, snapshot, options, retain)
@@ -145,7 +148,7 @@ def unlearn(
     check_remembered(model, snapshot)
     gone = set(positions)
     kept = [i for i in snapshot.retained_positions if i not in gone]
-    reading = access.reading(model, snapshot, data, sorted([*positions, *kept]))
+    reading = access.reread(model, snapshot, data, sorted([*positions, *kept]))
     check_digests(snapshot, data, positions, "data", collate)
     if retain is not None:
         snapshot.check_length(retain, "retain")
