@@ -31,9 +31,8 @@ from lightning_muter.forgotten.rows import Forgotten, barred_of, known_keys, rem
 from lightning_muter.minimise.levenberg_marquardt import Found, LevenbergMarquardt
 from lightning_muter.model.modes import full_precision
 from lightning_muter.model.reading import Reading
-from lightning_muter.scope.asked import DAMPING, Take, UnlearnWide
+from lightning_muter.scope.asked import DAMPING, Take, Training, UnlearnWide
 from lightning_muter.scope.base import Extent, Proposal, Removal, Retained, Scope
-from lightning_muter.scope.network_objective import Training
 from lightning_muter.scope.network_taking import taken
 from lightning_muter.snapshot.ranks import ranks_agree
 from lightning_muter.snapshot.remarks import left_outside, warn

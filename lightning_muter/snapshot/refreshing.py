@@ -14,9 +14,8 @@ from lightning_muter.model.losses import Loss
 from lightning_muter.model.modes import full_precision
 from lightning_muter.scope.base import Retained, S
 from lightning_muter.scope.choose import scope_of
-from lightning_muter.snapshot.given import check_given
 from lightning_muter.snapshot.ranks import ranks_agree
-from lightning_muter.snapshot.reread import Access
+from lightning_muter.snapshot.reread import Access, check_given
 
 
 @ranks_agree

@@ -1,4 +1,4 @@
-"""The objective of a model whose snapshot is at hand: read off its step again, and compared with what was stored."""
+"""What comes through a door is of its kind; and the objective of a stored training is read off its step again."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from lightning_muter.adversarial.threat_model import ThreatModel
-from lightning_muter.errors import MismatchError
-from lightning_muter.model.dataset import SampleSource
+from lightning_muter.errors import ArgumentError, MismatchError
+from lightning_muter.model.dataset import SampleSource, insist_on_positions
 from lightning_muter.model.loss_identity import in_words, same_loss
 from lightning_muter.model.losses import Loss
 from lightning_muter.model.read_step import read_objective
@@ -72,3 +72,25 @@ class Access:
             reading=reading,
             **options,
         )
+
+
+def check_given(model: object, snapshot: object, **data: object) -> None:
+    """Refuse arguments of another kind, swapped ones among them.
+
+    Args:
+        model: is to be a module.
+        snapshot: is to be one, not its path.
+        data: datasets by the name of their argument; None where there is none.
+
+    Raises:
+        ArgumentError: model or snapshot is of another kind.
+        UnsuitableError: rows of a dataset cannot be read by position.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError("model", model, "a torch module", "The model comes first, then its snapshot.")
+    if not isinstance(snapshot, Stored):
+        advice = "Of a file: Snapshot.load(path); of a trained model: take_snapshot(model, dataset, ...)."
+        raise ArgumentError("snapshot", snapshot, "a Snapshot or a WideSnapshot", advice)
+    for dataset in data.values():
+        if dataset is not None:
+            insist_on_positions(dataset)

@@ -21,10 +21,9 @@ from lightning_muter.model.modes import full_precision
 from lightning_muter.scope.base import Removal
 from lightning_muter.scope.choose import scope_of
 from lightning_muter.scope.head_methods import Method
-from lightning_muter.snapshot.given import check_given
 from lightning_muter.snapshot.ranks import ranks_agree
 from lightning_muter.snapshot.remarks import warn
-from lightning_muter.snapshot.reread import Access
+from lightning_muter.snapshot.reread import Access, check_given
 from lightning_muter.snapshot.stored import Stored
 from lightning_muter.solvers.base import Solver
 from lightning_muter.unlearning.commit import adopter, commit
