@@ -105,9 +105,9 @@ def test_a_budget_is_kept_and_said():
 
 
 def test_what_a_budget_means():
-    assert Fit(10, 11).allowance("auto") == 33
-    assert Fit(100, 8).allowance("auto") == pytest.approx(80)
-    assert Fit(10, 11).allowance(0.2) == pytest.approx(22)
+    assert Fit(10, 11).allowance("auto") == pytest.approx(31.35)
+    assert Fit(100, 8).allowance("auto") == pytest.approx(76)
+    assert Fit(10, 11).allowance(0.2) == pytest.approx(20.9)
     for wrong in (0, -1.0, "all", True):
         with pytest.raises(ArgumentError, match="budget"):
             Fit().allowance(wrong)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -114,3 +116,17 @@ def test_nothing_in_the_model_changes(training):
     assert one.net.training is training
     assert all(torch.equal(v, before[k]) for k, v in one.net.state_dict().items())
     assert all(p.grad is None for p in one.net.parameters())
+
+
+@pytest.mark.parametrize("ignored", [-100, 0])
+def test_the_closed_curvature_of_cross_entropy_is_autodiffs(ignored):
+    loss = functools.partial(F.cross_entropy, ignore_index=ignored)
+    problem = HeadProblem(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).double(), loss, torch.randn(2, 4))
+    z = torch.tensor([[0.3, -1.0, 2.0], [40.0, -40.0, 0.0], [500.0, 0.0, 0.0], [1.0, 2.0, 3.0]], dtype=torch.float64)
+    y = torch.tensor([1, 1, 2, ignored])
+
+    def of_one(zi, yi):
+        return (zi * 0).sum() if yi == ignored else F.cross_entropy(zi[None], yi[None])
+
+    exact = torch.stack([torch.func.hessian(of_one)(zi, yi) for zi, yi in zip(z, y, strict=True)])
+    torch.testing.assert_close(problem.terms(z, y).hess, exact, rtol=1e-12, atol=1e-14)

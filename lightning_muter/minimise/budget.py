@@ -18,6 +18,8 @@ PULL, PUSH = 0.75, 1.25
 USUAL = 11
 #: "auto": this share of the fit, or this many of its epochs, whichever is more.
 SHARE, EPOCHS = 0.1, 3
+#: What of an allowance is left to work without gradients: the algebra, reading the step, the files.
+ALGEBRA = 0.05
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Fit:
     gradients: float = USUAL
 
     def allowance(self, budget: float | str | None) -> float | None:
-        """Gradients per sample that ``budget`` allows after this fit; None: no limit.
+        """Gradients per sample that ``budget`` allows after this fit, a twentieth of it being left to the algebra; None: no limit.
 
         Args:
             budget: "auto": the larger of a tenth of the fit and three of its epochs; a number: the share of the fit (of those
@@ -37,17 +39,17 @@ class Fit:
         Raises:
             ArgumentError: something else.
 
-        >>> Fit(10).allowance("auto"), Fit(100).allowance("auto"), Fit(10).allowance(0.5), Fit(10).allowance(None)
-        (33.0, 110.0, 55.0, None)
+        >>> round(Fit(10).allowance("auto"), 2), Fit(100).allowance("auto"), Fit(10).allowance(0.5), Fit(10).allowance(None)
+        (31.35, 104.5, 52.25, None)
         """
         if budget is None:
             return None
         known = self.epochs * self.gradients
         if budget == "auto":
-            return float(max(SHARE * known, EPOCHS * self.gradients))
+            return float(max(SHARE * known, EPOCHS * self.gradients)) * (1 - ALGEBRA)
         if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0:
             raise ArgumentError("budget", budget, "'auto', a share of the fit above 0, or None", "Use 'auto'.")
-        return float(budget * (known or EPOCHS * self.gradients))
+        return float(budget * (known or EPOCHS * self.gradients)) * (1 - ALGEBRA)
 
 
 @dataclass

@@ -8,6 +8,7 @@ of sum_i w_i max_j l_ij at any T. Newton's steps are taken by conjugate gradient
     H v = sum_ij w_i p_ij [ Lambda_ij s + (r_ij <r_ij, s> - r_ij sum_k p_ik <r_ik, s_k>) / T ] phi_ij^T + n lam v,    s = v phi_ij
 
 preconditioned by Kronecker factors; a line search costs no product with features, since logits are linear in the step.
+Directions are found in the backbone's own precision, in which the features come; values and gradients in the algebra's.
 Nothing here waits for the device: iteration counts are fixed, choices are made by ``torch.where``.
 """
 
@@ -50,7 +51,8 @@ class Master:
     _factors: tuple[Tensor, Tensor, Tensor, Tensor] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.rows = self.problem.augment(self.phi.to(self.problem.dtype))
+        self.own_rows = self.problem.augment(self.phi)
+        self.rows = self.own_rows.to(self.problem.dtype)
 
     def step(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """theta after one Newton step, and how far G may still be above its minimum there (half the squared decrement)."""
@@ -91,17 +93,19 @@ class Master:
 
     def _solve(self, gradient: Tensor, scale: Tensor, share: Tensor, r: Tensor, hess: Tensor) -> Tensor:
         """H^-1 gradient by conjugate gradients."""
-        n, temperature = len(self.weight), self.temperature
+        rows, n = self.own_rows, len(self.weight)
+        scale, share, r, hess = (t.to(rows) for t in (scale, share, r, hess))
+        penalty, temperature = self.penalty.to(rows), self.temperature.to(rows)
 
         def product(v: Tensor) -> Tensor:
-            s = self.rows @ v.T
+            s = rows @ v.T
             slope = (r * s).sum(1)
             mean = slope.new_zeros(n).index_add(0, self.sample, share * slope)
             turned = (hess @ s[:, :, None])[:, :, 0] + r * ((slope - mean[self.sample]) / temperature)[:, None]
-            return self.add((scale[:, None] * turned).T @ self.rows) + self.penalty * v
+            return self.add((scale[:, None] * turned).T @ rows) + penalty * v
 
-        x = torch.zeros_like(gradient)
-        residual = gradient
+        residual = gradient.to(rows)
+        x = torch.zeros_like(residual)
         z = self._precondition(residual)
         p, rz = z, (residual * z).sum()
         tiny = torch.finfo(rz.dtype).tiny
@@ -112,7 +116,7 @@ class Master:
             z = self._precondition(residual)
             new = (residual * z).sum()
             p, rz = z + new / rz.clamp(min=tiny) * p, new
-        return x
+        return x.to(gradient)
 
     def _kronecker(self, scale: Tensor, hess: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Eigenvectors and -values of sum w p Lambda / sum w p and of sum w p phi phi^T."""
@@ -124,8 +128,8 @@ class Master:
 
     def _precondition(self, v: Tensor) -> Tensor:
         assert self._factors is not None
-        vectors_k, values_k, vectors_q, values_q = self._factors
-        spread = values_k[:, None] * values_q[None, :] + self.penalty.mean()
+        vectors_k, values_k, vectors_q, values_q = (t.to(v) for t in self._factors)
+        spread = values_k[:, None] * values_q[None, :] + self.penalty.mean().to(v)
         return vectors_k @ ((vectors_k.T @ v @ vectors_q) / spread) @ vectors_q.T
 
     def _length(self, theta: Tensor, direction: Tensor, z: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from lightning_muter.minimise.polish import Polish, in_metrics, polish
 #: Relative gap to the least objective that is aimed at.
 GAP = 1e-3
 #: Random directions per sample where exact Jacobians are too dear.
-SKETCH = 6
+SKETCH = 4
 #: Directions of the logits' curvature that are followed where all are too dear: of ten classes three hold nine tenths of it.
 LEADING = 3
 #: Passes of the older method, and of cutting sets, that "auto" allows.

@@ -28,6 +28,7 @@ from lightning_muter.model.replay import undone
 from lightning_muter.model.row_loss import RowLoss
 from lightning_muter.model.rowwise import BatchLoss, Probe, convex, denominator, points, shares
 from lightning_muter.model.traced import refuse, storages, trace
+from lightning_muter.model.untraced import Untraced
 
 
 class Reader:
@@ -246,7 +247,7 @@ class Reader:
         try:  # more than one copy: a selection of a single row is another operation than one of several
             named = storages(self.module)
             with without(self.module, self.own.penalty):  # the graph keeps what it meets
-                graph = trace(step, (copies(2), copies(3)), self.algebra, named)
+                graph = trace(step, (copies(2), copies(3)), self.algebra, named, Untraced(self.module, head.linear))
         except UnsuitableError:
             raise
         except Exception:

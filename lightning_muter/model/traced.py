@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_muter.errors import UnsuitableError
 from lightning_muter.model.unified import NotOneError, unified
+from lightning_muter.model.untraced import Untraced, storage
 
 aten = torch.ops.aten
 
@@ -62,7 +63,7 @@ class LossGraph:
         self.uses = [i for i, place in zip(tensors, places[1:], strict=True) if place.users]
         self.first = sorted(_goes_through(places[0]))
         self.constants = constants(self._graph)
-        self.parameters = sorted({parameters[p] for p in map(_storage, self.constants.values()) if p in parameters})
+        self.parameters = sorted({parameters[p] for p in map(storage, self.constants.values()) if p in parameters})
         self.random = sorted({str(n.target) for n in self._graph.graph.nodes if _is_random(n)})
         self.identity = self._identity()
         for name, value in self.constants.items():
@@ -91,6 +92,7 @@ def trace(
     batches: tuple[tuple[Tensor, list[Any]], tuple[Tensor, list[Any]]],
     dtype: torch.dtype,
     named: dict[int, str],
+    before: Untraced,
 ) -> LossGraph:
     """The graph of ``step(z, *leaves)``.
 
@@ -99,20 +101,21 @@ def trace(
         batches: z and leaves of two batches of different sizes.
         dtype: of the algebra; numbers inside the graph are raised to it.
         named: storage of a parameter -> its name, to tell which are inside.
+        before: what is called before the head; it is run without a trace where the loss reads nothing else of it.
 
     Raises:
         UnsuitableError: it is another loss at every call;
         Exception: whatever tracing raised: the step looks at values (branches, ``.numpy()``), or uses what has no trace.
     """
-    graphs = [_traced(step, z, leaves) for z, leaves in batches]
+    graphs = [_traced(step, z, leaves, before) for z, leaves in batches]
     a, b = (len(z) for z, _ in batches)
     tensors = _tensors(batches[0][1])
     try:
         return LossGraph(unified(graphs[0], graphs[1], a, b), dtype, named, tensors)
     except NotOneError:
-        again = _traced(step, *batches[0])
+        again = _traced(step, *batches[0], before)
         try:
-            unified(_traced(step, *batches[0]), again, a, a)
+            unified(_traced(step, *batches[0], before), again, a, a)
         except NotOneError as error:
             raise UnsuitableError(
                 f"The loss is another one at every call on the same rows (it draws random numbers: mixup, label noise, ...; {error})."
@@ -121,7 +124,15 @@ def trace(
         raise
 
 
-def _traced(step: Callable[..., Tensor], z: Tensor, leaves: list[Any]) -> GraphModule:
+def _traced(step: Callable[..., Tensor], z: Tensor, leaves: list[Any], before: Untraced) -> GraphModule:
+    with before():
+        graph = _graph(step, z, leaves)
+    if before.leaked or any(storage(value) in before.made for value in constants(graph).values()):
+        return _graph(step, z, leaves)
+    return graph
+
+
+def _graph(step: Callable[..., Tensor], z: Tensor, leaves: list[Any]) -> GraphModule:
     at = _tensors(leaves)
 
     def of_tensors(z: Tensor, *tensors: Tensor) -> Tensor:
@@ -189,11 +200,7 @@ class _Rewritten(TorchFunctionMode):
 
 def storages(module: nn.Module) -> dict[int, str]:
     """Where each parameter lies -> its name."""
-    return {_storage(p): name for name, p in module.named_parameters()}
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return {storage(p): name for name, p in module.named_parameters()}
 
 
 def constants(graph: GraphModule) -> dict[str, Tensor]:

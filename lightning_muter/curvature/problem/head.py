@@ -17,7 +17,7 @@ from torch.func import grad, jacrev, vmap
 
 from lightning_muter.curvature.problem.backbone import Backbone
 from lightning_muter.model.head import find_head
-from lightning_muter.model.losses import Loss, per_sample
+from lightning_muter.model.losses import Loss, is_cross_entropy, per_sample
 from lightning_muter.model.modes import (
     derivatives,
     lacks_forward_mode,
@@ -93,14 +93,17 @@ class HeadProblem:
         return per_sample(self.loss, z, y)
 
     def terms(self, z: Tensor, y: Tensor, weight: Tensor | None = None, *, curvature: bool = True) -> LogitTerms:
-        """Loss, r and Lambda at logits (n, K), times the sample weights; one code path for every loss (autodiff)."""
+        """Loss, r and Lambda at logits (n, K), times the sample weights; by autodiff, but for Lambda of cross entropy."""
         with derivatives():
             z = z.detach()
             point = z.clone().requires_grad_(True)
             loss = self.losses(point, y)
             (r,) = torch.autograd.grad(loss.sum(), point)
             hess = None
-            if curvature:
+            if curvature and self._plain_softmax(y):
+                hess = softmax_curvature(z)
+                hess = torch.where((r != 0).any(1)[:, None, None], hess, 0.0)  # not of labels that are ignored
+            elif curvature:
 
                 def one(zi: Tensor, yi: Tensor) -> Tensor:
                     return per_sample(self.loss, zi[None], yi[None]).sum()
@@ -117,6 +120,9 @@ class HeadProblem:
             loss, r = loss * weight, r * weight[:, None]
             hess = None if hess is None else hess * weight[:, None, None]
         return LogitTerms(loss, r, hess)
+
+    def _plain_softmax(self, y: Tensor) -> bool:
+        return self.n_logits > 1 and is_cross_entropy(self.loss) and y.dim() == 1 and not y.is_floating_point()
 
     def loss_and_input_gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """l (n,) and dl/dx (n, D) at flattened inputs."""
@@ -166,3 +172,14 @@ class HeadProblem:
         root = root[:, :, -directions:] if directions else root  # eigenvalues ascend
         covectors = root.mT @ self.weight(theta)
         return (self.backbone.pullback(x, covectors) if jacobian is None else covectors @ jacobian).mT
+
+
+def softmax_curvature(z: Tensor) -> Tensor:
+    """d2/dz2 of cross entropy with class labels at logits z (n, K): diag(p) - p p^T, p = softmax(z); (n, K, K).
+
+    >>> softmax_curvature(torch.zeros(1, 2))
+    tensor([[[ 0.2500, -0.2500],
+             [-0.2500,  0.2500]]])
+    """
+    p = z.softmax(1)
+    return torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
