@@ -53,6 +53,7 @@ class BiasScope(Scope[BiasSnapshot]):
     record = BiasSnapshot
     useless = ("budget", "fit", "examples", "tolerance", "like", "resume", "trades_beta")
     refusal = ("None for a bias", "It is solved at once.")
+    polishing = (0, "steps")
 
     @classmethod
     def of(cls, snapshot: BiasSnapshot) -> BiasScope:
@@ -60,9 +61,6 @@ class BiasScope(Scope[BiasSnapshot]):
 
     def extent(self, module: nn.Module, reading: Reading | None, cap: int) -> Extent | None:
         return None if reading is None else Extent([f"{reading.head.name}.bias"], damped=True)
-
-    def passes(self, polish: str | int) -> int:
-        return 0
 
     def take(self, asked: Take) -> BiasSnapshot:
         self.check_useful(asked)

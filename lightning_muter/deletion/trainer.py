@@ -36,9 +36,10 @@ from lightning_muter.deletion.request_flow import (
     vouched,
 )
 from lightning_muter.deletion.requests import ForgetConfig, asked_digest, checked_request_id, refuse_forgotten, resolve
-from lightning_muter.deletion.taking import refreshed, taken
 from lightning_muter.deletion.training_data import (
     load_into,
+    refreshed,
+    taken,
     training_data,
 )
 from lightning_muter.deletion.transactions import exclusive

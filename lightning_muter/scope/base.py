@@ -80,11 +80,13 @@ class Scope(ABC, Generic[S]):
         record: the kind of snapshot that is stored of it.
         useless: options of :func:`lightning_muter.take_snapshot` that say nothing to it.
         refusal: what is allowed of these, and an advice.
+        polishing: passes over the data that a polish usually takes, and what they are called.
     """
 
     record: ClassVar[type[Any]]
     useless: ClassVar[tuple[str, ...]]
     refusal: ClassVar[tuple[str, str]]
+    polishing: ClassVar[tuple[int, str]]
 
     @classmethod
     @abstractmethod
@@ -98,10 +100,6 @@ class Scope(ABC, Generic[S]):
         Raises:
             ArgumentError: it covers nothing.
         """
-
-    @abstractmethod
-    def passes(self, polish: str | int) -> int:
-        """Passes over the data that a polish usually takes."""
 
     @abstractmethod
     def take(self, asked: Take) -> Stored:
@@ -130,6 +128,19 @@ class Scope(ABC, Generic[S]):
     @abstractmethod
     def difference(self, left: Retained[S]) -> tuple[float, float]:
         """How far the rows at hand are from those that were trained on, by what was stored; and how far is rounding."""
+
+    def passes(self, polish: str | int) -> int:
+        """Passes over the data that a polish takes, "auto" about.
+
+        Raises:
+            ArgumentError: neither "auto" nor a number.
+        """
+        usual, what = self.polishing
+        if polish == "auto":
+            return usual
+        if not (isinstance(polish, int) and polish >= 0):
+            raise ArgumentError("polish", polish, f"'auto', 0 or a number of {what}")
+        return polish
 
     def check_useful(self, asked: Take) -> None:
         """Raise `ArgumentError` where an option is given that says nothing to this scope."""

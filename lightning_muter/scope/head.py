@@ -42,8 +42,6 @@ from lightning_muter.unlearning.within import check_within
 if TYPE_CHECKING:
     from lightning_muter.unlearning.unlearn import Options
 
-#: Passes over the data that a polish usually takes.
-_PASSES = 15
 #: Of |sum of gradients - stored sum| / sum of |gradients|, by dtype: rounding, far below the share of one row.
 _SAME = {torch.float64: 1e-8}
 _ELSE = 1e-5
@@ -56,6 +54,7 @@ class HeadScope(Scope[Snapshot]):
     record = Snapshot
     useless = ("trades_beta",)
     refusal = ("None for a head", "TRADES is a scope of its own: 'all' or patterns.")
+    polishing = (15, "passes")
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> HeadScope:
@@ -67,14 +66,10 @@ class HeadScope(Scope[Snapshot]):
         head = reading.head
         return Extent(parameter_names(head), without_matrix(head, cap) is not None, head)
 
-    def passes(self, polish: str | int) -> int:
-        return _PASSES if polish == "auto" else int(polish)
-
     def take(self, asked: Take) -> Stored:
         """Of a head whose sums are larger than is allowed, its parameters are taken as a scope by name."""
         self.check_useful(asked)
-        if asked.polish != "auto" and not (isinstance(asked.polish, int) and asked.polish >= 0):
-            raise ArgumentError("polish", asked.polish, "'auto', 0 or a number of passes")
+        self.passes(asked.polish)
         reading = asked.read_all()
         if (large := without_matrix(reading.head, asked.size_cap)) is None:
             return taken(asked, reading)

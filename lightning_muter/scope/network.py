@@ -61,6 +61,7 @@ class NetworkScope(Scope[WideSnapshot]):
     record = WideSnapshot
     useless = ("budget", "fit", "examples", "tolerance", "like", "resume")
     refusal = ("None beyond the head", "It is of stored sums.")
+    polishing = (0, "steps")
 
     @classmethod
     def of(cls, snapshot: WideSnapshot) -> NetworkScope:
@@ -69,12 +70,10 @@ class NetworkScope(Scope[WideSnapshot]):
     def extent(self, module: nn.Module, reading: Reading | None, cap: int) -> Extent:
         return Extent(parameters_in(module, self.patterns), damped=True)
 
-    def passes(self, polish: str | int) -> int:
-        return 0 if polish == "auto" else int(polish)
-
     def take(self, asked: Take) -> WideSnapshot:
         self.check_useful(asked)
-        return taken(replace(asked, scope=self.patterns, batch_size=min(asked.batch_size, WIDE_BATCH)))
+        asked = replace(asked, scope=self.patterns, batch_size=min(asked.batch_size, WIDE_BATCH))
+        return taken(asked, self.passes(asked.polish))
 
     def refresh(self, left: Retained[WideSnapshot], polish: str | int, progress: bool) -> WideSnapshot:
         """The same objective, measured anew; nothing is polished."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_muter.curvature.objective.base import Evaluation
 from lightning_muter.curvature.objective.network import WideObjective
 from lightning_muter.curvature.problem.network import WideProblem
-from lightning_muter.errors import ArgumentError, UnsuitableError
+from lightning_muter.errors import UnsuitableError
 from lightning_muter.minimise.levenberg_marquardt import LevenbergMarquardt
 from lightning_muter.model.reading import Reading
 from lightning_muter.scope.asked import DAMPING, Take
@@ -23,13 +23,13 @@ from lightning_muter.storage.fingerprint import weight_fingerprint
 _STATIONARY = 1e-2
 
 
-def taken(asked: Take) -> WideSnapshot:
-    """The snapshot that is asked for, of a scope by name; the model is polished by Newton-CG steps."""
+def taken(asked: Take, steps: int) -> WideSnapshot:
+    """The snapshot that is asked for, of a scope by name; the model is polished by so many Newton-CG steps."""
     began = time.perf_counter()
     model, dataset, reading = asked.model, asked.dataset, asked.read_all()
     objective = asked.objective(model, dataset, range(len(dataset)), reading)  # type: ignore[arg-type]
     problem = objective.problem
-    w, first, now = _polished(objective, _steps(asked.polish), asked.progress)
+    w, first, now = _polished(objective, steps, asked.progress)
     notes = _notes(problem, reading, now)
     warn(notes)
     identity = asked.identity(objective.source, reading)
@@ -55,19 +55,6 @@ def taken(asked: Take) -> WideSnapshot:
             "seconds": time.perf_counter() - began,
         },
     )
-
-
-def _steps(polish: str | int) -> int:
-    """Accepted steps of polish.
-
-    Raises:
-        ArgumentError: none of "auto", 0 or a number.
-    """
-    if polish == "auto":
-        return 0
-    if not (isinstance(polish, int) and polish >= 0):
-        raise ArgumentError("polish", polish, "'auto', 0 or a number of steps")
-    return polish
 
 
 def _polished(objective: WideObjective, steps: int, progress: bool) -> tuple[Tensor, Evaluation, Evaluation]:
