@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
 import lightning_muter
 from lightning_muter import MUterCallback, Snapshot, ThreatModel, refresh, take_snapshot, unlearn
@@ -80,19 +80,18 @@ class BiasScope(Scope[BiasSnapshot]):
     def refresh(self, left: Retained[BiasSnapshot], polish: str | int, progress: bool) -> BiasSnapshot:
         return replace(left.snapshot, fingerprint=weight_fingerprint(left.model.state_dict()))
 
-    def resolved(self, model: nn.Module, snapshot: BiasSnapshot, options: Any, retain: Dataset[Any] | None) -> Any:
-        if options.method is not None:
-            raise ArgumentError("method", options.method, *self.refusal)
-        return options
+    def check(self, asked: Any) -> None:
+        if asked.method is not None:
+            raise ArgumentError("method", asked.method, *self.refusal)
 
     def propose(self, removal: Removal[BiasSnapshot]) -> Proposal:
         model, reading, head = removal.model, removal.reading, removal.reading.head
-        source = removal.access.source(reading, THREAT, removal.retain or removal.data, removal.kept)
+        source = removal.access.source(reading, THREAT, removal.access.retain or removal.data, removal.kept)
         gradient, hessian = slope(model, reading, source, removal.kept)
         step = torch.linalg.solve(hessian, gradient)
         result = UnlearnResult(
             "newton", "none", "bias", removal.positions, len(removal.kept), float(step.norm()), {"status": "converged"},
-            fingerprint_before=removal.snapshot.fingerprint, dry_run=removal.options.dry_run,
+            fingerprint_before=removal.snapshot.fingerprint, dry_run=removal.access.dry_run,
         )  # fmt: skip
         after = removal.snapshot.without(removal.positions)
         return Proposal(result, after, [head.linear.bias], lambda: shift(head.linear.bias, step), said=[])

@@ -19,7 +19,7 @@ from lightning_muter.snapshot.stored import Stored
 from lightning_muter.unlearning.result import UnlearnResult
 
 if TYPE_CHECKING:
-    from lightning_muter.unlearning.unlearn import Options
+    from lightning_muter.unlearning.unlearn import Unlearn
 
 #: What a scope stores.
 S = TypeVar("S", bound=Stored)
@@ -48,11 +48,10 @@ class Retained(Generic[S]):
 
 @dataclass(frozen=True, eq=False)
 class Removal(Retained[S]):
-    """One request, checked: ``positions`` go, ``kept`` ones stay and may be read from ``retain``, where it is given."""
+    """One request, checked: ``positions`` go, ``kept`` ones stay and may be read from ``access.retain``, where it is given."""
 
+    access: Unlearn
     positions: list[int]
-    retain: Dataset[Any] | None
-    options: Options
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,8 +109,8 @@ class Scope(ABC, Generic[S]):
         """A new snapshot of the rows that are left at the current weights; the old one stays as it is."""
 
     @abstractmethod
-    def resolved(self, model: nn.Module, snapshot: S, options: Options, retain: Dataset[Any] | None) -> Options:
-        """The options of a request, checked, with defaults in their places.
+    def check(self, asked: Unlearn) -> None:
+        """Look at the options of a request before anything is read.
 
         Raises:
             ArgumentError: one is out of range, or means nothing to this scope.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
 from lightning_muter.curvature.problem.head import HeadProblem
 from lightning_muter.errors import ArgumentError, MismatchError, SolveError
@@ -40,7 +39,7 @@ from lightning_muter.unlearning.with_retained import with_retained
 from lightning_muter.unlearning.within import check_within
 
 if TYPE_CHECKING:
-    from lightning_muter.unlearning.unlearn import Options
+    from lightning_muter.unlearning.unlearn import Unlearn
 
 #: Of |sum of gradients - stored sum| / sum of |gradients|, by dtype: rounding, far below the share of one row.
 _SAME = {torch.float64: 1e-8}
@@ -112,34 +111,29 @@ class HeadScope(Scope[Snapshot]):
         error = float((sums.gradient.cpu() - snapshot.gradient).norm() / sums.gradient_scale.cpu())
         return error, _SAME.get(snapshot.gradient.dtype, _ELSE)
 
-    def resolved(self, model: nn.Module, snapshot: Snapshot, options: Options, retain: Dataset[Any] | None) -> Options:
+    def check(self, asked: Unlearn) -> None:
         """Retained rows are read where they are given."""
-        if options.refine and retain is None:
-            raise ArgumentError(
-                "refine", options.refine, "0 without retained data", "Pass retain=train_dataset as well."
-            )
-        check_within(options.within, retain)
-        check_accept(options.accept)
-        seconds = _seconds(options.certify)
-        method = MUter() if options.method is None else options.method
-        if not isinstance(method, Method):
-            advice = "MUter() is the default; how its system is solved is solver=."
-            raise ArgumentError("method", method, "a lightning_muter.Method", advice)
-        return replace(options, solver=as_solver(options.solver), method=method, certify=seconds)
+        if asked.refine and asked.retain is None:
+            raise ArgumentError("refine", asked.refine, "0 without retained data", "Pass retain=train_dataset as well.")
+        check_within(asked.within, asked.retain)
+        check_accept(asked.accept)
+        _ = asked.seconds, as_solver(asked.solver), _method(asked.method)
 
     def propose(self, removal: Removal[Snapshot]) -> Proposal:
         """One step of the method, from stored sums; then what the retained rows allow, where they are given."""
-        snapshot, options, retain = removal.snapshot, removal.options, removal.retain
-        source_of = partial(removal.access.source, removal.reading, snapshot.threat_model)
+        snapshot, asked, retain = removal.snapshot, removal.access, removal.access.retain
+        source_of = partial(asked.source, removal.reading, snapshot.threat_model)
         source = source_of(removal.data, sorted([*removal.positions, *removal.kept]))
         # forgotten rows are read from `data` alone: in `retain` they may be blank
         retained = None if retain is None else source_of(retain, removal.kept)
         problem = _problem(removal.model, snapshot, source, removal.reading)
-        request = Request(problem, snapshot, source, removal.positions, options.solver, retained, options.shards)
+        solver, shards = as_solver(asked.solver), asked.shards or Shards.current()
+        request = Request(problem, snapshot, source, removal.positions, solver, retained, shards)
         now = problem.read_theta()
-        step = options.method.step(request)
-        result = _begun(request, step, removal)
-        if not options.refine:  # which would lead away from a bad step
+        method = _method(asked.method)
+        step = method.step(request)
+        result = _begun(request, step, method, removal)
+        if not asked.refine:  # which would lead away from a bad step
             result.warnings += warnings_of(result.quality)
         after = _downdated(snapshot, step, removal.positions)
         remember_owed(after, result.quality)
@@ -147,7 +141,7 @@ class HeadScope(Scope[Snapshot]):
         if retain is not None:
             theta = with_retained(request, step, removal, now, after, result)
         else:
-            require_trust(snapshot, result.quality, options.accept)
+            require_trust(snapshot, result.quality, asked.accept)
         if not bool(torch.isfinite(theta).all()):
             raise SolveError("The new weights are not finite. Nothing was changed; take a new snapshot and try again.")
         result.step_norm = float((theta - now).norm())
@@ -183,11 +177,11 @@ def _problem(model: nn.Module, snapshot: Snapshot, source: SampleSource, reading
     return problem
 
 
-def _begun(request: Request, step: Step, removal: Removal[Snapshot]) -> UnlearnResult:
+def _begun(request: Request, step: Step, method: Method, removal: Removal[Snapshot]) -> UnlearnResult:
     """The result of a request as far as the step alone tells it."""
-    snapshot, options = request.snapshot, removal.options
+    snapshot = request.snapshot
     return UnlearnResult(
-        method=options.method.name,
+        method=method.name,
         response=snapshot.response.name,
         scope=snapshot.scope,
         forgotten=request.forget,
@@ -195,20 +189,20 @@ def _begun(request: Request, step: Step, removal: Removal[Snapshot]) -> UnlearnR
         step_norm=0.0,
         solver=step.solution.to_dict(),
         fingerprint_before=snapshot.fingerprint,
-        dry_run=options.dry_run,
-        within=options.within,
+        dry_run=removal.access.dry_run,
+        within=removal.access.within,
         quality=quality_of(request, step),
         parameters=parameter_names(request.problem.head),
     )
 
 
-def _seconds(certify: bool | float) -> float | None:
-    """How long a certificate may be looked for; None: not at all."""
-    if isinstance(certify, bool):
-        return 60.0 if certify else None
-    if not (isinstance(certify, (int, float)) and 0 < certify < math.inf):
-        raise ArgumentError("certify", certify, "True, False or a number of seconds above 0")
-    return float(certify)
+def _method(given: object) -> Method:
+    if given is None:
+        return MUter()
+    if not isinstance(given, Method):
+        advice = "MUter() is the default; how its system is solved is solver=."
+        raise ArgumentError("method", given, "a lightning_muter.Method", advice)
+    return given
 
 
 def _downdated(snapshot: Snapshot, step: Step, positions: list[int]) -> Snapshot:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from lightning_muter.called_with import called_with
 from lightning_muter.curvature.objective.base import Evaluation
@@ -46,7 +45,7 @@ from lightning_muter.unlearning.positions import checked_positions
 from lightning_muter.unlearning.result import UnlearnResult
 
 if TYPE_CHECKING:
-    from lightning_muter.unlearning.unlearn import Options
+    from lightning_muter.unlearning.unlearn import Unlearn
 
 #: A relative difference of stationarities that is rounding.
 _SAME = 0.05
@@ -97,29 +96,27 @@ class NetworkScope(Scope[WideSnapshot]):
         objective = training.objective(left.model, left.data, left.kept, left.reading)
         return objective.evaluate(objective.problem.read())
 
-    def resolved(
-        self, model: nn.Module, snapshot: WideSnapshot, options: Options, retain: Dataset[Any] | None
-    ) -> Options:
+    def check(self, asked: Unlearn) -> None:
         """Systems are known by their products alone: "auto", "cg", a `CG` or a `TruncatedCG` solves them."""
-        if options.within is not None:
+        if asked.within is not None:
             raise ArgumentError(
-                "within", options.within, "None beyond the head", "Only linear models have a certificate."
+                "within", asked.within, "None beyond the head", "Only linear models have a certificate."
             )
-        if options.method is not None:
+        if asked.method is not None:
             advice = "Methods solve with stored sums; take a snapshot of scope='head'."
-            raise ArgumentError("method", options.method, "None beyond the head", advice)
-        snapshot.check_parameters(model)
-        return replace(options, solver=_as_cg(options.solver))
+            raise ArgumentError("method", asked.method, "None beyond the head", advice)
+        _as_cg(asked.solver)
 
     def propose(self, removal: Removal[WideSnapshot]) -> Proposal:
         """One accepted Newton-CG step and ``refine`` more."""
-        snapshot, options = removal.snapshot, removal.options
-        read = removal.data if removal.retain is None else removal.retain
-        training = Training.of(snapshot, removal.access)
-        objective = training.objective(removal.model, read, removal.kept, removal.reading, options.shards)
-        descent = _descent(objective, options.solver, options.progress)
-        result, new = _carry_out(descent, snapshot.scope, removal.positions, len(removal.kept), 1 + options.refine)
-        result.dry_run = options.dry_run
+        snapshot, asked = removal.snapshot, removal.access
+        snapshot.check_parameters(removal.model)
+        read = removal.data if asked.retain is None else asked.retain
+        training = Training.of(snapshot, asked)
+        objective = training.objective(removal.model, read, removal.kept, removal.reading, asked.shards)
+        descent = _descent(objective, _as_cg(asked.solver), asked.progress)
+        result, new = _carry_out(descent, snapshot.scope, removal.positions, len(removal.kept), 1 + asked.refine)
+        result.dry_run = asked.dry_run
         assert result.stationarity_after is not None
         after = replace(snapshot.without(removal.positions), stationarity=result.stationarity_after)
         return Proposal(result, after, *_writes(objective.problem, new), said=result.warnings)

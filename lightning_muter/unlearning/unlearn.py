@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from lightning_muter.called_with import called_with
 from lightning_muter.errors import ArgumentError
 from lightning_muter.forgotten.digests import check_digests
 from lightning_muter.forgotten.modules import check_remembered, remember
 from lightning_muter.forgotten.rows import Forgotten, barred_after
 from lightning_muter.model.distributed import Shards
-from lightning_muter.model.losses import Loss
 from lightning_muter.model.modes import full_precision
 from lightning_muter.scope.base import Removal
 from lightning_muter.scope.choose import scope_of
@@ -34,46 +35,45 @@ from lightning_muter.unlearning.result import UnlearnResult
 CERTIFY_SECONDS = 5.0
 
 
-@dataclass(frozen=True)
-class Options:
-    """How a request is to be carried out, as :func:`unlearn` explains; its scope looks at them first (`Scope.resolved`)."""
+@dataclass(frozen=True, eq=False)
+class Unlearn(Access):
+    """What :func:`unlearn` is asked for."""
 
-    method: Any
-    solver: Any
-    refine: int
-    within: float | None
-    certify: Any  # seconds or None, once it is checked
-    accept: str | None
-    dry_run: bool
-    shards: Shards
-    progress: bool
+    model: nn.Module
+    snapshot: Stored
+    forget: Iterable[int]
+    data: Dataset[Any] | None = None
+    _: KW_ONLY
+    method: Method | None = None
+    solver: str | Solver = "auto"
+    retain: Dataset[Any] | None = None
+    refine: int = 0
+    within: float | None = None
+    certify: bool | float = CERTIFY_SECONDS
+    accept: str | None = None
+    dry_run: bool = False
+    shards: Shards | None = None
+    progress: bool = True
+
+    @property
+    def seconds(self) -> float | None:
+        """How long a certificate may be looked for; None: not at all.
+
+        Raises:
+            ArgumentError: ``certify`` is neither True, False nor a number of seconds.
+        """
+        if isinstance(self.certify, bool):
+            return 60.0 if self.certify else None
+        if not (isinstance(self.certify, (int, float)) and 0 < self.certify < math.inf):
+            raise ArgumentError("certify", self.certify, "True, False or a number of seconds above 0")
+        return float(self.certify)
 
 
 @ranks_agree
 @torch.inference_mode(False)
 @full_precision()
-def unlearn(
-    model: nn.Module,
-    snapshot: Stored,
-    forget: Iterable[int],
-    data: Dataset[Any] | None = None,
-    *,
-    method: Method | None = None,
-    solver: str | Solver = "auto",
-    retain: Dataset[Any] | None = None,
-    refine: int = 0,
-    within: float | None = None,
-    certify: bool | float = CERTIFY_SECONDS,
-    accept: str | None = None,
-    dry_run: bool = False,
-    loss: Loss | None = None,
-    collate: Callable[[list[Any]], Any] | None = None,
-    batch_size: int = 1024,
-    inputs: Any = None,
-    label: Any = None,
-    shards: Shards | None = None,
-    progress: bool = True,
-) -> UnlearnResult:
+@called_with(Unlearn)
+def unlearn(asked: Unlearn) -> UnlearnResult:
     """Remove samples from a trained model: on success model and snapshot hold the new state, else the old one.
 
     A `Snapshot` is of the head and needs the rows to forget alone. A `WideSnapshot` (any subset of the parameters) reads the
@@ -130,36 +130,32 @@ def unlearn(
     ([3, 17], 28, True)
     """
     began = time.perf_counter()
-    data = _training_data(data, retain)
+    model, snapshot, retain, collate = asked.model, asked.snapshot, asked.retain, asked.collate
+    data = _training_data(asked.data, retain)
     check_given(model, snapshot, data=data, retain=retain)
-    positions = checked_positions(forget, snapshot)
-    if not (isinstance(refine, int) and not isinstance(refine, bool) and refine >= 0):
-        raise ArgumentError("refine", refine, "a whole number, 0 or larger")
-    scope, access = (
-        scope_of(snapshot),
-        Access(loss=loss, collate=collate, batch_size=batch_size, inputs=inputs, label=label),
-    )
-    own = shards or Shards.current()
-    options = Options(method, solver, refine, within, certify, accept, dry_run, own, progress)
-    options = scope.resolved(model, snapshot, options, retain)
+    positions = checked_positions(asked.forget, snapshot)
+    if not (isinstance(asked.refine, int) and not isinstance(asked.refine, bool) and asked.refine >= 0):
+        raise ArgumentError("refine", asked.refine, "a whole number, 0 or larger")
+    scope = scope_of(snapshot)
+    scope.check(asked)
     snapshot.check_length(data, "data")
     snapshot.check_model(model)
     check_remembered(model, snapshot)
     gone = set(positions)
     kept = [i for i in snapshot.retained_positions if i not in gone]
-    reading = access.reread(model, snapshot, data, sorted([*positions, *kept]))
+    reading = asked.reread(model, snapshot, data, sorted([*positions, *kept]))
     check_digests(snapshot, data, positions, "data", collate)
     if retain is not None:
         snapshot.check_length(retain, "retain")
         check_digests(snapshot, retain, kept, "retain", collate)
     elif snapshot.reads_retained:
         check_digests(snapshot, data, kept, "data", collate)
-    proposal = scope.propose(Removal(model, snapshot, data, kept, reading, access, positions, retain, options))
+    proposal = scope.propose(Removal(model, snapshot, data, kept, reading, asked, positions))
     result, after = proposal.result, proposal.after
     after.barred = barred_after(snapshot, data, positions, collate)
     warn(proposal.said)
     commit(model, proposal.parameters, proposal.write, adopter(snapshot, after), result)
-    if not dry_run:
+    if not asked.dry_run:
         remember(model, Forgotten.of(snapshot))
     result.seconds = time.perf_counter() - began
     return result

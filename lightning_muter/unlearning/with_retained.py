@@ -35,7 +35,7 @@ def with_retained(
     result: UnlearnResult,
 ) -> Tensor:
     """Stationarity before and after, refine steps, and the certificate; updates ``after`` and ``result``."""
-    snapshot, theta, kept, asked = request.snapshot, step.theta, removal.kept, removal.options
+    snapshot, theta, kept, asked = request.snapshot, step.theta, removal.kept, removal.access
     refine, within, accept = asked.refine, asked.within, asked.accept
     starts = snapshot.base_starts if snapshot.base_starts is not None else snapshot.starts
     objective = request.objective(kept, starts, request.retained)
@@ -86,9 +86,9 @@ def with_retained(
         result.quality["maximisers_converged"] = evaluation.converged
         result.stationarity_after = evaluation.stationarity
         after.stationarity = evaluation.stationarity
-        if why is None and result.bound is None and asked.certify is not None:
+        if why is None and result.bound is None and asked.seconds is not None:
             how = (snapshot.response, snapshot.curvature, step.matrix)
-            result.bound = certified_from_nearby(objective, theta, evaluation, *how, asked.certify)
+            result.bound = certified_from_nearby(objective, theta, evaluation, *how, asked.seconds)
         if result.bound is None:
             result.warnings.append(why or "no certificate: certify=False did not ask for one")
     return theta
