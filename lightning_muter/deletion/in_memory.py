@@ -53,6 +53,12 @@ class Requests:
             raise UnsuitableError(self._skip or nothing)
         return self.snapshot
 
+    def _data(self, given: Dataset[Any] | None) -> Dataset[Any]:
+        found = self._dataset if given is None else given
+        if found is None:
+            raise ArgumentError("data", None, "the training dataset", "Pass data=train_dataset.")
+        return found
+
     def unlearn(
         self,
         model: pl.LightningModule,
@@ -94,9 +100,7 @@ class Requests:
             MuterError: all others of :func:`lightning_muter.unlearn`. Model and snapshot are as they were.
         """
         snapshot = self._at_hand()
-        dataset = data if data is not None else retain if retain is not None else self._dataset
-        if dataset is None:
-            raise ArgumentError("data", None, "the training dataset", "Pass data=train_dataset.")
+        dataset = self._data(data if data is not None else retain)
         result = unlearn(
             model,
             snapshot,
@@ -133,9 +137,7 @@ class Requests:
         Returns:
             the new snapshot, which requests use from now on; :meth:`save` writes it.
         """
-        dataset = data if data is not None else self._dataset
-        if dataset is None:
-            raise ArgumentError("data", None, "the training dataset", "Pass data=train_dataset.")
+        dataset = self._data(data)
         self.snapshot = refresh(
             model,
             self._at_hand(),

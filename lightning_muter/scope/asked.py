@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
@@ -22,13 +23,13 @@ from lightning_muter.minimise.budget import Fit
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards, refuse_sharded_parameters
 from lightning_muter.model.reading import Reading
-from lightning_muter.model.weight_decay import WholeDecay
+from lightning_muter.model.weight_decay import WholeDecay, read_weight_decay, used_optimizers
 from lightning_muter.snapshot.polishing import Examples
 from lightning_muter.snapshot.reread import Access
 from lightning_muter.snapshot.resume import Resumable
 from lightning_muter.snapshot.size import DEFAULT_CAP
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot
-from lightning_muter.snapshot.trained import Decay, decay_by_name, trained_threat
+from lightning_muter.snapshot.trained import Decay, trained_threat
 from lightning_muter.solvers.cg import TruncatedCG
 from lightning_muter.storage.fingerprint import DigestKey
 
@@ -128,8 +129,27 @@ class Training(Access):
         )
 
     def decay_by_name(self, model: nn.Module, names: Sequence[str], penalty: Mapping[str, float]) -> dict[str, float]:
-        """lambda by parameter name."""
-        return decay_by_name(names, model, self.weight_decay, self.optimizers, penalty)
+        """lambda of these parameters: given as one number or by name, or ("auto") read off the optimisers; and the ``penalty``
+        that the training step adds by itself.
+
+        Raises:
+            ArgumentError: of another kind, negative or not finite; UnsuitableError: decoupled, or of an unknown optimiser.
+        """
+        given = self.weight_decay
+        if isinstance(given, Mapping):
+            values = {name: float(value) for name, value in given.items()}
+        elif given == "auto":
+            values = read_weight_decay(used_optimizers(model, self.optimizers), model.named_parameters())
+        elif isinstance(given, (int, float)) and not isinstance(given, bool):
+            values = dict.fromkeys(names, float(given))
+        else:
+            raise ArgumentError("weight_decay", given, "'auto', a number, or a dict of parameter names to numbers")
+        found = {name: values.get(name, 0.0) for name in names}
+        if not all(math.isfinite(value) and value >= 0 for value in found.values()):
+            raise ArgumentError("weight_decay", given, "finite numbers, 0 or larger")
+        if isinstance(given, WholeDecay):
+            return found
+        return {name: value + penalty.get(name, 0.0) for name, value in found.items()}
 
     def decay_of(self, model: nn.Module, problem: WideProblem, penalty: Mapping[str, float]) -> Tensor:
         """lambda per entry of w, (p,)."""

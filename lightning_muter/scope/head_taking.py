@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,12 +20,13 @@ from lightning_muter.errors import UnsuitableError
 from lightning_muter.minimise.budget import Budget, Fit
 from lightning_muter.minimise.corners import least_subgradient
 from lightning_muter.model.reading import Reading
+from lightning_muter.model.weight_decay import no_decay_text
 from lightning_muter.scope.asked import Take
 from lightning_muter.snapshot.polishing import AIM, Polish, Polished
 from lightning_muter.snapshot.progress import bar
 from lightning_muter.snapshot.remarks import constant_note, head_notes, warn
 from lightning_muter.snapshot.snapshot import Snapshot
-from lightning_muter.snapshot.trained import head_decay, trained_threat
+from lightning_muter.snapshot.trained import trained_threat
 from lightning_muter.storage.fingerprint import weight_fingerprint
 
 
@@ -36,7 +38,7 @@ def taken(asked: Take, reading: Reading) -> Snapshot:
     parameter = next(model.parameters())
     source = asked.rows(reading, threat, asked.dataset)
     problem = HeadProblem(model, reading.loss, source.examples(), reading)
-    decay = head_decay(problem, model, asked.weight_decay, asked.optimizers, reading.penalty)
+    decay = _decay(asked, problem, reading.penalty)
     inner = asked.inner or (like.inner if like is not None else InnerSolver())
     objective = ShardedObjective(problem, threat, source, decay, inner, asked.smoothing or Smoothing.of(problem))
     anchored = _anchor(objective, model, asked.smoothing, like)
@@ -87,6 +89,24 @@ def taken(asked: Take, reading: Reading) -> Snapshot:
         warnings=notes,
         figures=figures | {"seconds": time.perf_counter() - began},
     )
+
+
+def _decay(asked: Take, problem: HeadProblem, penalty: Mapping[str, float]) -> Tensor:
+    """lambda per entry of theta, (K, q).
+
+    Raises:
+        UnsuitableError: 0 for the head's weights, decoupled, or of an unknown kind.
+    """
+    prefix = f"{problem.head.name}." if problem.head.name else ""
+    names = [f"{prefix}weight"] + ([f"{prefix}bias"] if problem.has_bias else [])
+    values = asked.decay_by_name(asked.model, names, penalty)
+    decay = torch.zeros(problem.shape, dtype=problem.dtype, device=problem.device)
+    decay[:, : problem.backbone.width] = values[names[0]]
+    if problem.has_bias:
+        decay[:, -1] = values[names[1]]
+    if float(decay[0, 0]) == 0.0:
+        raise UnsuitableError(no_decay_text([names[0]]))
+    return decay
 
 
 def _sharp(objective: ShardedObjective, polished: Polished, maximisers: Tensor, budget: Budget) -> float | None:
