@@ -17,11 +17,11 @@ from lightning_muter.minimise.budget import Fit
 from lightning_muter.model.losses import Loss
 from lightning_muter.model.rows import collate_of, reachable, reached_by_iterating
 from lightning_muter.model.stored_decay import stored_decay
+from lightning_muter.scope.asked import Decay
 from lightning_muter.snapshot.part import snapshot_of_rows
 from lightning_muter.snapshot.refreshing import refresh
 from lightning_muter.snapshot.stored import Stored
 from lightning_muter.snapshot.summary import decay_text
-from lightning_muter.snapshot.trained import Decay
 from lightning_muter.storage.fingerprint import DigestKey
 
 

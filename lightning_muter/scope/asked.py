@@ -29,10 +29,10 @@ from lightning_muter.snapshot.reread import Access
 from lightning_muter.snapshot.resume import Resumable
 from lightning_muter.snapshot.size import DEFAULT_CAP
 from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot
-from lightning_muter.snapshot.trained import Decay, trained_threat
 from lightning_muter.solvers.cg import TruncatedCG
 from lightning_muter.storage.fingerprint import DigestKey
 
+Decay = float | Mapping[str, float] | str
 #: mu at the start, per sample.
 DAMPING = 1e-2
 #: Inner maxima of ReLU networks sit on kinks: followed by a few steps per evaluation, they settle as the search goes on.
@@ -85,6 +85,36 @@ class Training(Access):
             batch_size=min(access.batch_size, WIDE_BATCH),
         )
 
+    def threat(self, model: nn.Module) -> ThreatModel:
+        """The threat model: given, of the attack, or of the model's own adversarial training.
+
+        Raises:
+            ArgumentError: none of them is known.
+        """
+        given = self.threat_model
+        if isinstance(given, ThreatModel):
+            return given
+        if given is not None:
+            advice = (
+                f"Attacks go to attack=; of a norm: ThreatModel({given!r}, eps)."
+                if isinstance(given, str)
+                else ("Attacks go to attack=.")
+            )
+            raise ArgumentError("threat_model", given, "a ThreatModel(norm, eps, box)", advice)
+        if self.attack is not None:
+            return ThreatModel.from_attack(self.attack)
+        from lightning_muter.adversarial.training import adversary_of
+
+        adversary = adversary_of(model) if isinstance(model, nn.Module) else None
+        if adversary is not None:
+            return adversary.threat
+        raise ArgumentError(
+            "threat_model",
+            None,
+            "a ThreatModel(norm, eps, box), or attack=...",
+            "Say what the model was trained against; ThreatModel('l2', 0.0) for standard training.",
+        )
+
     def rows(
         self, reading: Reading, threat: ThreatModel, data: Dataset[Any], positions: Sequence[int] | None = None
     ) -> SampleSource:
@@ -108,7 +138,7 @@ class Training(Access):
             UnsuitableError: sharded parameters, or a weight decay that is not known.
         """
         refuse_sharded_parameters(model)
-        threat = trained_threat(model, self.threat_model, self.attack)
+        threat = self.threat(model)
         shards = shards or Shards.current()
         source = self.rows(reading, threat, data, positions)
         problem = WideProblem(model, reading.loss, self.scope, source.examples(), self.trades_beta, reading)

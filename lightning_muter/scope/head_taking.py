@@ -26,7 +26,6 @@ from lightning_muter.snapshot.polishing import AIM, Polish, Polished
 from lightning_muter.snapshot.progress import bar
 from lightning_muter.snapshot.remarks import constant_note, head_notes, warn
 from lightning_muter.snapshot.snapshot import Snapshot
-from lightning_muter.snapshot.trained import trained_threat
 from lightning_muter.storage.fingerprint import weight_fingerprint
 
 
@@ -34,7 +33,7 @@ def taken(asked: Take, reading: Reading) -> Snapshot:
     """The snapshot that is asked for, of the head that was read; the model's head is polished."""
     began = time.perf_counter()
     model, like = asked.model, asked.like
-    threat = trained_threat(model, asked.threat_model, asked.attack)
+    threat = asked.threat(model)
     parameter = next(model.parameters())
     source = asked.rows(reading, threat, asked.dataset)
     problem = HeadProblem(model, reading.loss, source.examples(), reading)
