@@ -20,10 +20,9 @@ if TYPE_CHECKING:
     from lightning_muter.publication.publish import Publication, publish
     from lightning_muter.scope.head_methods import Method, MUter
     from lightning_muter.scope.network import unlearn_wide
-    from lightning_muter.scope.wide_taking import take_wide_snapshot
     from lightning_muter.snapshot.refreshing import refresh
     from lightning_muter.snapshot.snapshot import Snapshot, WideSnapshot
-    from lightning_muter.snapshot.take import take_snapshot
+    from lightning_muter.snapshot.take import take_snapshot, take_wide_snapshot
     from lightning_muter.solvers.base import Solver
     from lightning_muter.unlearning.result import UnlearnResult
     from lightning_muter.unlearning.unlearn import unlearn
@@ -62,7 +61,7 @@ _HOME = {
     "MUterCallback": "callback",
     "check": "preflight.check",
     "take_snapshot": "snapshot.take",
-    "take_wide_snapshot": "scope.wide_taking",
+    "take_wide_snapshot": "snapshot.take",
     "refresh": "snapshot.refreshing",
     "Snapshot": "snapshot.snapshot",
     "WideSnapshot": "snapshot.snapshot",

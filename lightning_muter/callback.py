@@ -25,9 +25,10 @@ from lightning_muter.model.losses import Loss
 from lightning_muter.model.read_step import read_objective
 from lightning_muter.model.reading import Reading
 from lightning_muter.model.rows import collate_of
-from lightning_muter.preflight.checks import inspect_fit
+from lightning_muter.preflight.checks import OPTIONS, inspect_fit
 from lightning_muter.preflight.findings import enforce
 from lightning_muter.preflight.trained_rows import TrainedRows
+from lightning_muter.scope.choose import as_scope
 from lightning_muter.snapshot.part import snapshot_of_rows
 from lightning_muter.snapshot.size import DEFAULT_CAP
 from lightning_muter.snapshot.summary import logged
@@ -35,6 +36,9 @@ from lightning_muter.solvers.base import Solver
 from lightning_muter.solvers.choose import as_solver
 from lightning_muter.stopping import stopped_by_sigterm
 from lightning_muter.storage.fingerprint import weight_fingerprint
+
+#: Options that `take_snapshot` is given as they are.
+_TAKEN = ("scope", "response", "curvature", "weight_decay", "polish", "budget", "size_cap", "batch_size")
 
 
 class MUterCallback(Requests, Callback):
@@ -126,16 +130,9 @@ class MUterCallback(Requests, Callback):
         findings = inspect_fit(
             trainer,
             pl_module,
-            scope=self.scope,
-            threat_model=self.threat_model,
-            response=self.response,
-            loss=self.loss,
-            inputs=self.inputs,
-            label=self.label,
-            normalization=self.normalization,
-            weight_decay=self.weight_decay,
             callback=self,
             cap=self.size_cap,
+            **{name: getattr(self, name) for name in OPTIONS},
         )
         skip = enforce(findings, show=self.verbose and trainer.is_global_zero)
         own = self.snapshot.key if self.snapshot is not None else None
@@ -149,7 +146,7 @@ class MUterCallback(Requests, Callback):
         """Begin to count this epoch's rows."""
         if self._rows is not None:
             self._rows.epoch_starts()
-        if self._skip is None and self.scope == "head" and self.polish != 0:
+        if self._skip is None and "examples" not in as_scope(self.scope).useless and self.polish != 0:
             examples_of(pl_module).next_epoch()  # the last epoch's adversarial examples are where polish begins
         self._door.looks_at(trainer.train_dataloader)
 
@@ -207,22 +204,15 @@ class MUterCallback(Requests, Callback):
             loader.dataset,
             rows,
             threat_model=threat,
-            scope=self.scope,
-            response=self.response,
-            curvature=self.curvature,
             trades_beta=None if adversary is None else adversary.trades_beta,
-            budget=self.budget,
             fit=Fit(trainer.current_epoch, 1 if adversary is None else adversary.gradients),
             examples=examples_of(pl_module).of,
             reading=reading,
-            weight_decay=self.weight_decay,
             optimizers=trainer.optimizers,
-            polish=self.polish,
-            size_cap=self.size_cap,
             collate=collate,
-            batch_size=self.batch_size,
             key=key,
             progress=self.verbose and trainer.is_global_zero and self._bars,
+            **{name: getattr(self, name) for name in _TAKEN},
         )
         note = attack_note(adversary.attack) if adversary is not None else None
         if note is not None:
@@ -253,7 +243,7 @@ class MUterCallback(Requests, Callback):
             label=self.label,
             normalization=self._normalization(pl_module),
             rows_per_step=getattr(loader, "batch_size", None),
-            whole=self.scope != "head",
+            whole=as_scope(self.scope).record.beyond_head,
         )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_muter import AdversarialTraining, MUterCallback, ThreatModel, take_snapshot, unlearn
 from lightning_muter.adversarial.climb import LossAttack
@@ -147,7 +147,7 @@ def test_a_fit_and_a_request_of_a_whole_network(name: str) -> None:
 def ended(name: str, start: Tensor) -> tuple[Tensor, Tensor]:
     """All weights after polishing and after a request, from these on."""
     lit, rows = module(name), data()
-    nn.utils.vector_to_parameters(start, lit.parameters())
+    nn.utils.vector_to_parameters(start.clone(), lit.parameters())
     snapshot = take_snapshot(lit, rows, threat_model=BALL, weight_decay=DECAY, scope="all", polish=30, progress=False)
     polished = nn.utils.parameters_to_vector(lit.parameters()).detach().clone()
     unlearn(lit, snapshot, [7], rows)

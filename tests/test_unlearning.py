@@ -402,9 +402,9 @@ def test_an_undecayed_bias_is_fine_or_refused_but_never_wrong():
 @pytest.mark.parametrize(
     "where",
     [
-        "lightning_muter.unlearning.unlearn._downdated",
-        "lightning_muter.unlearning.unlearn._warnings",
-        "lightning_muter.unlearning.unlearn.with_retained",
+        "lightning_muter.scope.head._downdated",
+        "lightning_muter.scope.head._warnings",
+        "lightning_muter.scope.head.with_retained",
         "lightning_muter.unlearning.commit.weight_fingerprint",
         "lightning_muter.unlearning.with_retained.certified_from_nearby",
         "lightning_muter.unlearning.with_retained.refined",

@@ -15,12 +15,13 @@ from lightning_muter.deletion.checkpoints import checkpoint_fingerprint, load_ch
 from lightning_muter.deletion.files import Places
 from lightning_muter.deletion.ledger import Ledger
 from lightning_muter.deletion.ledger_access import reading, weights_before_removals
-from lightning_muter.deletion.request_flow import AnySnapshot, load_snapshot
+from lightning_muter.deletion.request_flow import load_snapshot
 from lightning_muter.errors import MismatchError, MuterError, RequestError
 from lightning_muter.forgotten.digests import check_digests, sample_digests
 from lightning_muter.forgotten.modules import entries_of, recorded_in, refuse_forgotten_rows
 from lightning_muter.forgotten.rows import Forgotten, known_keys, remember_key
 from lightning_muter.model.dataset import SampleSource
+from lightning_muter.snapshot.stored import Stored
 from lightning_muter.storage.atomic import file_sha256
 from lightning_muter.storage.fingerprint import DigestKey
 
@@ -28,7 +29,7 @@ Collate = Callable[[list[Any]], Any] | None
 _BACKUP = "Restore checkpoint, snapshot, ledger and key from one backup."
 
 
-def record_of(places: Places, ledger: Ledger | None) -> tuple[Forgotten, AnySnapshot | None]:
+def record_of(places: Places, ledger: Ledger | None) -> tuple[Forgotten, Stored | None]:
     """What a model's own files say was forgotten, and its snapshot if it has one.
 
     Raises:
@@ -128,7 +129,7 @@ def key_of(record: Forgotten, *places: Places) -> DigestKey:
     return key
 
 
-def refuse_other_rows(record: Forgotten, snapshot: AnySnapshot | None, dataset: Dataset[Any], collate: Collate) -> None:
+def refuse_other_rows(record: Forgotten, snapshot: Stored | None, dataset: Dataset[Any], collate: Collate) -> None:
     """Insist that a training set is the one that rows were forgotten from, or, of another length, a successor of it: it holds
     none of them, and some that were retained, as they were (in another form nothing would be known again).
 

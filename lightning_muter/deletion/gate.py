@@ -27,7 +27,6 @@ from lightning_muter.errors import ArgumentError, MuterError, RequestError
 from lightning_muter.evidence.roc import clopper_pearson
 from lightning_muter.model.batches import split_batch
 from lightning_muter.model.losses import Loss, accuracy, one_logit
-from lightning_muter.snapshot.snapshot import Snapshot
 from lightning_muter.snapshot.stored import Stored
 from lightning_muter.unlearning.result import UnlearnResult
 from lightning_muter.unlearning.unlearn import unlearn
@@ -145,7 +144,7 @@ class Gate:
         collate: Callable[[list[Any]], Any] | None = None,
     ) -> list[float]:
         """Steps of random requests of a size, from stored sums; none beyond the head, where each would read all the data."""
-        if not isinstance(snapshot, Snapshot) or size >= snapshot.n_retained:
+        if snapshot.reads_retained or size >= snapshot.n_retained:
             return []
         generator, found = np.random.default_rng(self.seed), []
         for _ in range(self.random_requests):

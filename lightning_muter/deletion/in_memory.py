@@ -17,7 +17,7 @@ from lightning_muter.forgotten.rows import Forgotten
 from lightning_muter.model.losses import Loss
 from lightning_muter.scope.head_methods import Method
 from lightning_muter.snapshot.refreshing import refresh
-from lightning_muter.snapshot.snapshot import Snapshot, WideSnapshot
+from lightning_muter.snapshot.stored import Stored
 from lightning_muter.solvers.base import Solver
 from lightning_muter.unlearning.result import UnlearnResult
 from lightning_muter.unlearning.unlearn import CERTIFY_SECONDS, unlearn
@@ -34,7 +34,7 @@ class Requests:
     verbose: bool
 
     def __init__(self) -> None:
-        self.snapshot: Snapshot | WideSnapshot | None = None
+        self.snapshot: Stored | None = None
         self._skip: str | None = "No snapshot was taken yet: fit a model with this callback, or use take_snapshot."
         self._dataset: Dataset[Any] | None = None
         self._collate: Any = None
@@ -47,11 +47,17 @@ class Requests:
         """Of the files that were written, "checkpoint" and "snapshot"."""
         return self._files.paths
 
-    def _at_hand(self) -> Snapshot | WideSnapshot:
+    def _at_hand(self) -> Stored:
         if self.snapshot is None:
             nothing = "No snapshot was taken: the fit made no step. Use take_snapshot(model, dataset, ...)."
             raise UnsuitableError(self._skip or nothing)
         return self.snapshot
+
+    def _data(self, given: Dataset[Any] | None) -> Dataset[Any]:
+        found = self._dataset if given is None else given
+        if found is None:
+            raise ArgumentError("data", None, "the training dataset", "Pass data=train_dataset.")
+        return found
 
     def unlearn(
         self,
@@ -94,9 +100,7 @@ class Requests:
             MuterError: all others of :func:`lightning_muter.unlearn`. Model and snapshot are as they were.
         """
         snapshot = self._at_hand()
-        dataset = data if data is not None else retain if retain is not None else self._dataset
-        if dataset is None:
-            raise ArgumentError("data", None, "the training dataset", "Pass data=train_dataset.")
+        dataset = self._data(data if data is not None else retain)
         result = unlearn(
             model,
             snapshot,
@@ -123,7 +127,7 @@ class Requests:
             self._files.changed(model, [result])
         return result
 
-    def refresh(self, model: pl.LightningModule, data: Dataset[Any] | None = None) -> Snapshot | WideSnapshot:
+    def refresh(self, model: pl.LightningModule, data: Dataset[Any] | None = None) -> Stored:
         """A new snapshot of the retained samples at the current weights: nothing computed at the old ones remains.
 
         Args:
@@ -133,9 +137,7 @@ class Requests:
         Returns:
             the new snapshot, which requests use from now on; :meth:`save` writes it.
         """
-        dataset = data if data is not None else self._dataset
-        if dataset is None:
-            raise ArgumentError("data", None, "the training dataset", "Pass data=train_dataset.")
+        dataset = self._data(data)
         self.snapshot = refresh(
             model,
             self._at_hand(),

@@ -5,27 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 import lightning as L
-import torch
 
-from lightning_muter.curvature.problem.head import HeadProblem
 from lightning_muter.deletion.files import Places
-from lightning_muter.deletion.request_flow import AnySnapshot
 from lightning_muter.deletion.training_data import TrainingData
 from lightning_muter.errors import MismatchError
 from lightning_muter.forgotten.digests import sample_digests
 from lightning_muter.forgotten.rows import Barred, Forgotten, barred_of, remember_key
 from lightning_muter.model.dataset import SampleSource
-from lightning_muter.model.distributed import Shards
 from lightning_muter.model.losses import Loss
-from lightning_muter.scope.head_methods import objective_of
-from lightning_muter.scope.network_objective import Training
+from lightning_muter.scope.base import Retained
+from lightning_muter.scope.choose import scope_of
 from lightning_muter.snapshot.reread import Access
 from lightning_muter.snapshot.snapshot import Snapshot
+from lightning_muter.snapshot.stored import Stored
 from lightning_muter.storage.fingerprint import DigestKey
-
-#: Of |sum of gradients - stored sum| / sum of |gradients|, by dtype: rounding, far below the share of one row.
-_SAME = {torch.float64: 1e-8}
-_ELSE = 1e-5
 
 
 def new_key(places: Places) -> DigestKey:
@@ -35,13 +28,13 @@ def new_key(places: Places) -> DigestKey:
 
 def under_new_key(
     places: Places, model: L.LightningModule, data: TrainingData, key: DigestKey, loss: Loss | None, batch_size: int
-) -> AnySnapshot:
+) -> Stored:
     """The model's snapshot with its digests under another key, made of this data.
 
     Raises:
         MismatchError: the rows are not those that were trained on: their gradients do not sum up to what is stored.
     """
-    old: AnySnapshot = Snapshot.read(places.snapshot)  # whatever key lies beside it
+    old: Stored = Snapshot.read(places.snapshot)  # whatever key lies beside it
     if old.key_id == key.key_id:
         print(f"{places.key.name} is the key of the snapshot: nothing to recover")
         old.key = key
@@ -74,23 +67,13 @@ def _can_be_read(data: TrainingData, position: int) -> bool:
 
 
 def _check_sums(
-    old: AnySnapshot, model: L.LightningModule, data: TrainingData, kept: list[int], loss: Loss | None, batch_size: int
+    old: Stored, model: L.LightningModule, data: TrainingData, kept: list[int], loss: Loss | None, batch_size: int
 ) -> None:
     """Compare with what was stored: of the head the sum of gradients, beyond it how stationary the weights were."""
-    access = Access(loss, data.collate, batch_size)
-    reading = access.reading(model, old, data.dataset, kept)
-    if isinstance(old, Snapshot):
-        source = access.source(reading, old, data.dataset, kept)
-        problem = HeadProblem(model, reading.loss, source.examples(), reading)
-        starts = old.base_starts if old.base_starts is not None else old.starts
-        objective = objective_of(old, problem, source, kept, starts, Shards())
-        sums, _ = objective.sums(old.theta_base.to(problem.device))
-        error = float((sums.gradient.cpu() - old.gradient).norm() / sums.gradient_scale.cpu())
-        limit = _SAME.get(old.gradient.dtype, _ELSE)
-    else:
-        wide = Training.of(old, access).objective(model, data.dataset, kept, reading)
-        found = wide.evaluate(wide.problem.read()).stationarity
-        error, limit = abs(found - old.stationarity) / max(found, old.stationarity, 1e-12), 0.05
+    access = Access(loss=loss, collate=data.collate, batch_size=batch_size)
+    reading = access.reread(model, old, data.dataset, kept)
+    left = Retained(model, old, data.dataset, kept, reading, access)
+    error, limit = scope_of(old).difference(left)
     if not error <= limit:
         raise MismatchError(
             f"train_dataloader: its retained rows are not those that were trained on, or lie in another order: what they sum "

@@ -16,6 +16,9 @@ from lightning_muter.scope.head_methods import Method
 from lightning_muter.solvers.base import Solver
 from lightning_muter.unlearning.unlearn import CERTIFY_SECONDS
 
+#: Options that are of the command alone.
+_OF_COMMAND = ("gate", "accept_held", "out", "request_id", "wait")
+
 
 @dataclass(frozen=True)
 class SnapshotOptions:
@@ -53,6 +56,10 @@ class SnapshotOptions:
     out: str | None = None
     request_id: str | None = None
     wait: float = 0.0
+
+    def training(self) -> dict[str, Any]:
+        """What goes to :func:`lightning_muter.take_snapshot` as it is."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _OF_COMMAND}
 
     def asked(self) -> str:
         """The digest of what is asked for, by which the same request is known again."""
@@ -103,8 +110,7 @@ class UnlearnOptions:
 
     def request(self) -> dict[str, Any]:
         """What goes to :func:`lightning_muter.unlearn` as it is."""
-        of_command = ("gate", "accept_held", "out", "request_id", "wait")
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in of_command}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _OF_COMMAND}
 
     @property
     def reads_retained(self) -> bool:

@@ -13,11 +13,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_muter.deletion.checkpoints import checkpoint_fingerprint, load_checkpoint
 from lightning_muter.deletion.files import Places
-from lightning_muter.deletion.request_flow import AnySnapshot, entry_of
+from lightning_muter.deletion.request_flow import entry_of
 from lightning_muter.deletion.saving import save_fit, save_requests
 from lightning_muter.errors import ArgumentError, MuterError
 from lightning_muter.forgotten.modules import ENTRY
-from lightning_muter.snapshot.stored import key_path
+from lightning_muter.snapshot.stored import Stored, key_path
 from lightning_muter.storage.atomic import commit_files
 from lightning_muter.storage.fingerprint import DigestKey
 from lightning_muter.storage.plain import Plain, plain
@@ -68,7 +68,7 @@ class OwnFiles:
         self,
         trainer: pl.Trainer,
         module: pl.LightningModule,
-        snapshot: AnySnapshot,
+        snapshot: Stored,
         stem: Path | None,
         trained: str,
         *,
@@ -106,7 +106,7 @@ class OwnFiles:
         self._module, self._changed = module, True
         self._unsaved += results
 
-    def save(self, snapshot: AnySnapshot, path: str | Path | None) -> Path:
+    def save(self, snapshot: Stored, path: str | Path | None) -> Path:
         """Enter what was done in memory: checkpoint, snapshot and ledger in one transaction. Returns the snapshot's path."""
         target = Path(path) if path is not None else self.paths.get("snapshot")
         if target is None:
@@ -122,11 +122,11 @@ class OwnFiles:
         self._written(places, snapshot)
         return places.snapshot
 
-    def _written(self, places: Places, snapshot: AnySnapshot) -> None:
+    def _written(self, places: Places, snapshot: Stored) -> None:
         self.paths = {"checkpoint": places.checkpoint, "snapshot": places.snapshot}
         self._on_disk, self._unsaved, self._changed = snapshot.fingerprint, [], False
 
-    def _write(self, snapshot: AnySnapshot, module: pl.LightningModule, places: Places, trained: str) -> None:
+    def _write(self, snapshot: Stored, module: pl.LightningModule, places: Places, trained: str) -> None:
         checkpoint = {**self._base, "state_dict": module.state_dict()}
         if snapshot.key is not None:
             snapshot.key.keep(places.key)
@@ -155,7 +155,7 @@ def _left_out(checkpoint: Path, written: Plain, verbose: bool) -> list[str]:
     ]
 
 
-def _read_back(checkpoint: Path, snapshot: AnySnapshot) -> list[str]:
+def _read_back(checkpoint: Path, snapshot: Stored) -> list[str]:
     """What was written must be what the command line can read; said now, not when the first request comes."""
     try:
         found = checkpoint_fingerprint(load_checkpoint(checkpoint))

@@ -19,12 +19,11 @@ from lightning_muter.deletion.verified import check_ledger
 from lightning_muter.errors import ArgumentError, CorruptFileError, MismatchError, MuterError, RequestError
 from lightning_muter.forgotten.modules import ENTRY
 from lightning_muter.forgotten.rows import Forgotten
-from lightning_muter.snapshot.snapshot import Snapshot, WideSnapshot
+from lightning_muter.snapshot.snapshot import Snapshot
+from lightning_muter.snapshot.stored import Stored
 from lightning_muter.storage.atomic import Writer
 from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
 from lightning_muter.unlearning.result import UnlearnResult
-
-AnySnapshot = Snapshot | WideSnapshot
 
 
 def insist_on_snapshot(places: Places) -> None:
@@ -37,7 +36,7 @@ def insist_on_snapshot(places: Places) -> None:
         )
 
 
-def load_snapshot(path: Path, key: DigestKey | None = None, *, unsealed: bool = True) -> AnySnapshot:
+def load_snapshot(path: Path, key: DigestKey | None = None, *, unsealed: bool = True) -> Stored:
     """A snapshot from an untrusted file whose container is sound but whose content may be anything.
 
     Args:
@@ -47,7 +46,7 @@ def load_snapshot(path: Path, key: DigestKey | None = None, *, unsealed: bool = 
         CorruptFileError: it is damaged or altered.
     """
     try:
-        snapshot: AnySnapshot = Snapshot.load(path, key, unsealed=unsealed)
+        snapshot: Stored = Snapshot.load(path, key, unsealed=unsealed)
         if not isinstance(snapshot.fingerprint, str) or not all(0 <= i < snapshot.n_total for i in snapshot.forgotten):
             raise ValueError("its rows are not rows of its dataset")
         f"{snapshot.scope} {snapshot.threat_model} {float(snapshot.stationarity)}"
@@ -103,13 +102,13 @@ def snapshot_key(places: Places, ledger: Ledger, find: Callable[[], DigestKey | 
         raise
 
 
-def forgotten_rows(snapshot: AnySnapshot, ledger: Ledger | None) -> dict[int, str]:
+def forgotten_rows(snapshot: Stored, ledger: Ledger | None) -> dict[int, str]:
     """The rows that snapshot or ledger say are forgotten; that both agree has been checked by their hashes."""
     known = ledger.forgotten() if ledger is not None else {}
     return {**dict.fromkeys(map(int, snapshot.forgotten), "a request before the ledger began"), **known}
 
 
-def entry_of(snapshot: AnySnapshot) -> dict[str, Any]:
+def entry_of(snapshot: Stored) -> dict[str, Any]:
     """What a checkpoint says of its lineage: the key, and what was forgotten."""
     return replace(Forgotten.of(snapshot), n_total=snapshot.n_total, key_id=snapshot.key_id).to_dict()
 
@@ -135,7 +134,7 @@ _TOLD_ELSEWHERE = {"method", "scope", "forgotten", "n_retained", "fingerprint_be
 def receipt_content(
     kind: str,
     request_id: str,
-    snapshot: AnySnapshot,
+    snapshot: Stored,
     before: str,
     model: L.LightningModule,
     result: UnlearnResult | None = None,
@@ -167,7 +166,7 @@ def commit(
     content: dict[str, Any],
     checkpoint: Mapping[str, Any],
     model: L.LightningModule,
-    snapshot: AnySnapshot,
+    snapshot: Stored,
     asked: str,
     key: DigestKey,
 ) -> dict[str, Any]:

@@ -12,10 +12,11 @@ from lightning_muter.deletion.chain import ANEW
 from lightning_muter.deletion.checkpoints import checkpoint_fingerprint, load_checkpoint
 from lightning_muter.deletion.files import Places
 from lightning_muter.deletion.ledger_access import check_agreement, open_ledger
-from lightning_muter.deletion.request_flow import AnySnapshot, commit, known_key, receipt_content
+from lightning_muter.deletion.request_flow import commit, known_key, receipt_content
 from lightning_muter.deletion.requests import asked_digest, new_request_id
 from lightning_muter.deletion.transactions import exclusive
 from lightning_muter.errors import MismatchError
+from lightning_muter.snapshot.stored import Stored
 from lightning_muter.storage.fingerprint import DigestKey
 from lightning_muter.unlearning.result import UnlearnResult
 
@@ -23,7 +24,7 @@ from lightning_muter.unlearning.result import UnlearnResult
 def save_requests(
     places: Places,
     model: L.LightningModule,
-    snapshot: AnySnapshot,
+    snapshot: Stored,
     results: Sequence[UnlearnResult],
     *,
     before: str,
@@ -63,7 +64,7 @@ def save_requests(
 
 
 def save_fit(
-    places: Places, model: L.LightningModule, snapshot: AnySnapshot, checkpoint: Mapping[str, Any], before: str
+    places: Places, model: L.LightningModule, snapshot: Stored, checkpoint: Mapping[str, Any], before: str
 ) -> dict[str, Any]:
     """Enter the snapshot at the end of a fit in the ledger there is; positions count in its training set from now on."""
     snapshot.check_model(model)
@@ -76,7 +77,7 @@ def save_fit(
         return commit(places, ledger, content, checkpoint, model, snapshot, asked_digest("snapshot", {}), key)
 
 
-def _own_key(places: Places, snapshot: AnySnapshot) -> DigestKey:
+def _own_key(places: Places, snapshot: Stored) -> DigestKey:
     if snapshot.key is None:
         raise MismatchError(f"{places.key}: the key {snapshot.key_id} of this snapshot is not at hand. Restore it.")
     snapshot.key.keep(places.key)

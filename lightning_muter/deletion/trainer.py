@@ -36,9 +36,10 @@ from lightning_muter.deletion.request_flow import (
     vouched,
 )
 from lightning_muter.deletion.requests import ForgetConfig, asked_digest, checked_request_id, refuse_forgotten, resolve
-from lightning_muter.deletion.taking import refreshed, taken
 from lightning_muter.deletion.training_data import (
     load_into,
+    refreshed,
+    taken,
     training_data,
 )
 from lightning_muter.deletion.transactions import exclusive
@@ -46,7 +47,7 @@ from lightning_muter.errors import UnsuitableError
 from lightning_muter.forgotten.modules import remember, remember_instead
 from lightning_muter.forgotten.rows import Forgotten
 from lightning_muter.preflight.check import check
-from lightning_muter.snapshot.snapshot import Snapshot, WideSnapshot
+from lightning_muter.snapshot.stored import Stored
 from lightning_muter.unlearning.unlearn import unlearn
 
 
@@ -241,9 +242,7 @@ def _looking(source: Places, places: Places) -> Iterator[Ledger | None]:
         yield seen
 
 
-def _lineage(
-    source: Places, places: Places, there: Ledger | None, here: Ledger
-) -> tuple[Forgotten, Snapshot | WideSnapshot | None]:
+def _lineage(source: Places, places: Places, there: Ledger | None, here: Ledger) -> tuple[Forgotten, Stored | None]:
     """What was forgotten of the model that a snapshot is taken of, and the snapshot there is."""
     record, old = record_of(places, here)
     if source == places:

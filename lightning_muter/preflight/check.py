@@ -19,14 +19,14 @@ from lightning_muter.adversarial.training import adversary_of
 from lightning_muter.errors import ArgumentError
 from lightning_muter.lightning_names import MODULES, Callback, other
 from lightning_muter.model.rows import collate_of
-from lightning_muter.preflight.checks import inspect_fit
+from lightning_muter.preflight.checks import OPTIONS, inspect_fit
 from lightning_muter.preflight.findings import Finding, as_table
+from lightning_muter.scope.choose import as_scope
 from lightning_muter.snapshot.part import snapshot_of_rows
 from lightning_muter.snapshot.size import DEFAULT_CAP
 
-#: Rows of the two trials, and passes over the data that a polish usually takes.
-_FEW, _MORE, _PASSES = 16, 64, 15
-_OPTIONS = ("scope", "threat_model", "response", "loss", "weight_decay", "inputs", "label")
+#: Rows of the two trials.
+_FEW, _MORE = 16, 64
 
 
 @dataclass
@@ -79,7 +79,7 @@ def check(
         data: training DataLoader or LightningDataModule, as for ``trainer.fit``.
         callbacks: those of the fit: ``AdversarialTraining`` and ``MUterCallback``, whose options are then taken.
         trainer: the trainer of the fit, if it exists already (its callbacks count).
-        options: scope, threat_model, response, loss, weight_decay, inputs, label where no ``MUterCallback`` is given.
+        options: scope, threat_model, response, loss, weight_decay, inputs, label, normalization where no ``MUterCallback`` is given.
 
     Returns:
         A :class:`Check`; ``print`` it.
@@ -92,8 +92,8 @@ def check(
 
         print(check(model, train_loader, callbacks=[AdversarialTraining(attack=...), MUterCallback()]))
     """
-    if unknown := set(options) - set(_OPTIONS):
-        raise TypeError(f"check: unexpected {sorted(unknown)}; allowed: {', '.join(_OPTIONS)}")
+    if unknown := set(options) - set(OPTIONS):
+        raise TypeError(f"check: unexpected {sorted(unknown)}; allowed: {', '.join(OPTIONS)}")
     if not isinstance(model, MODULES):
         advice = "Of a plain module only take_snapshot(model, dataset, threat_model=..., weight_decay=...) is needed."
         raise ArgumentError("model", model, "a LightningModule", advice)
@@ -143,7 +143,7 @@ class _Probe(Callback):
         muter = next((c for c in trainer.callbacks if hasattr(c, "size_cap")), None)  # type: ignore[attr-defined]
         options = self.options
         if muter is not None:
-            options = {name: getattr(muter, name) for name in _OPTIONS} | options
+            options = {name: getattr(muter, name) for name in OPTIONS} | options
         cap = getattr(muter, "size_cap", DEFAULT_CAP)
         self.found.findings = inspect_fit(trainer, pl_module, callback=muter, cap=cap, **options)
         if self.found.ok:
@@ -168,8 +168,7 @@ class _Probe(Callback):
             return
         slope = max(0.0, spent - least) / max(1, size - few)
         fixed = max(0.0, least - slope * few)
-        wide = options.get("scope", "head") != "head"
-        usual = (int(polish) if polish != "auto" else 0 if wide else _PASSES) + 1
+        usual = as_scope(options.get("scope", "head")).passes(polish) + 1
         self.found.passes, self.found.seconds = usual, fixed + slope / passes * n * usual
 
 
@@ -183,18 +182,12 @@ def _trial(
         module,
         loader.dataset,
         range(size),
-        scope=options.get("scope", "head"),
-        threat_model=threat,
         trades_beta=None if adversary is None else adversary.trades_beta,
-        response=options.get("response", "auto"),
-        loss=options.get("loss"),
-        inputs=options.get("inputs"),
-        label=options.get("label"),
-        weight_decay=options.get("weight_decay", "auto"),
         optimizers=optimizers,
         polish=0,
         collate=collate_of(loader),
         progress=False,
+        **{"scope": "head", **options, "threat_model": threat},
     )
     return time.perf_counter() - began, max(1, int(snapshot.figures["passes"]))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,6 @@ from lightning_muter.adversarial.adversary import Adversary
 from lightning_muter.adversarial.climb import check_box
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.adversarial.training import adversary_of
-from lightning_muter.curvature.problem.network import parameters_in
 from lightning_muter.curvature.response.choose import Response, as_response
 from lightning_muter.errors import ArgumentError, MismatchError, UnsuitableError
 from lightning_muter.lightning_names import is_overridden
@@ -28,9 +27,13 @@ from lightning_muter.preflight.data import inspect_loaders, same_randomness_afte
 from lightning_muter.preflight.findings import Finding
 from lightning_muter.preflight.model import inspect_layers, inspect_outside, inspect_size
 from lightning_muter.preflight.optimizers import inspect_optimizers
+from lightning_muter.scope.base import Extent, Scope
+from lightning_muter.scope.choose import as_scope
 from lightning_muter.snapshot.codec import storable
-from lightning_muter.snapshot.size import DEFAULT_CAP, parameter_names, without_matrix
+from lightning_muter.snapshot.size import DEFAULT_CAP
 
+#: What callers of :func:`inspect_fit` may say of a training.
+OPTIONS = ("scope", "threat_model", "response", "loss", "weight_decay", "inputs", "label", "normalization")
 _AVERAGING = ("StochasticWeightAveraging", "WeightAveraging", "EMAWeightAveraging")
 
 
@@ -38,7 +41,7 @@ def inspect_fit(
     trainer: pl.Trainer,
     module: pl.LightningModule,
     *,
-    scope: str | list[str] = "head",
+    scope: str | Sequence[str] | Scope[Any] = "head",
     threat_model: ThreatModel | None = None,
     response: str | Response = "auto",
     loss: Loss | None = None,
@@ -53,11 +56,12 @@ def inspect_fit(
 
     Args:
         trainer, module: as Lightning hands them to a callback.
-        scope: ``"head"``, or a matrix-free scope: ``"all"`` or patterns over parameter names (then no head is looked for).
+        scope: "head", or "all" or patterns over parameter names (then no head is looked for).
         threat_model, response, loss, weight_decay: as given to ``MUterCallback``; an explicit one overrides what is read.
         callback: the one that snapshots; weight averaging must come before it.
         cap: largest snapshot in bytes; a head whose sums alone exceed it has none stored.
     """
+    scope = as_scope(scope)
     trainer.fit_loop.setup_data()  # Lightning does the same right after; it keeps the loaders
     loaders = _loaders(trainer)
     about_data = inspect_loaders(loaders)
@@ -71,14 +75,6 @@ def inspect_fit(
         out += inspect_adversary(adversary, threat_model, scope)
     readable = not any(f.level == "error" for f in about_data)
     reading: Reading | None = None
-    names, matrix = list(_trained(module, trainer)), scope == "head"
-    if scope != "head":
-        try:
-            names = parameters_in(module, scope)
-        except ArgumentError as e:
-            out.append(Finding("error", str(e)))
-        else:
-            out += inspect_outside(module, names, trainer.optimizers)
     threat = threat_model or (adversary.threat if adversary is not None else None)
     if threat is not None:
         if (doubt := threat.doubt()) is not None:
@@ -87,21 +83,39 @@ def inspect_fit(
     if readable:
         if normalization is None and adversary is not None:
             normalization = adversary.normalization
-        found, reading = inspect_objective(
-            module, loaders[0], loss, inputs, label, threat, normalization, scope != "head"
-        )
+        whole = scope.record.beyond_head
+        found, reading = inspect_objective(module, loaders[0], loss, inputs, label, threat, normalization, whole)
         out += [*found, *inspect_layers(module)]
         if adversary is not None and reading is not None:
             out += inspect_climb(adversary, reading)
-        if reading is not None and scope == "head":
-            head, x = reading.linear_head, reading.split(reading.example)[0]
-            names = parameter_names(head)
-            matrix = without_matrix(head, cap) is None
-            out += inspect_size(head, len(loaders[0].dataset), x[0].numel(), threat, cap)
-            out += inspect_outside(module, names, trainer.optimizers)
+    inside, found = inspect_extent(scope, module, trainer, reading, threat, cap)
     penalty = {} if reading is None else reading.penalty
-    out += inspect_optimizers(trainer.optimizers, module, names, weight_decay, damped=not matrix, penalty=penalty)
-    return out
+    optimizers = inspect_optimizers(
+        trainer.optimizers, module, inside.names, weight_decay, damped=inside.damped, penalty=penalty
+    )
+    return [*out, *found, *optimizers]
+
+
+def inspect_extent(
+    scope: Scope[Any],
+    module: nn.Module,
+    trainer: pl.Trainer,
+    reading: Reading | None,
+    threat: ThreatModel | None,
+    cap: int,
+) -> tuple[Extent, list[Finding]]:
+    """What the scope covers: how large what is stored of it will be, and what else is trained."""
+    try:
+        inside = scope.extent(module, reading, cap)
+    except ArgumentError as e:
+        return Extent(list(_trained(module, trainer)), damped=True), [Finding("error", str(e))]
+    if inside is None:
+        return Extent(list(_trained(module, trainer)), damped=False), []
+    found = inspect_outside(module, inside.names, trainer.optimizers)
+    if inside.head is not None and reading is not None:
+        rows, x = len(_loaders(trainer)[0].dataset), reading.split(reading.example)[0]
+        found = [*inspect_size(inside.head, rows, x[0].numel(), threat, cap), *found]
+    return inside, found
 
 
 def _trained(module: nn.Module, trainer: pl.Trainer) -> Iterator[str]:
@@ -198,7 +212,7 @@ def inspect_hooks(trainer: pl.Trainer, module: pl.LightningModule) -> list[Findi
 
 
 def inspect_adversary(
-    adversary: Adversary | None, threat_model: ThreatModel | None, scope: str | list[str] = "head"
+    adversary: Adversary | None, threat_model: ThreatModel | None, scope: Scope[Any]
 ) -> list[Finding]:
     """Whether the threat model is known and is the one that is trained against."""
     if adversary is None:
@@ -223,7 +237,7 @@ def inspect_adversary(
                 "--trainer.callbacks.threat_model null",
             )
         )
-    if adversary.trades_beta is not None and scope == "head":
+    if adversary.trades_beta is not None and "trades_beta" in scope.useless:
         out.append(
             Finding(
                 "skip",

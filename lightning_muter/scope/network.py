@@ -1,48 +1,125 @@
-"""Unlearning any subset of the parameters, a whole network included, with the retained data at hand.
+"""Any subset of the parameters, a whole network included, with the retained data at hand.
 
 Nothing of the size p x p is stored: Newton steps on the retained objective F_R, from the weights at hand,
 
-    (H_R + mu |R| I) d = -grad F_R(w),      H_R = sum_R D2 phi_i + |R| Lambda_d  by products (`curvature.matrix_free`)
+    (H_R + mu |R| I) d = -grad F_R(w),      H_R = sum_R D2 phi_i + |R| Lambda_d  by products (`curvature.hessian.products`)
 
-with the maximisers moving along by their response. Levenberg and Marquardt decide (`levenberg`): a step is accepted where the
-robust objective, its inner problems solved anew, falls; mu grows where it does not and shrinks where the model predicts well.
+with the maximisers moving along by their response. Levenberg and Marquardt decide (`minimise.levenberg_marquardt`): a step is
+accepted where the robust objective, its inner problems solved anew, falls; mu grows where it does not and shrinks where the model
+predicts well.
 """
 
 from __future__ import annotations
 
 import time
-import warnings as warning_module
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from lightning_muter.called_with import called_with
+from lightning_muter.curvature.objective.base import Evaluation
 from lightning_muter.curvature.objective.network import WideObjective
-from lightning_muter.curvature.problem.network import WideProblem
+from lightning_muter.curvature.problem.network import WideProblem, parameters_in
 from lightning_muter.errors import ArgumentError
-from lightning_muter.forgotten.digests import check_digests
-from lightning_muter.forgotten.modules import check_remembered, recalled, remember
-from lightning_muter.forgotten.rows import Forgotten, barred_after, barred_of, known_keys, remember_key
+from lightning_muter.forgotten.modules import recalled, remember
+from lightning_muter.forgotten.rows import Forgotten, barred_of, known_keys, remember_key
 from lightning_muter.minimise.levenberg_marquardt import Found, LevenbergMarquardt
-from lightning_muter.model.distributed import Shards
 from lightning_muter.model.modes import full_precision
-from lightning_muter.scope.asked import Search, UnlearnWide
-from lightning_muter.scope.network_objective import Training, left_outside
+from lightning_muter.model.reading import Reading
+from lightning_muter.scope.asked import DAMPING, Take, Training, UnlearnWide
+from lightning_muter.scope.base import Extent, Proposal, Removal, Retained, Scope
+from lightning_muter.scope.network_taking import taken
 from lightning_muter.snapshot.ranks import ranks_agree
-from lightning_muter.snapshot.reread import Access
+from lightning_muter.snapshot.remarks import left_outside, warn
 from lightning_muter.snapshot.retaken import positions_to_leave_out
-from lightning_muter.snapshot.snapshot import WideSnapshot
+from lightning_muter.snapshot.snapshot import WIDE_BATCH, WideSnapshot
 from lightning_muter.solvers.base import Solver
 from lightning_muter.solvers.cg import CG, TruncatedCG
 from lightning_muter.storage.fingerprint import DigestKey, weight_fingerprint
-from lightning_muter.unlearning.commit import adopter, commit
+from lightning_muter.unlearning.commit import commit
 from lightning_muter.unlearning.positions import checked_positions
 from lightning_muter.unlearning.result import UnlearnResult
+
+if TYPE_CHECKING:
+    from lightning_muter.unlearning.unlearn import Unlearn
+
+#: A relative difference of stationarities that is rounding.
+_SAME = 0.05
+
+
+@dataclass(frozen=True)
+class NetworkScope(Scope[WideSnapshot]):
+    """Parameters by name: "all" that are trainable, or patterns."""
+
+    patterns: str | Sequence[str] = "all"
+
+    record = WideSnapshot
+    useless = ("budget", "fit", "examples", "tolerance", "like", "resume")
+    refusal = ("None beyond the head", "It is of stored sums.")
+    polishing = (0, "steps")
+
+    @classmethod
+    def of(cls, snapshot: WideSnapshot) -> NetworkScope:
+        return cls(snapshot.patterns)
+
+    def extent(self, module: nn.Module, reading: Reading | None, cap: int) -> Extent:
+        return Extent(parameters_in(module, self.patterns), damped=True)
+
+    def take(self, asked: Take) -> WideSnapshot:
+        self.check_useful(asked)
+        asked = replace(asked, scope=self.patterns, batch_size=min(asked.batch_size, WIDE_BATCH))
+        return taken(asked, self.passes(asked.polish))
+
+    def refresh(self, left: Retained[WideSnapshot], polish: str | int, progress: bool) -> WideSnapshot:
+        """The same objective, measured anew; nothing is polished."""
+        left.snapshot.check_parameters(left.model)
+        now = self._now(left)
+        return replace(
+            left.snapshot,
+            forgotten=list(left.snapshot.forgotten),
+            fingerprint=weight_fingerprint(left.model.state_dict()),
+            stationarity=now.stationarity,
+            figures={"objective": now.value, "converged": now.converged},
+        )
+
+    def difference(self, left: Retained[WideSnapshot]) -> tuple[float, float]:
+        """Of how stationary the weights are."""
+        found, stored = self._now(left).stationarity, left.snapshot.stationarity
+        return abs(found - stored) / max(found, stored, 1e-12), _SAME
+
+    def _now(self, left: Retained[WideSnapshot]) -> Evaluation:
+        training = Training.of(left.snapshot, left.access)
+        objective = training.objective(left.model, left.data, left.kept, left.reading)
+        return objective.evaluate(objective.problem.read())
+
+    def check(self, asked: Unlearn) -> None:
+        """Systems are known by their products alone: "auto", "cg", a `CG` or a `TruncatedCG` solves them."""
+        if asked.within is not None:
+            raise ArgumentError(
+                "within", asked.within, "None beyond the head", "Only linear models have a certificate."
+            )
+        if asked.method is not None:
+            advice = "Methods solve with stored sums; take a snapshot of scope='head'."
+            raise ArgumentError("method", asked.method, "None beyond the head", advice)
+        _as_cg(asked.solver)
+
+    def propose(self, removal: Removal[WideSnapshot]) -> Proposal:
+        """One accepted Newton-CG step and ``refine`` more."""
+        snapshot, asked = removal.snapshot, removal.access
+        snapshot.check_parameters(removal.model)
+        read = removal.data if asked.retain is None else asked.retain
+        training = Training.of(snapshot, asked)
+        objective = training.objective(removal.model, read, removal.kept, removal.reading, asked.shards)
+        descent = _descent(objective, _as_cg(asked.solver), asked.progress)
+        result, new = _carry_out(descent, snapshot.scope, removal.positions, len(removal.kept), 1 + asked.refine)
+        result.dry_run = asked.dry_run
+        assert result.stationarity_after is not None
+        after = replace(snapshot.without(removal.positions), stationarity=result.stationarity_after)
+        return Proposal(result, after, *_writes(objective.problem, new), said=result.warnings)
 
 
 @ranks_agree
@@ -105,7 +182,8 @@ def unlearn_wide(asked: UnlearnWide) -> UnlearnResult:
     (28, True)
     """
     began = time.perf_counter()
-    search = Search(asked.steps, asked.damping, asked.cg, asked.tolerance, None, asked.progress)
+    if not (isinstance(asked.steps, int) and asked.steps >= 1) or not asked.damping >= 0:
+        raise ArgumentError("steps, damping", (asked.steps, asked.damping), "steps >= 1 and damping >= 0")
     model, data = asked.model, asked.data
     record = recalled(model)
     before = sorted({*(int(i) for i in asked.forgotten), *positions_to_leave_out(record, data, asked.collate)})
@@ -114,11 +192,13 @@ def unlearn_wide(asked: UnlearnWide) -> UnlearnResult:
     positions = checked_positions(asked.forget, stand_in)
     gone = {*positions, *before}
     kept = [i for i in range(n_total) if i not in gone]
-    objective = asked.objective(model, data, kept, asked.read(model, data, kept), asked.shards)
-    if asked.seconds is not None:
-        search = replace(search, deadline=began + asked.seconds)
-    result, new = _carry_out(objective, asked.scope, positions, len(kept), search)
-    _commit(objective.problem, new, result, asked.dry_run, lambda fingerprint: None)
+    objective = asked.objective(model, data, kept, asked.read(model, data, kept, whole=True), asked.shards)
+    descent = _descent(objective, asked.cg or TruncatedCG(), asked.progress, asked.damping)
+    descent.deadline = None if asked.seconds is None else began + asked.seconds
+    result, new = _carry_out(descent, asked.scope, positions, len(kept), asked.steps, asked.tolerance)
+    result.dry_run = asked.dry_run
+    warn(result.warnings)
+    commit(model, *_writes(objective.problem, new), lambda fingerprint: None, result)
     if not asked.dry_run:
         key = known_keys().get(record.key_id) or DigestKey.generate()
         remember_key(key)
@@ -128,76 +208,22 @@ def unlearn_wide(asked: UnlearnWide) -> UnlearnResult:
     return result
 
 
-@torch.inference_mode(False)
-@full_precision()
-def unlearn_stored(
-    model: nn.Module,
-    snapshot: WideSnapshot,
-    forget: Iterable[int],
-    data: Dataset[Any],
-    *,
-    access: Access,
-    retain: Dataset[Any] | None = None,
-    refine: int = 0,
-    method: object = None,
-    solver: str | Solver | TruncatedCG = "auto",
-    dry_run: bool = False,
-    shards: Shards | None = None,
-    progress: bool = True,
-) -> UnlearnResult:
-    """What :func:`lightning_muter.unlearn` does for a `WideSnapshot`: one accepted Newton-CG step and ``refine`` more.
-
-    Args:
-        data, retain: the full training dataset; retained rows are read from ``retain`` where it is given.
-        solver: "auto", "cg", a `CG` or a `TruncatedCG`: systems are known by their products alone.
-
-    Raises:
-        ArgumentError: a method or solver that needs stored sums. The others as in :func:`unlearn_wide`.
-        MismatchError: weights, data, scope or loss are not the snapshot's.
-    """
-    began = time.perf_counter()
-    positions = checked_positions(forget, snapshot)
-    if not (isinstance(refine, int) and not isinstance(refine, bool) and refine >= 0):
-        raise ArgumentError("refine", refine, "a whole number, 0 or larger")
-    if method is not None:
-        raise ArgumentError(
-            "method", method, "None beyond the head", "Methods solve with stored sums; take a snapshot of scope='head'."
-        )
-    read = retain if retain is not None else data
-    snapshot.check_length(data, "data")
-    snapshot.check_length(read, "retain")
-    snapshot.check_model(model)
-    check_remembered(model, snapshot)
-    snapshot.check_parameters(model)
-    gone = set(positions)
-    kept = [i for i in snapshot.retained_positions if i not in gone]
-    reading = access.reading(model, snapshot, data, sorted([*positions, *kept]))
-    check_digests(snapshot, data, positions, "data", access.collate)
-    check_digests(snapshot, read, kept, "data" if retain is None else "retain", access.collate)
-    objective = Training.of(snapshot, access).objective(model, read, kept, reading, shards)
-    search = Search(1 + refine, cg=_as_cg(solver), progress=progress)
-    result, new = _carry_out(objective, snapshot.scope, positions, len(kept), search)
-    after = snapshot.without(positions)
-    after.barred = barred_after(snapshot, data, positions, access.collate)
-    assert result.stationarity_after is not None
-    after.stationarity = result.stationarity_after
-
-    _commit(objective.problem, new, result, dry_run, adopter(snapshot, after))
-    if not dry_run:
-        remember(model, Forgotten.of(snapshot))
-    result.seconds = time.perf_counter() - began
-    return result
+def _descent(objective: WideObjective, cg: TruncatedCG, progress: bool, damping: float = DAMPING) -> LevenbergMarquardt:
+    return LevenbergMarquardt(objective, cg, damping, title="unlearn" if progress and objective.leads else None)
 
 
 def _carry_out(
-    objective: WideObjective, scope: str | Sequence[str], positions: list[int], n_retained: int, search: Search
+    descent: LevenbergMarquardt,
+    scope: str | Sequence[str],
+    positions: list[int],
+    n_retained: int,
+    steps: int,
+    tolerance: float = 1e-6,
 ) -> tuple[UnlearnResult, Tensor]:
-    """What the search finds on the retained objective, and the weights it proposes; nothing is changed yet."""
-    problem = objective.problem
+    """What a descent finds on the retained objective, and the weights it proposes; nothing is changed yet."""
+    objective, problem = descent.objective, descent.objective.problem
     w = problem.read()
-    title = "unlearn" if search.progress and objective.leads else None
-    descent = LevenbergMarquardt(objective, search.cg or TruncatedCG(), search.damping, search.deadline, title)
-    found = descent.run(w, search.steps, search.tolerance)
+    found = descent.run(w, steps, tolerance)
     result = UnlearnResult(
         method="newton-cg",
         response=objective.response.name,
@@ -216,7 +242,7 @@ def _carry_out(
         "objective_after": found.last.value,
         "maximisers_converged": found.last.converged,
     }
-    result.warnings += _notes(problem, found)
+    result.warnings += _remarks(problem, found)
     return result, found.w
 
 
@@ -232,11 +258,8 @@ def _as_cg(solver: str | Solver | TruncatedCG) -> TruncatedCG:
     )
 
 
-def _notes(problem: WideProblem, found: Found) -> list[str]:
-    notes = []
-    left = left_outside(problem.module, problem.names)
-    if left is not None:
-        notes.append(left)
+def _remarks(problem: WideProblem, found: Found) -> list[str]:
+    notes = left_outside(problem.module, problem.parameters())
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats for m in problem.module.modules()):
         notes.append(
             "Running statistics of batch normalisation are constants here: they keep an average over the forgotten "
@@ -250,11 +273,6 @@ def _notes(problem: WideProblem, found: Found) -> list[str]:
     return notes
 
 
-def _commit(
-    problem: WideProblem, new: Tensor, result: UnlearnResult, dry_run: bool, adopt: Callable[[str], None]
-) -> None:
-    result.dry_run = dry_run
-    for note in result.warnings:  # before anything is changed: a warning may be an error
-        warning_module.warn(note, stacklevel=3)
-    named = dict(problem.module.named_parameters())
-    commit(problem.module, [named[n] for n in problem.names], lambda: problem.write(new), adopt, result)
+def _writes(problem: WideProblem, new: Tensor) -> tuple[list[nn.Parameter], Callable[[], None]]:
+    """The parameters of a problem, and what writes new values into them."""
+    return problem.parameters(), lambda: problem.write(new)

@@ -100,7 +100,11 @@ def _read(name: str, length: int, arguments: Mapping[str, Any]) -> list[int]:
     gone = set(recalled(arguments["model"]).placed(arguments[name]))
     if isinstance(snapshot, Stored):
         gone |= set(range(snapshot.n_total)) - set(snapshot.retained_positions)
-        if name == "data" and asked is not None and (arguments.get("retain") is not None or snapshot.scope == "head"):
+        if (
+            name == "data"
+            and asked is not None
+            and (arguments.get("retain") is not None or not snapshot.reads_retained)
+        ):
             wanted = [int(i) for i in asked if isinstance(i, int) and 0 <= i < length]
             return sorted(set(wanted) - gone)
     return [i for i in range(length) if i not in gone]

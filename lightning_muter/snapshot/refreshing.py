@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from lightning_muter.forgotten.digests import check_digests
 from lightning_muter.model.losses import Loss
-from lightning_muter.model.weight_decay import WholeDecay
-from lightning_muter.snapshot.given import check_given
+from lightning_muter.model.modes import full_precision
+from lightning_muter.scope.base import Retained, S
+from lightning_muter.scope.choose import scope_of
 from lightning_muter.snapshot.ranks import ranks_agree
-from lightning_muter.snapshot.reread import Access
-from lightning_muter.snapshot.retaken import spread
-from lightning_muter.snapshot.snapshot import Snapshot, WideSnapshot
-from lightning_muter.snapshot.take import take_snapshot
+from lightning_muter.snapshot.reread import Access, check_given
 
 
 @ranks_agree
+@torch.inference_mode(False)
+@full_precision()
 def refresh(
     model: nn.Module,
-    snapshot: Snapshot | WideSnapshot,
+    snapshot: S,
     data: Dataset[Any],
     *,
     polish: str | int = "auto",
@@ -33,7 +33,7 @@ def refresh(
     batch_size: int = 1024,
     inputs: Any = None,
     label: Any = None,
-) -> Snapshot | WideSnapshot:
+) -> S:
     """A new snapshot of the retained samples at the current weights: nothing computed at the old ones remains.
 
     Args:
@@ -61,41 +61,10 @@ def refresh(
         snapshot.save("model.muter.snapshot")
     """
     check_given(model, snapshot, data=data)
-    access = Access(loss, collate, batch_size, inputs, label)
-    if isinstance(snapshot, WideSnapshot):
-        from lightning_muter.scope.wide_taking import refresh_wide
-
-        return refresh_wide(model, snapshot, data, access)
+    access = Access(loss=loss, collate=collate, batch_size=batch_size, inputs=inputs, label=label)
     snapshot.check_length(data, "data")
     kept = snapshot.retained_positions
-    reading = access.reading(model, snapshot, data, kept)
+    reading = access.reread(model, snapshot, data, kept)
     check_digests(snapshot, data, kept, "data", collate)
-    part = take_snapshot(
-        model,
-        Subset(data, kept),
-        threat_model=snapshot.threat_model,
-        response=snapshot.response,
-        curvature=snapshot.curvature,
-        reading=reading.of_rows(kept),
-        weight_decay=_by_name(snapshot, model),
-        polish=polish,
-        inner=snapshot.inner,
-        smoothing=replace(snapshot.smoothing, anchor=None),
-        collate=collate,
-        batch_size=batch_size,
-        key=snapshot.key,
-        progress=progress,
-    )
-    part.barred = snapshot.barred
-    return spread(part, snapshot.n_total, snapshot.forgotten, snapshot.absent)
-
-
-def _by_name(snapshot: Snapshot, model: nn.Module) -> WholeDecay:
-    """The decay of a snapshot by parameter name (one number per parameter, as optimisers have it)."""
-    head = dict(model.named_modules())[snapshot.head_name]
-    assert isinstance(head, nn.Linear)
-    prefix = f"{snapshot.head_name}." if snapshot.head_name else ""
-    found = WholeDecay({f"{prefix}weight": float(snapshot.decay[0, 0])})
-    if head.bias is not None:
-        found[f"{prefix}bias"] = float(snapshot.decay[0, -1])
-    return found
+    left = Retained(model, snapshot, data, kept, reading, access)
+    return scope_of(snapshot).refresh(left, polish, progress)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -13,15 +16,21 @@ from lightning_muter.curvature.objective.base import Evaluation
 from lightning_muter.curvature.problem.head import HeadProblem
 from lightning_muter.minimise.best import Best
 
+#: What to do about parameters that a scope leaves as they are.
+ALL = "they keep what they learnt from forgotten samples. scope='all' covers them."
+FROZEN = (
+    "if they were trained on the same data they keep what they learnt from forgotten samples. Freeze the backbone "
+    "(requires_grad=False) and train it on data that is never forgotten."
+)
+#: Whose frames lie between a caller and a warning: the package's, and its decorators'.
+_OWN = ("lightning_muter", "torch", "contextlib")
+
 
 def head_notes(
-    problem: HeadProblem, reached: Evaluation, sums: Sums, aim: float, *, polished: bool, attack: Any
+    problem: HeadProblem, reached: Evaluation, sums: Sums, aim: float, polished: bool, attack: Any
 ) -> list[str]:
     """What else is trained, how stationary the head is for the ``aim``, how many inner maxima were found, what the attack was."""
-    notes = []
-    outside = outside_head(problem.module, problem)
-    if outside:
-        notes.append(outside)
+    notes = outside_head(problem)
     if reached.stationarity > 100 * aim:
         how = "polish stopped early" if polished else "polish=0 left the weights as they were"
         notes.append(
@@ -51,15 +60,25 @@ def constant_note(best: Best, threat: ThreatModel) -> str:
     )
 
 
-def outside_head(model: nn.Module, problem: HeadProblem) -> str | None:
-    """What head scope leaves behind, said loudly; None when every trained parameter is in the head."""
-    inside = {id(p) for p in problem.head.linear.parameters()}
-    left = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
+def left_outside(model: nn.Module, inside: Iterable[nn.Parameter], who: str = "The scope", why: str = ALL) -> list[str]:
+    """What a scope leaves behind, said loudly; empty when every trained parameter is inside."""
+    covered = {id(p) for p in inside}
+    left = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in covered]
     if not left:
-        return None
+        return []
     shown = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
-    return (
-        f"Head scope leaves {len(left)} trainable parameters as they are ({shown}): if they were trained on the same data "
-        "they keep what they learnt from forgotten samples. Freeze the backbone (requires_grad=False) and train it on data "
-        "that is never forgotten."
-    )
+    return [f"{who} leaves {len(left)} trainable parameters as they are ({shown}): {why}"]
+
+
+def outside_head(problem: HeadProblem) -> list[str]:
+    """What head scope leaves behind."""
+    return left_outside(problem.module, problem.head.linear.parameters(), "Head scope", FROZEN)
+
+
+def warn(notes: Iterable[str]) -> None:
+    """Warn of each where this package was called: before anything is changed, for a warning may be an error."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals["__name__"].split(".")[0] in _OWN:
+        frame, level = frame.f_back, level + 1
+    for note in notes:
+        warnings.warn(note, stacklevel=level)

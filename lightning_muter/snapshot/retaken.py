@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset, Subset
@@ -13,47 +12,39 @@ from torch.utils.data import Dataset, Subset
 from lightning_muter.errors import MismatchError, RequestError
 from lightning_muter.forgotten.modules import recalled
 from lightning_muter.forgotten.rows import Forgotten, known_keys, remember_key
+from lightning_muter.scope.asked import Take
 from lightning_muter.snapshot.snapshot import Snapshot
-from lightning_muter.snapshot.stored import Stored
-
-Take = TypeVar("Take", bound=Callable[..., Any])
 
 
-def leaves_out_forgotten(take: Take) -> Take:
-    """Of the functions that take a snapshot: what the model (or the snapshot given as ``like``) was made to forget is not
-    read, and is listed as forgotten in the new snapshot.
+def leaving_out_forgotten(take: Callable[[Take], Any], asked: Take) -> Any:
+    """A snapshot without what the model (or the snapshot given as ``like``) was made to forget: it is not read, and is listed as
+    forgotten.
 
     Raises:
         RequestError: forgotten rows lie elsewhere in the dataset than where they were forgotten, or it cannot be told.
     """
-
-    @functools.wraps(take)
-    def door(model: Any, dataset: Dataset[Any], **options: Any) -> Stored:
-        like: Snapshot | None = options.get("like")
-        record = recalled(model) | (Forgotten.of(like) if like is not None else Forgotten())
-        if not record:
-            return cast(Stored, take(model, dataset, **options))
-        remember_key(options.get("key"))
-        gone = positions_to_leave_out(record, dataset, options.get("collate"))
-        key = options.get("key") or known_keys().get(record.key_id)
-        if key is not None and record.key_id and key.key_id != record.key_id:
-            raise MismatchError(
-                f"key: got {key.key_id}, the model's forgotten rows are known under {record.key_id}. Pass that key."
-            )
-        options["key"] = key
-        if not gone:
-            snapshot = take(model, dataset, **options)
-        else:
-            n = len(dataset)  # type: ignore[arg-type]
-            kept = sorted(set(range(n)) - set(gone))
-            weight = options.get("sample_weight")
-            options["sample_weight"] = None if weight is None else torch.as_tensor(weight)[kept]
-            options |= {"like": part_of(like, kept)} if like is not None else {}
-            snapshot = spread(take(model, Subset(dataset, kept), **options), n, gone)
-        snapshot.barred = snapshot.barred | record.barred
-        return cast(Stored, snapshot)
-
-    return cast(Take, door)
+    like, dataset = asked.like, asked.dataset
+    record = recalled(asked.model) | (Forgotten.of(like) if like is not None else Forgotten())
+    if not record:
+        return take(asked)
+    remember_key(asked.key)
+    gone = positions_to_leave_out(record, dataset, asked.collate)
+    key = asked.key or known_keys().get(record.key_id)
+    if key is not None and record.key_id and key.key_id != record.key_id:
+        raise MismatchError(
+            f"key: got {key.key_id}, the model's forgotten rows are known under {record.key_id}. Pass that key."
+        )
+    asked = replace(asked, key=key)
+    if not gone:
+        snapshot = take(asked)
+    else:
+        n = len(dataset)  # type: ignore[arg-type]
+        kept = sorted(set(range(n)) - set(gone))
+        weight = None if asked.sample_weight is None else torch.as_tensor(asked.sample_weight)[kept]
+        part = replace(asked, dataset=Subset(dataset, kept), sample_weight=weight, like=like and part_of(like, kept))
+        snapshot = spread(take(part), n, gone)
+    snapshot.barred = snapshot.barred | record.barred
+    return snapshot
 
 
 def positions_to_leave_out(record: Forgotten, dataset: Dataset[Any], collate: Any = None) -> list[int]:

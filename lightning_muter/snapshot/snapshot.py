@@ -60,6 +60,8 @@ class Snapshot(Stored):
     starts: Tensor | None = None
     base_starts: Tensor | None = None
 
+    reads_retained = False
+
     @property
     def scope(self) -> str:
         """What may change: "head"."""
@@ -106,6 +108,9 @@ class WideSnapshot(Stored):
     decay: dict[str, float]
     curvature: WideCurvature
     trades_beta: float | None = None
+
+    reads_retained = True
+    beyond_head = True
 
     @property
     def scope(self) -> str:

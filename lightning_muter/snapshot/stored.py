@@ -92,6 +92,10 @@ class Stored(ABC):
     barred: Barred = field(default_factory=Barred)
     key: DigestKey | None = field(default=None, repr=False, metadata={"stored": False})
 
+    #: Whether a request reads the rows that stay, and not those to forget alone.
+    reads_retained: ClassVar[bool]
+    #: Nothing of a head but its output is asked for: it need not be linear.
+    beyond_head: ClassVar[bool] = False
     #: By name; a subclass enters itself.
     kinds: ClassVar[dict[str, type[Stored]]] = {}
 

@@ -15,10 +15,10 @@ from lightning_muter.curvature.response.choose import Response
 from lightning_muter.minimise.budget import Fit
 from lightning_muter.model.losses import Loss
 from lightning_muter.model.reading import Reading
+from lightning_muter.scope.asked import Decay
 from lightning_muter.snapshot.polishing import Examples
 from lightning_muter.snapshot.resume import Resumable
 from lightning_muter.snapshot.snapshot import Snapshot
-from lightning_muter.snapshot.trained import Decay
 from lightning_muter.storage.fingerprint import DigestKey
 
 

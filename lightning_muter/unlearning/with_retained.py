@@ -16,6 +16,7 @@ from lightning_muter.errors import UnsuitableError
 from lightning_muter.minimise.descent import Descent
 from lightning_muter.minimise.refine import polished, refined
 from lightning_muter.minimise.train_on import refined_by_cuts
+from lightning_muter.scope.base import Removal
 from lightning_muter.scope.head_methods import Request, Step
 from lightning_muter.snapshot.progress import bar
 from lightning_muter.snapshot.snapshot import Snapshot
@@ -28,21 +29,18 @@ from lightning_muter.unlearning.within import refine_within
 def with_retained(
     request: Request,
     step: Step,
-    kept: list[int],
+    removal: Removal[Snapshot],
     now: Tensor,
     after: Snapshot,
     result: UnlearnResult,
-    refine: int,
-    seconds: float | None,
-    accept: str | None,
-    progress: bool,
 ) -> Tensor:
     """Stationarity before and after, refine steps, and the certificate; updates ``after`` and ``result``."""
-    snapshot, theta, within = request.snapshot, step.theta, result.within
+    snapshot, theta, kept, asked = request.snapshot, step.theta, removal.kept, removal.access
+    refine, within, accept = asked.refine, asked.within, asked.accept
     starts = snapshot.base_starts if snapshot.base_starts is not None else snapshot.starts
     objective = request.objective(kept, starts, request.retained)
     settle = not snapshot.inner.as_found
-    with bar(objective, "refine" if refine else "certify", progress) as on_step:
+    with bar(objective, "refine" if refine else "certify", asked.progress) as on_step:
         at_now = objective.evaluate(now) if settle else objective.as_tracked(now)
         objective.accept(at_now)
         result.stationarity_before = at_now.stationarity
@@ -88,9 +86,9 @@ def with_retained(
         result.quality["maximisers_converged"] = evaluation.converged
         result.stationarity_after = evaluation.stationarity
         after.stationarity = evaluation.stationarity
-        if why is None and result.bound is None and seconds is not None:
+        if why is None and result.bound is None and asked.seconds is not None:
             how = (snapshot.response, snapshot.curvature, step.matrix)
-            result.bound = certified_from_nearby(objective, theta, evaluation, *how, seconds)
+            result.bound = certified_from_nearby(objective, theta, evaluation, *how, asked.seconds)
         if result.bound is None:
             result.warnings.append(why or "no certificate: certify=False did not ask for one")
     return theta

@@ -158,11 +158,15 @@ class WideProblem:
         named = dict(self.module.named_parameters())
         return self.flatten({n: named[n].detach() for n in self.names})
 
+    def parameters(self) -> list[nn.Parameter]:
+        """Those in scope, in the order of w."""
+        named = dict(self.module.named_parameters())
+        return [named[n] for n in self.names]
+
     @torch.no_grad()
     def write(self, w: Tensor) -> None:
-        named = dict(self.module.named_parameters())
-        for name, value in self.split(w).items():
-            named[name].copy_(value)
+        for parameter, value in zip(self.parameters(), self.split(w).values(), strict=True):
+            parameter.copy_(value)
 
     def split(self, w: Tensor) -> Parameters:
         parts = w.to(self.model_dtype).split(self.sizes)

@@ -11,6 +11,7 @@ from lightning_muter.snapshot.snapshot import Snapshot
 from lightning_muter.study.methods.base import Competitor, Outcome, State, head_outcome
 from lightning_muter.study.models.base import Classifier
 from lightning_muter.study.setup.problem import World
+from lightning_muter.unlearning.result import UnlearnResult
 from lightning_muter.unlearning.unlearn import unlearn
 
 
@@ -63,13 +64,18 @@ class Unlearn(Competitor):
             accept="worse",  # published formulas are measured as they are
             progress=False,
         )
-        return head_outcome(
-            state.model,
-            status=str(result.solver["status"]),
-            residual=float(result.solver["residual"]),
-            bound=math.nan if result.bound is None else result.bound,
-            stationarity=math.nan if result.stationarity_after is None else result.stationarity_after,
-        )
+        return outcome_of(state.model, result)
+
+
+def outcome_of(model: Classifier, result: UnlearnResult) -> Outcome:
+    """What a request came to."""
+    return head_outcome(
+        model,
+        status=str(result.solver["status"]),
+        residual=float(result.solver["residual"]),
+        bound=math.nan if result.bound is None else result.bound,
+        stationarity=math.nan if result.stationarity_after is None else result.stationarity_after,
+    )
 
 
 def stored_bytes(snapshot: Snapshot) -> float:

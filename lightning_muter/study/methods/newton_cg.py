@@ -9,8 +9,9 @@ from typing import Any
 
 from lightning_muter.adversarial.threat_model import ThreatModel
 from lightning_muter.curvature.objective.network import WideCurvature
-from lightning_muter.scope.wide_taking import take_wide_snapshot
-from lightning_muter.study.methods.base import Competitor, Outcome, State, head_outcome
+from lightning_muter.snapshot.take import take_wide_snapshot
+from lightning_muter.study.methods.base import Competitor, Outcome, State
+from lightning_muter.study.methods.muter import outcome_of
 from lightning_muter.study.models.base import Classifier
 from lightning_muter.study.setup.problem import World
 from lightning_muter.unlearning.unlearn import unlearn
@@ -63,11 +64,4 @@ class NewtonCG(Competitor):
             result = unlearn(
                 state.model, state.stored, request, state.world.data, refine=self.steps - 1, progress=False
             )
-        stationarity = result.stationarity_after
-        assert stationarity is not None
-        return head_outcome(
-            state.model,
-            status=str(result.solver["status"]),
-            residual=float(result.solver["residual"]),
-            stationarity=stationarity,
-        )
+        return outcome_of(state.model, result)
