@@ -94,8 +94,7 @@ class Stored(ABC):
 
     #: Whether a request reads the rows that stay, and not those to forget alone.
     reads_retained: ClassVar[bool]
-    #: Nothing of a head but its output is asked for: it need not be linear.
-    beyond_head: ClassVar[bool] = False
+    beyond_head: ClassVar[bool] = False  # of a head its output alone is asked for: it need not be linear
     #: By name; a subclass enters itself.
     kinds: ClassVar[dict[str, type[Stored]]] = {}
 
