@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import griffe
 
+_BY_NAME = griffe.ParameterKind.keyword_only
+
 
 class CalledWith(griffe.Extension):
-    """Gives such a function the parameters of its record, which is a dataclass of this package."""
+    """Gives such a function the parameters of its record, a dataclass of this package, in the order of its docstring."""
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         for function in _functions(pkg):
@@ -17,7 +20,12 @@ class CalledWith(griffe.Extension):
                 name = str(decorator.value)
                 if name.startswith("called_with(") and function.parent is not None:
                     record = pkg.modules_collection[function.parent.resolve(name[len("called_with(") : -1])]
-                    function.parameters = griffe.Parameters(*(p for p in record.parameters if p.name != "self"))
+                    explained = re.findall(r"^ {4}(\w+): ", function.docstring.value, re.MULTILINE)
+                    found = [p for p in record.parameters if p.name != "self"]
+                    found.sort(
+                        key=lambda p: explained.index(p.name) if p.name in explained and p.kind is _BY_NAME else -1
+                    )
+                    function.parameters = griffe.Parameters(*found)
 
 
 def _functions(holder: griffe.Module) -> Iterator[griffe.Function]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -39,7 +40,8 @@ def _form(signature: inspect.Signature) -> str:
 def called_with(
     settings: Callable[Fields, Settings],
 ) -> Callable[[Callable[[Settings], Result]], Callable[Fields, Result]]:
-    """A function of one record of settings, as a function of the record's fields: its signature and its errors are theirs.
+    """A function of one record of settings, as a function of the record's fields: its signature and its errors are theirs, in the
+    order in which its docstring explains them.
 
     What a caller may say is so written once, in the record, and goes through the code as one value.
 
@@ -54,9 +56,16 @@ def called_with(
     >>> power(3.0), power(2.0, exponent=3.0), list(inspect.signature(power).parameters)
     (9.0, 8.0, ['base', 'exponent'])
     """
-    said = inspect.signature(settings)
 
     def decorate(function: Callable[[Settings], Result]) -> Callable[Fields, Result]:
+        explained = re.findall(r"^ {4}(\w+): ", inspect.cleandoc(function.__doc__ or ""), re.MULTILINE)
+        place = {name: i for i, name in enumerate(explained)}
+        fields = inspect.signature(settings)
+        told_first = sorted(
+            fields.parameters.values(), key=lambda p: place.get(p.name, -1) if p.kind is p.KEYWORD_ONLY else -1
+        )
+        said = fields.replace(parameters=told_first)
+
         @functools.wraps(function)
         def call(*args: Fields.args, **kwargs: Fields.kwargs) -> Result:
             bind(function.__name__, said, args, kwargs)

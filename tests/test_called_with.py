@@ -7,7 +7,7 @@ import pydoc
 
 import pytest
 
-from lightning_muter import take_wide_snapshot, unlearn_wide
+from lightning_muter import take_snapshot, take_wide_snapshot, unlearn, unlearn_wide
 
 #: What scripts of before name; none may go.
 BOTH = {
@@ -31,6 +31,18 @@ def test_help_shows_every_argument(door: object, names: set[str], first: int) ->
     assert parameters["scope"].default == "all"
     shown = pydoc.plain(pydoc.render_doc(door))
     assert all(f"{name}:" in shown.split("Args:")[0] for name in names)
+
+
+def test_arguments_come_in_the_order_in_which_they_are_explained() -> None:
+    assert list(inspect.signature(take_snapshot).parameters)[:4] == ["model", "dataset", "threat_model", "attack"]
+    assert list(inspect.signature(unlearn).parameters)[:6] == [
+        "model",
+        "snapshot",
+        "forget",
+        "data",
+        "method",
+        "solver",
+    ]
 
 
 def test_what_is_no_argument_is_named() -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,9 @@ from lightning_muter.forgotten.digests import sample_digests
 from lightning_muter.minimise.budget import Fit
 from lightning_muter.model.dataset import SampleSource
 from lightning_muter.model.distributed import Shards, refuse_sharded_parameters
+from lightning_muter.model.losses import Loss
 from lightning_muter.model.reading import Reading
 from lightning_muter.model.weight_decay import WholeDecay, read_weight_decay, used_optimizers
-from lightning_muter.snapshot.polishing import Examples
 from lightning_muter.snapshot.reread import Access
 from lightning_muter.snapshot.resume import Resumable
 from lightning_muter.snapshot.size import DEFAULT_CAP
@@ -32,6 +32,8 @@ from lightning_muter.snapshot.snapshot import WIDE_BATCH, Snapshot, WideSnapshot
 from lightning_muter.solvers.cg import TruncatedCG
 from lightning_muter.storage.fingerprint import DigestKey
 
+#: What knows adversarial examples of the training (`adversarial.examples`).
+Examples = Callable[[Tensor], tuple[Tensor, Tensor]]
 Decay = float | Mapping[str, float] | str
 #: mu at the start, per sample.
 DAMPING = 1e-2
@@ -249,6 +251,40 @@ class Take(TakeWide):
             "key": key,
             "sample_weight": source.weight,
         }
+
+
+class Options(TypedDict, total=False):
+    """The same besides the scope, which decides what comes back: for type checkers."""
+
+    threat_model: ThreatModel | None
+    attack: Any
+    trades_beta: float | None
+    response: str | Response
+    curvature: Curvature | None
+    loss: Loss | None
+    weight_decay: Decay
+    optimizers: Iterable[Any] | None
+    polish: str | int
+    budget: float | str | None
+    fit: Fit | None
+    examples: Examples | None
+    tolerance: float | None
+    smoothing: Smoothing | None
+    inner: InnerSolver | None
+    sample_weight: Tensor | None
+    size_cap: int
+    collate: Callable[[list[Any]], Any] | None
+    batch_size: int
+    num_workers: int
+    device: torch.device | str | None
+    key: DigestKey | None
+    like: Snapshot | None
+    resume: Resumable | None
+    inputs: Any
+    label: Any
+    normalization: Any
+    reading: Reading | None
+    progress: bool
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,14 +15,13 @@ from lightning_muter.curvature.inner.maximiser import InnerSolver, Smoothing
 from lightning_muter.curvature.objective.base import Evaluation
 from lightning_muter.curvature.objective.sharded import ShardedObjective
 from lightning_muter.curvature.problem.head import HeadProblem
-from lightning_muter.curvature.response.choose import Response, as_response
 from lightning_muter.errors import UnsuitableError
 from lightning_muter.minimise.budget import Budget, Fit
 from lightning_muter.minimise.corners import least_subgradient
 from lightning_muter.model.reading import Reading
 from lightning_muter.model.weight_decay import no_decay_text
 from lightning_muter.scope.asked import Take
-from lightning_muter.snapshot.polishing import AIM, Polish, Polished
+from lightning_muter.snapshot.polishing import Polished, polished
 from lightning_muter.snapshot.progress import bar
 from lightning_muter.snapshot.remarks import constant_note, head_notes, warn
 from lightning_muter.snapshot.snapshot import Snapshot
@@ -34,50 +33,37 @@ def taken(asked: Take, reading: Reading) -> Snapshot:
     began = time.perf_counter()
     model, like = asked.model, asked.like
     threat = asked.threat(model)
-    parameter = next(model.parameters())
     source = asked.rows(reading, threat, asked.dataset)
     problem = HeadProblem(model, reading.loss, source.examples(), reading)
     decay = _decay(asked, problem, reading.penalty)
     inner = asked.inner or (like.inner if like is not None else InnerSolver())
     objective = ShardedObjective(problem, threat, source, decay, inner, asked.smoothing or Smoothing.of(problem))
     anchored = _anchor(objective, model, asked.smoothing, like)
-    polishing = Polish(
-        limit=asked.polish,
-        aim=asked.tolerance if asked.tolerance is not None else AIM.get(parameter.dtype, 1e-3),
-        budget=Budget((asked.fit or Fit()).allowance(asked.budget)),
-        examples=asked.examples,
-        given=isinstance(asked.response, Response),
-        anchored=anchored,
-        own_smoothing=asked.smoothing is None and not anchored,
-        progress=asked.progress,
-    )
-    before = problem.read_theta()
-    polished = polishing.run(
-        objective, before, as_response(asked.response, threat).resolved(problem.backbone, source.n)
-    )
-    sums, maximisers, starts = _sums(objective, polished, asked)
-    reached = objective.evaluation(polished.theta, sums, maximisers)
-    if not bool(torch.isfinite(polished.theta).all()) or not bool(torch.isfinite(reached.gradient).all()):
+    budget, before = Budget((asked.fit or Fit()).allowance(asked.budget)), problem.read_theta()
+    found = polished(objective, asked, anchored, budget)
+    sums, maximisers, starts = _sums(objective, found, asked)
+    reached = objective.evaluation(found.theta, sums, maximisers)
+    if not bool(torch.isfinite(found.theta).all()) or not bool(torch.isfinite(reached.gradient).all()):
         raise UnsuitableError("The objective is not finite at the model's weights. Check the weights and the loss.")
-    figures = polished.figures(objective, reading.loss, before)
-    figures |= _figures(objective, reached, sums, _sharp(objective, polished, maximisers, polishing.budget))
-    notes = [*reading.notes, *head_notes(problem, reached, sums, polished.aim, asked.polish != 0, asked.attack)]
-    if polished.best is not None and polished.best.is_constant:
-        notes.append(constant_note(polished.best, threat))
+    figures = found.figures(objective, reading.loss, before)
+    figures |= _figures(objective, reached, sums, _sharp(objective, found.theta, maximisers, budget))
+    notes = [*reading.notes, *head_notes(problem, reached, sums, found.aim, asked.polish != 0, asked.attack)]
+    if found.best is not None and found.best.is_constant:
+        notes.append(constant_note(found.best, threat))
     identity = asked.identity(source, reading)
     warn(notes)
     if asked.polish != 0:
-        problem.write_theta(polished.theta)
+        problem.write_theta(found.theta)
     anchor = objective.smoothing.anchor
     assert sums.hessian is not None
     return Snapshot(
         **identity,
-        theta_ref=polished.theta.cpu(),
-        theta_base=polished.theta.cpu().clone(),
+        theta_ref=found.theta.cpu(),
+        theta_base=found.theta.cpu().clone(),
         gradient=sums.gradient.cpu(),
         hessian=replace(sums.hessian, blocks=sums.hessian.blocks.cpu()),
         decay=objective.decay.cpu(),
-        response=polished.response,
+        response=found.response,
         curvature=asked.curvature or "hessian",
         head_name=problem.head.name,
         smoothing=replace(objective.smoothing, anchor=None if anchor is None else anchor.cpu()),
@@ -108,11 +94,11 @@ def _decay(asked: Take, problem: HeadProblem, penalty: Mapping[str, float]) -> T
     return decay
 
 
-def _sharp(objective: ShardedObjective, polished: Polished, maximisers: Tensor, budget: Budget) -> float | None:
+def _sharp(objective: ShardedObjective, theta: Tensor, maximisers: Tensor, budget: Budget) -> float | None:
     """Stationarity with nothing smoothed; of a network it costs an ascent: where a budget counts, the smoothed one stands alone."""
     if not objective.problem.backbone.affine and budget.limit is not None:
         return None
-    return least_subgradient(objective, polished.theta, maximisers)
+    return least_subgradient(objective, theta, maximisers)
 
 
 def _figures(objective: ShardedObjective, reached: Evaluation, sums: Sums, sharp: float | None) -> dict[str, Any]:
@@ -140,16 +126,16 @@ def _anchor(objective: ShardedObjective, model: nn.Module, smoothing: Smoothing 
     return False
 
 
-def _sums(objective: ShardedObjective, polished: Polished, asked: Take) -> tuple[Sums, Tensor, Tensor | None]:
+def _sums(objective: ShardedObjective, found: Polished, asked: Take) -> tuple[Sums, Tensor, Tensor | None]:
     """The sums at a polished head, at the very maximisers that it was trained on; these; and where a file lets them start from."""
-    done, like, curvature = polished.done, asked.like, asked.curvature or "hessian"
+    done, like, curvature = found.done, asked.like, asked.curvature or "hessian"
     as_found = done.as_found if done is not None else like is not None and like.inner.as_found
     objective.starts_as_found(as_found)
     if objective.delta is None and not objective.reproducible:
-        objective.accept(objective.evaluate(polished.theta, explore=True))
+        objective.accept(objective.evaluate(found.theta, explore=True))
     starts = objective.stored_starts()
-    how: dict[str, Any] = {"response": polished.response, "curvature": curvature, "settle": not as_found}
+    how: dict[str, Any] = {"response": found.response, "curvature": curvature, "settle": not as_found}
     with bar(objective, "snapshot", asked.progress):
         if asked.resume is not None:
-            return *asked.resume.sums(objective, polished.theta, **how), starts
-        return *objective.sums(polished.theta, **how), starts
+            return *asked.resume.sums(objective, found.theta, **how), starts
+        return *objective.sums(found.theta, **how), starts

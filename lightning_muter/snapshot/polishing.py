@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,10 +18,9 @@ from lightning_muter.minimise.best import Best, best_head
 from lightning_muter.minimise.budget import Budget
 from lightning_muter.minimise.train_on import TrainedOn, affordable, cost_of_sums, train_on
 from lightning_muter.model.losses import Loss, accuracy, per_sample
+from lightning_muter.scope.asked import Examples, Take
 from lightning_muter.snapshot.progress import bar
 
-#: What knows adversarial examples of the training (`adversarial.examples`).
-Examples = Callable[[Tensor], tuple[Tensor, Tensor]]
 #: Share of the samples whose adversarial examples may be unknown (they start from 0), for these to be used at all.
 _UNKNOWN = 0.1
 #: Stationarity that polish aims at, by the dtype of the backbone.
@@ -32,60 +30,6 @@ AIM = {torch.float64: 1e-6, torch.float32: 1e-4}
 _LEAST, _MOST, _STEPS = 64, 256, 10
 #: Gradients per sample that all these figures take, of a thousand samples or more; what few ones take is little.
 COST = 2.0
-
-
-@dataclass(frozen=True)
-class Polish:
-    """How a head is polished.
-
-    Attributes:
-        limit: "auto", or the passes; 0: the head stays.       aim: stationarity.       budget: in gradients per sample.
-        given: the response was; else one may be chosen that the budget can pay.       anchored: the smoothing stays.
-        own_smoothing: else how much is smoothed may be chosen, too.
-    """
-
-    limit: str | int
-    aim: float
-    budget: Budget
-    examples: Examples | None = None
-    given: bool = False
-    anchored: bool = False
-    own_smoothing: bool = True
-    progress: bool = True
-
-    def run(self, objective: ShardedObjective, theta: Tensor, response: Response) -> Polished:
-        """The best head that was found from ``theta`` on; the model itself is not changed."""
-        if self.limit == 0:
-            return Polished(theta, self._paid(response, objective), self.aim)
-        source, problem = objective.source, objective.problem
-        metric = response
-        if response.norm is None:
-            metric = as_response("auto", objective.threat).resolved(problem.backbone, source.n)
-        response = self._paid(response, objective)
-        self.budget.spend(cost_of_sums(objective, response) + COST)  # what comes after
-        with bar(objective, "polish", self.progress, self.budget) as told:
-            done = train_on(
-                objective,
-                theta,
-                metric,
-                tolerance=self.aim,
-                limit=self.limit,
-                anchored=self.anchored,
-                budget=self.budget,
-                first=None if self.examples is None else known_examples(objective, self.examples),
-                on_step=told.step,
-                on_pass=told.gap,
-                sharpen=self.own_smoothing,
-            )
-        best = best_head(objective, theta, done, constants=self.limit == "auto", anchored=self.anchored)
-        # cutting sets aim at the objective, not at the gradient
-        aim = max(self.aim, AIM[torch.float32]) if done.as_found else self.aim
-        return Polished(problem.rounded(best.theta), response, aim, done, best, told.curve)
-
-    def _paid(self, response: Response, objective: ShardedObjective) -> Response:
-        if self.given:
-            return response
-        return affordable(response, objective, self.budget, own_smoothing=self.own_smoothing)
 
 
 @dataclass(frozen=True)
@@ -99,13 +43,72 @@ class Polished:
     best: Best | None = None
     curve: list[float] = field(default_factory=list)
 
-    def figures(self, objective: ShardedObjective, loss: Any, before: Tensor) -> dict[str, Any]:
-        if self.done is None or self.best is None:
+    def figures(self, objective: RobustObjective, loss: Loss, before: Tensor) -> dict[str, Any]:
+        """The entry "polish" of a snapshot's figures; none where nothing was polished.
+
+        ``step_norm`` over ``head_norm`` says how far the head moved. Robust accuracy is an estimate on 64 to 256 samples, with
+        the package's own climb at both heads.
+        """
+        done, problem, after = self.done, objective.problem, self.theta
+        if done is None or self.best is None:
             return {}
-        found = polish_figures(objective, objective.problem, loss, before, self.theta, self.done, self.best)
-        found["polish"]["curve"] = [value for value in self.curve if math.isfinite(value)]
-        found["polish"]["curve_of"] = "gap" if self.done.as_found else "stationarity"
-        return found
+        figures: dict[str, Any] = {
+            "status": done.status,
+            "passes": done.passes,
+            "stationarity_before": done.before,
+            "stationarity_after": done.after,
+            "step_norm": float((after - before).norm()),
+            "head_norm": float(before.norm()),
+        }
+        clean = _clean(objective, problem, loss, before, after)
+        for name, theta, share in zip(("before", "after"), (before, after), clean, strict=True):
+            figures[f"accuracy_{name}"] = share
+            figures[f"robust_accuracy_{name}"] = None if share is None else _robust(objective, problem, loss, theta)
+        curve = {
+            "curve": [value for value in self.curve if math.isfinite(value)],
+            "curve_of": "gap" if done.as_found else "stationarity",
+        }
+        return {"polish": figures | done.figures | self.best.to_dict() | curve}
+
+
+def polished(objective: ShardedObjective, asked: Take, anchored: bool, budget: Budget) -> Polished:
+    """The best head that was found from the model's on; the model itself is not changed.
+
+    Args:
+        anchored: the smoothing stays as it is; else how much is smoothed may be chosen, unless that is asked for.
+        budget: in gradients per sample; a response that is not given may be chosen such that it can be paid.
+    """
+    source, problem = objective.source, objective.problem
+    theta, own_smoothing = problem.read_theta(), asked.smoothing is None and not anchored
+    aim = asked.tolerance
+    if aim is None:
+        aim = AIM.get(next(asked.model.parameters()).dtype, 1e-3)
+    response = metric = as_response(asked.response, objective.threat).resolved(problem.backbone, source.n)
+    if not isinstance(asked.response, Response):
+        response = affordable(response, objective, budget, own_smoothing=own_smoothing)
+    if asked.polish == 0:
+        return Polished(theta, response, aim)
+    if metric.norm is None:
+        metric = as_response("auto", objective.threat).resolved(problem.backbone, source.n)
+    budget.spend(cost_of_sums(objective, response) + COST)  # what comes after
+    with bar(objective, "polish", asked.progress, budget) as told:
+        done = train_on(
+            objective,
+            theta,
+            metric,
+            tolerance=aim,
+            limit=asked.polish,
+            anchored=anchored,
+            budget=budget,
+            first=None if asked.examples is None else known_examples(objective, asked.examples),
+            on_step=told.step,
+            on_pass=told.gap,
+            sharpen=own_smoothing,
+        )
+    best = best_head(objective, theta, done, constants=asked.polish == "auto", anchored=anchored)
+    # cutting sets aim at the objective, not at the gradient
+    aim = max(aim, AIM[torch.float32]) if done.as_found else aim
+    return Polished(problem.rounded(best.theta), response, aim, done, best, told.curve)
 
 
 def known_examples(objective: ShardedObjective, examples: Examples) -> Tensor | None:
@@ -119,35 +122,6 @@ def known_examples(objective: ShardedObjective, examples: Examples) -> Tensor | 
     if not found or float(objective.largest(missing.to(objective.problem.device))) > _UNKNOWN:
         return None
     return torch.cat(found)
-
-
-def polish_figures(
-    objective: RobustObjective,
-    problem: HeadProblem,
-    loss: Loss,
-    before: Tensor,
-    after: Tensor,
-    done: TrainedOn,
-    best: Best,
-) -> dict[str, Any]:
-    """The entry "polish" of a snapshot's figures.
-
-    ``step_norm`` over ``head_norm`` says how far the head moved. Robust accuracy is an estimate on 64 to 256 samples, with
-    the package's own climb at both heads.
-    """
-    figures: dict[str, Any] = {
-        "status": done.status,
-        "passes": done.passes,
-        "stationarity_before": done.before,
-        "stationarity_after": done.after,
-        "step_norm": float((after - before).norm()),
-        "head_norm": float(before.norm()),
-    }
-    clean = _clean(objective, problem, loss, before, after)
-    for name, theta, share in zip(("before", "after"), (before, after), clean, strict=True):
-        figures[f"accuracy_{name}"] = share
-        figures[f"robust_accuracy_{name}"] = None if share is None else _robust(objective, problem, loss, theta)
-    return {"polish": figures | done.figures | best.to_dict()}
 
 
 def _clean(objective: RobustObjective, problem: HeadProblem, loss: Loss, *heads: Tensor) -> list[float | None]:

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from lightning_muter.called_with import called_with
 from lightning_muter.model.modes import full_precision
-from lightning_muter.scope.asked import Take, TakeWide
+from lightning_muter.scope.asked import Options, Take, TakeWide
 from lightning_muter.scope.base import Scope
 from lightning_muter.scope.choose import as_scope
 from lightning_muter.snapshot.ranks import ranks_agree
@@ -21,8 +21,6 @@ from lightning_muter.snapshot.stored import Stored
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from lightning_muter.snapshot.take_options import Options
 
 
 @overload
