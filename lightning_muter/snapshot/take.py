@@ -108,6 +108,7 @@ def take_snapshot(asked: Take) -> Any:
 
     >>> import torch
     >>> from torch.utils.data import TensorDataset
+    >>> from lightning_muter import ThreatModel
     >>> x = torch.rand(30, 4, generator=torch.Generator().manual_seed(0))
     >>> rows = TensorDataset(x, (x[:, 0] > 0.5).long())
     >>> model = torch.nn.Linear(4, 2)  # of any script
