@@ -175,6 +175,13 @@ def test_a_heads_own_snapshot(name: str) -> None:
     assert name == "two ways" or "scope='all'" in str(told.value)
 
 
+def test_what_was_read_of_a_whole_network_is_no_head() -> None:
+    lit, rows = module("own"), data()
+    reading = read_objective(lit, rows, whole=True)
+    with pytest.raises(UnsuitableError, match=r"'net\.2', which is no linear head"):
+        take_snapshot(lit, rows, threat_model=BALL, weight_decay=DECAY, reading=reading, progress=False)
+
+
 def test_what_has_no_linear_layer_at_all() -> None:
     class Convolutional(Lit):
         def __init__(self) -> None:

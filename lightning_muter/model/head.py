@@ -77,8 +77,8 @@ class Output:
         return self.layer.register_forward_hook(lambda _, args, out: take(out))
 
 
-#: Where a step is cut into features and loss.
-Cut = Head | Output
+#: The layer at which a step is cut into features and loss, as split learning calls it.
+CutLayer = Head | Output
 
 
 @dataclass
@@ -87,7 +87,7 @@ class HeadCall:
     gave: it counts later in-place changes, also those that happen to change no value.
     """
 
-    head: Cut
+    head: CutLayer
     inputs: Tensor
     output: Tensor
     version: int
@@ -191,7 +191,7 @@ def record_calls(module: nn.Module) -> Iterator[list[HeadCall]]:
             handle.remove()
 
 
-def features(module: nn.Module, head: Cut, x: Tensor, values: dict[str, Tensor] | None = None) -> Tensor:
+def features(module: nn.Module, head: CutLayer, x: Tensor, values: dict[str, Tensor] | None = None) -> Tensor:
     """The head's input phi(x), (n, f), with its autograd graph; the mode (train or eval) is the caller's.
 
     ``values``: of parameters and buffers by name, in place of the module's own.

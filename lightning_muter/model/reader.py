@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lightning_muter.errors import UnsuitableError
 from lightning_muter.model.batch_losses import Later, Replayed
-from lightning_muter.model.cut import Cutting, calls_of
-from lightning_muter.model.head import Cut, HeadCall
+from lightning_muter.model.cut_layer import CutLayerSearch, calls_of
+from lightning_muter.model.head import CutLayer, HeadCall
 from lightning_muter.model.known_losses import Known, recognise
 from lightning_muter.model.leaves import rows
 from lightning_muter.model.loss_identity import in_words, loss_identity
@@ -63,14 +63,14 @@ class Reader:
 
     def read(self, rows_per_step: int | None) -> Reading:
         with undone(self.module):
-            cutting = Cutting(self.own, rows_per_step, fixed=self.fixed, whole=self.whole)
-            seen, call = cutting.place()
+            search = CutLayerSearch(self.own, rows_per_step, fixed=self.fixed, whole=self.whole)
+            seen, call = search.place()
             n, times = len(call.output), calls_of(call, seen)
             if times > 1:
                 return self._of_own_attack(seen, call, times, rows_per_step)
-            cutting.insist(call)
+            search.insist(call)
             at = self._input(call, seen, n)
-            note = cutting.read_penalty(call)
+            note = search.read_penalty(call)
             first: UnsuitableError | None = None
             for reading in self._readings(call.head, call, at, n, rows_per_step):
                 try:
@@ -79,7 +79,7 @@ class Reader:
                 except UnsuitableError as error:
                     first = first or error
                 else:
-                    cutting.refuse_layers_behind(call, reading.convex)
+                    search.refuse_layers_behind(call, reading.convex)
                     reading.penalty = self.own.penalty
                     reading.notes += [*note, *_notes(reading)]
                     return reading
@@ -99,7 +99,9 @@ class Reader:
         reading.rows_per_step = rows_per_step
         return reading
 
-    def _readings(self, head: Cut, call: HeadCall, at: int, n: int, rows_per_step: int | None) -> Iterator[Reading]:
+    def _readings(
+        self, head: CutLayer, call: HeadCall, at: int, n: int, rows_per_step: int | None
+    ) -> Iterator[Reading]:
         """What the step may be, the quickest to be told first; none is proved yet.
 
         Raises:
@@ -119,7 +121,7 @@ class Reader:
         if first is not None:
             raise first
 
-    def _quick(self, head: Cut, call: HeadCall, at: int, n: int, rows_per_step: int | None) -> Reading | None:
+    def _quick(self, head: CutLayer, call: HeadCall, at: int, n: int, rows_per_step: int | None) -> Reading | None:
         """Where the step is the plain mean of a known loss, it is traced when its rows are first asked one by one."""
         step, probes = self.own.with_output(head.layer), self.own.probes(n)
         labels = [i for i, v in enumerate(self.leaves) if i != at and rows(v, n)]
@@ -141,7 +143,7 @@ class Reader:
         )  # fmt: skip
 
     def _traced(
-        self, head: Cut, call: HeadCall, of: tuple[BatchLoss, list[int]], at: int, rows_per_step: int | None
+        self, head: CutLayer, call: HeadCall, of: tuple[BatchLoss, list[int]], at: int, rows_per_step: int | None
     ) -> Reading:
         batch_loss, uses = of
         n = len(call.output)
@@ -198,7 +200,7 @@ class Reader:
             "one tensor, or pass inputs= (key or position)."
         )
 
-    def _losses(self, head: Cut, call: HeadCall, at: int, n: int) -> Iterator[tuple[BatchLoss, list[int]]]:
+    def _losses(self, head: CutLayer, call: HeadCall, at: int, n: int) -> Iterator[tuple[BatchLoss, list[int]]]:
         """L(z, leaves) and the leaves it uses: traced; then (where the step looks at values) the step itself, replayed."""
         k, device, whole = head.outputs, call.output.device, Probe(self.leaves, n)
         step = self.own.with_output(head.layer)

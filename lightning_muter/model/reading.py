@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_muter.errors import ArgumentError, UnsuitableError
-from lightning_muter.model.head import Cut, Head, features
+from lightning_muter.model.head import CutLayer, Head, features
 from lightning_muter.model.known_losses import Known
 from lightning_muter.model.leaves import flatten, rows
 from lightning_muter.model.losses import Loss
@@ -86,7 +86,7 @@ class Reading:
 
     module: nn.Module
     run: Callable[[Any], Tensor]
-    head: Cut
+    head: CutLayer
     layout: Layout
     loss: Loss
     identity: str
@@ -107,8 +107,16 @@ class Reading:
 
     @property
     def linear_head(self) -> Head:
-        """The head, where one was asked for."""
-        assert isinstance(self.head, Head)
+        """The head, where one was asked for.
+
+        Raises:
+            UnsuitableError: it was read for a whole network, whose head is no linear layer.
+        """
+        if not isinstance(self.head, Head):
+            raise UnsuitableError(
+                f"What was read is cut at the output of {self.head.name!r}, which is no linear head: it is of a whole network. Pass "
+                "scope='all', or read the objective without whole=True."
+            )
         return self.head
 
     def of_rows(self, positions: Sequence[int]) -> Reading:

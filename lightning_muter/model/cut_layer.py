@@ -19,7 +19,7 @@ from lightning_muter.model.penalty import read_penalty
 BEYOND = "take_snapshot(..., scope='all'), MUterCallback(scope='all'), --trainer.callbacks.scope all"
 
 
-class Cutting:
+class CutLayerSearch:
     """Finds the place, and says what a step penalises beside the loss there.
 
     Args:
